@@ -1,0 +1,264 @@
+"""The rules of the architecture that a reader of one file cannot see, checked on the syntax trees of all files.
+
+    L0  tokenizer/provq.py | tokenizer/runtime/ | evaluations/*.py     groups that import nothing of ours but themselves
+    L1  tokenizer/*.py                                                 imports L0, L1
+    L2  autoregressive/ | protein/ | synthetic/                        imports L0, L1 and its own folder
+    L3  evaluations/benchmarks/ and the entry scripts of evaluations/  imports everything above
+    L4  scripts/ | tests/                                              import everything
+
+Entry scripts (files with `if __name__ == "__main__"`) are imported by nobody but tests. Each check takes the repository
+root and returns complaints as "file:line: what", so that it can be shown to fail on a small wrong tree as well.
+"""
+
+import ast
+import sys
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("tokenizer", "autoregressive", "protein", "synthetic", "evaluations")
+FOLDERS = (*PACKAGES, "scripts", "tests")
+MAX_LINES = 600
+PROVQ = Path("tokenizer/provq.py")
+GUARD = "if not __package__:\n    sys.path[0] = str(Path(__file__).resolve().parents[{depth}])"
+
+
+def python_files(root, folders=FOLDERS):
+    """{path relative to root: syntax tree}"""
+    paths = sorted(p for folder in folders for p in (root / folder).rglob("*.py"))
+    return {p.relative_to(root): ast.parse(p.read_text(encoding="utf-8"), filename=str(p)) for p in paths}
+
+
+def imported_names(tree):
+    """(line, dotted name) of every import, also those inside functions. `from a import b` gives a and a.b."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            yield node.lineno, module
+            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+
+
+def project_imports(tree, files):
+    """(line, file of ours) of every import that names one of `files`."""
+    for line, name in imported_names(tree):
+        stem = Path(*name.split("."))
+        for target in (stem.with_suffix(".py"), stem / "__init__.py"):
+            if target in files:
+                yield line, target
+
+
+def is_main_block(node):
+    return isinstance(node, ast.If) and ast.unparse(node.test) in ("__name__ == '__main__'", "'__main__' == __name__")
+
+
+def is_entry(tree):
+    return any(is_main_block(node) for node in tree.body)
+
+
+def group(path, tree):
+    """(layer, name of the group that may import itself)"""
+    top = path.parts[0]
+    if path.name == "__init__.py" or path == PROVQ:
+        return 0, str(path)
+    if path.parts[:2] == ("tokenizer", "runtime"):
+        return 0, "runtime"
+    if top == "tokenizer":
+        return 1, top
+    if top == "evaluations":
+        return (3, top) if is_entry(tree) or len(path.parts) > 2 else (0, str(path))
+    return (2, top) if top in PACKAGES else (4, "")
+
+
+def check_layers(root):
+    files = python_files(root)
+    for path, tree in files.items():
+        layer, name = group(path, tree)
+        for line, imported in project_imports(tree, files):
+            if imported.name == "__init__.py":
+                continue
+            below, other = group(imported, files[imported])
+            if name != other and below >= layer < 4:
+                yield f"{path}:{line}: L{layer} ({name}) imports {imported}, which is L{below} ({other})"
+            if is_entry(files[imported]) and path.parts[0] != "tests":
+                yield f"{path}:{line}: imports the entry script {imported}; move what is shared to a module"
+
+
+def check_absolute_imports(root):
+    for path, tree in python_files(root).items():
+        for line in sorted({line for line, name in imported_names(tree) if name.startswith(".")}):
+            yield f"{path}:{line}: relative import; write it from the repository root"
+
+
+def check_no_cycles(root):
+    files = python_files(root, PACKAGES)
+    graph = {path: {target for _, target in project_imports(tree, files)} - {path} for path, tree in files.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        yield f"{error.args[1][0]}:1: import cycle: {' <- '.join(map(str, error.args[1]))}"
+
+
+def check_provq_stands_alone(root):
+    allowed = {"torch", *sys.stdlib_module_names}
+    tree = python_files(root, ("tokenizer",)).get(PROVQ, ast.Module(body=[]))
+    for line, name in imported_names(tree):
+        if name.split(".")[0] not in allowed:
+            yield f"{PROVQ}:{line}: imports {name}; this file must work alone, with torch and the standard library"
+
+
+def check_entry_guard(root):
+    files = python_files(root)
+    for path, tree in files.items():
+        ours = [line for line, name in imported_names(tree) if name.split(".")[0] in PACKAGES]
+        if not is_entry(tree) or not ours:
+            continue
+        guard = GUARD.format(depth=len(path.parts) - 1)
+        lines = [node.lineno for node in tree.body if ast.unparse(node) == guard]
+        if not lines or lines[0] > min(ours):
+            yield f"{path}:{min(ours)}: entry script without this before its project imports: {guard!r}"
+
+
+def check_packages(root):
+    for folder in sorted({path.parent for path in python_files(root, PACKAGES)}):
+        marker = root / folder / "__init__.py"
+        if not marker.exists():
+            yield f"{folder}/__init__.py:1: missing; an installed package of that name would win over the folder"
+        elif marker.stat().st_size:
+            yield f"{folder}/__init__.py:1: not empty; importing one module would pay for all"
+
+
+def check_forbidden(root):
+    banned = {("strict", False), ("allow_pickle", True), ("weights_only", False)}
+    for path, tree in python_files(root).items():
+        if path.parts[0] == "tests":
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ExceptHandler) and node.type is None:
+                yield f"{path}:{node.lineno}: bare except; name the exceptions"
+            if not isinstance(node, ast.Call) or ast.unparse(node.func) in ("zip", "map"):
+                continue  # zip(strict=False) is another thing
+            for keyword in node.keywords:
+                if isinstance(keyword.value, ast.Constant) and (keyword.arg, keyword.value.value) in banned:
+                    yield f"{path}:{keyword.value.lineno}: {keyword.arg}={keyword.value.value}"
+            if isinstance(node.func, ast.Attribute) and node.func.attr == "load_state_dict":
+                if len(node.args) > 1 and isinstance(node.args[1], ast.Constant) and node.args[1].value is False:
+                    yield f"{path}:{node.lineno}: strict=False"
+
+
+def check_length(root):
+    shells = [p.relative_to(root) for p in sorted((root / "scripts").rglob("*.sh"))]
+    for path in (*python_files(root), *shells):
+        lines = len((root / path).read_text(encoding="utf-8").splitlines())
+        if lines > MAX_LINES:
+            yield f"{path}:{MAX_LINES + 1}: {lines} lines; split the file (at most {MAX_LINES})"
+
+
+def config_fields(tree):
+    """(line, field) of every dataclass field made by `arg(...)` or `config.arg(...)`."""
+    for cls in (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
+        for node in cls.body:
+            if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call):
+                if ast.unparse(node.value.func) in ("arg", "config.arg"):
+                    yield node.lineno, node.target.id
+
+
+def attributes_read(tree):
+    """Names read as `something.name`. Reading a field only to validate it in `__post_init__` does not count."""
+    skipped = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and node.name == "__post_init__"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and node not in skipped:
+            yield node.attr
+
+
+def check_no_dead_flags(root):
+    for folder in PACKAGES:
+        files = python_files(root, (folder,))
+        read = {name for tree in files.values() for name in attributes_read(tree)}
+        for path, tree in files.items():
+            for line, field in config_fields(tree):
+                if field not in read:
+                    yield f"{path}:{line}: nothing in {folder}/ reads the configuration field {field!r}"
+
+
+# Each check with the smallest tree that it must complain about, and where: {file: content} -> "file:line".
+MAIN = 'if __name__ == "__main__":\n    pass\n'
+CHECKS = [
+    (check_layers, {"tokenizer/provq.py": "import tokenizer.runtime.ema", "tokenizer/runtime/ema.py": ""}, PROVQ, 1),
+    (check_layers, {"tokenizer/runtime/ema.py": "\nfrom tokenizer import data", "tokenizer/data.py": ""}, None, 2),
+    (check_layers, {"tokenizer/data.py": "from synthetic.a import b", "synthetic/a.py": ""}, None, 1),
+    (check_layers, {"protein/a.py": "def f():\n  import synthetic.a", "synthetic/a.py": ""}, None, 2),
+    (check_layers, {"evaluations/pixels.py": "import tokenizer.data", "tokenizer/data.py": ""}, None, 1),
+    (check_layers, {"tokenizer/a.py": "from tokenizer import train", "tokenizer/train.py": MAIN}, None, 1),
+    (check_layers, {"scripts/a.py": "from tokenizer.train import f", "tokenizer/train.py": MAIN}, None, 1),
+    (check_absolute_imports, {"tokenizer/a.py": "from .runtime import ema"}, None, 1),
+    (check_no_cycles, {"tokenizer/a.py": "import tokenizer.b", "tokenizer/b.py": "import tokenizer.a"}, None, 1),
+    (check_provq_stands_alone, {"tokenizer/provq.py": "import math\nimport numpy"}, None, 2),
+    (check_entry_guard, {"protein/train.py": "import sys\nimport protein.a\n" + MAIN}, None, 2),
+    (check_entry_guard, {"protein/a/b.py": GUARD.format(depth=1) + "\nimport protein.c\n" + MAIN}, None, 3),
+    (check_entry_guard, {"protein/a.py": "import protein.c\n" + GUARD.format(depth=1) + "\n" + MAIN}, None, 1),
+    (check_packages, {"protein/benchmarks/a.py": ""}, "protein/benchmarks/__init__.py", 1),
+    (check_packages, {"protein/__init__.py": "import protein.a", "protein/a.py": ""}, None, 1),
+    (check_forbidden, {"tokenizer/a.py": "try:\n  f()\nexcept:\n  g()"}, None, 3),
+    (check_forbidden, {"tokenizer/a.py": "m.load_state_dict(s,\n strict=False)"}, None, 2),
+    (check_forbidden, {"tokenizer/a.py": "m.load_state_dict(s, False)"}, None, 1),
+    (check_forbidden, {"scripts/a.py": "np.load(f, allow_pickle=True)"}, None, 1),
+    (check_forbidden, {"scripts/a.py": "torch.load(f, weights_only=False)"}, None, 1),
+    (check_length, {"tests/a.py": "x = 1\n" * 601}, None, 601),
+    (
+        check_no_dead_flags,
+        {"synthetic/a.py": "class C:\n  n: int = config.arg(1)\n  m: int = arg(2)\n  k: int = 3\nC().n"},
+        None,
+        3,
+    ),
+    (
+        check_no_dead_flags,
+        {"synthetic/a.py": "class C:\n  n: int = arg(1)\n  def __post_init__(self):\n    f(self.n)"},
+        None,
+        2,
+    ),
+]
+
+
+@pytest.mark.parametrize("check", dict.fromkeys(check for check, *_ in CHECKS), ids=lambda check: check.__name__)
+def test_rules_hold(check):
+    complaints = list(check(ROOT))
+    assert not complaints, "\n" + "\n".join(complaints)
+
+
+@pytest.mark.parametrize(("check", "tree", "path", "line"), CHECKS)
+def test_checks_can_fail(check, tree, path, line, tmp_path):
+    for name, content in tree.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    complaints = list(check(tmp_path))
+    assert len(complaints) == 1, complaints
+    assert complaints[0].startswith(f"{path or next(iter(tree))}:{line}: ")
+
+
+def test_allowed_imports_pass(tmp_path):
+    tree = {
+        "tokenizer/provq.py": "from __future__ import annotations\nimport torch.nn",
+        "tokenizer/runtime/seeding.py": "",
+        "tokenizer/runtime/ema.py": "from tokenizer.runtime import seeding",
+        "tokenizer/model.py": "from tokenizer.provq import ProVQ\nfrom tokenizer.runtime import ema",
+        "evaluations/pixels.py": "",
+        "autoregressive/gpt.py": "import tokenizer.model\nimport evaluations.pixels",
+        "autoregressive/train.py": GUARD.format(depth=1) + "\nfrom autoregressive import gpt\n" + MAIN,
+        "evaluations/report.py": GUARD.format(depth=1) + "\nfrom autoregressive import gpt\n" + MAIN,
+        "tests/test_train.py": "from autoregressive import train",
+        "scripts/convert.py": "import argparse\nzip(a, b, strict=False)\n" + MAIN,
+    }
+    for name, content in tree.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).parent.joinpath("__init__.py").touch()
+        (tmp_path / name).write_text(content)
+    assert [complaint for check, *_ in CHECKS for complaint in check(tmp_path)] == []
