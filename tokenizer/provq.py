@@ -1,0 +1,814 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The ProVQ authors
+"""ProVQ: progressive vector quantization, in one file that needs only torch.
+
+A VQ tokenizer collapses when it discretizes before its encoder has found the data manifold. ProVQ wraps a quantizer
+and moves it along a curriculum (arXiv 2603.22304, section 4): (1) a plain autoencoder; once, k-means of the latents;
+(2) z~ = alpha z + (1 - alpha) z_q with alpha falling from 1 to 0; (3) the plain quantizer. Copy this file:
+
+    import torch
+    from provq import Curriculum, ProVQ, VectorQuantizer
+
+    encoder, decoder = torch.nn.Conv2d(3, 8, 4, 4), torch.nn.ConvTranspose2d(8, 3, 4, 4)
+    provq = ProVQ(VectorQuantizer(num_codes=64, dim=8), Curriculum(warmup_steps=20, transition_steps=20))
+    opt = torch.optim.Adam([*encoder.parameters(), *decoder.parameters(), *provq.parameters()], 1e-3)
+    for step in range(60):
+        provq.set_step(step)                                        # 1. the loop owns the step count
+        x = torch.rand(16, 3, 32, 32)
+        if provq.needs_init:                                        # 2. once, when the warm-up ends
+            with torch.no_grad():
+                provq.init_codebook(encoder(x).movedim(1, -1).reshape(-1, 8), optimizers=[opt])
+        out = provq(encoder(x))                                     # 3. z (B, D, h, w), or channel_dim=-1
+        loss = (decoder(out.quantized) - x).square().mean() + out.loss  # out.loss is already weighted
+        opt.zero_grad(), loss.backward(), opt.step()
+    tokens = provq.encode(encoder(x))                               # (B, h, w) int64; provq.decode(tokens) -> codes
+
+Sizes: N tokens, D latent channels, K codes. Distances, losses and statistics are float32 or better under any autocast.
+Every collective is a no-op in one process. Checkpoints: `state_dict()` holds tensors only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Callable, NamedTuple, Sequence
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__version__ = "0.1.0"
+
+# Elements of the N x K distance matrix that exist at a time. 2 MiB of float32 stays in a CPU core's cache (3x faster
+# than one large matrix, see evaluations/benchmarks/code_search.py); a GPU wants fewer, larger launches (128 MiB).
+CPU_SEARCH_ELEMENTS, GPU_SEARCH_ELEMENTS = 2**19, 2**25
+
+
+# ------------------------------------------------------------------------------------------------ collectives
+
+def _world() -> int:
+    # Read at every call: a module may be built before init_process_group.
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _all_reduce(t: Tensor, op: str = "SUM") -> Tensor:
+    if _world() > 1:
+        dist.all_reduce(t, op=getattr(dist.ReduceOp, op))
+    return t
+
+
+def _broadcast(t: Tensor) -> Tensor:
+    if _world() > 1:
+        dist.broadcast(t, src=0)
+    return t
+
+
+# ------------------------------------------------------------------------------------------------- curriculum
+
+# alpha as a function of u = t / T in [0, 1). "cosine" is Eq. 3; "hard" holds 1 and drops to 0 at u = 1 (Table 6).
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda u: 0.5 * (1.0 + math.cos(math.pi * u)),
+    "linear": lambda u: 1.0 - u,
+    "exp": lambda u: (math.exp(-5.0 * u) - math.exp(-5.0)) / (1.0 - math.exp(-5.0)),
+    "hard": lambda u: 1.0,  # noqa: ARG005
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Curriculum:
+    """When to be continuous and when discrete: pure functions of the optimizer step (Eq. 3 and 4), no state.
+
+    A stage of length 0 is skipped: (0, 0) is the plain quantizer, (0, T) "+ soft transition", (W, 0) "+ manifold
+    warm-up" and (W, T) ProVQ, the rows of Table 5. ValueError: negative length, loss_floor outside [0, 1], unknown
+    schedule, schedule value outside [0, 1].
+    """
+
+    warmup_steps: int  # stage 1 in optimizer steps (paper: 50,000 on ImageNet, 20,000 on proteins)
+    transition_steps: int  # stage 2, T_trans, in optimizer steps (paper: 20,000 and 10,000)
+    schedule: str | Callable[[float], float] = "cosine"  # a name in SCHEDULES, or u in [0, 1) -> alpha in [0, 1]
+    loss_floor: float = 0.5  # lambda of Eq. 4 (paper: 0.5 on ImageNet, 1.0 on proteins)
+
+    def __post_init__(self) -> None:
+        for name in ("warmup_steps", "transition_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0 optimizer steps, got {getattr(self, name)}")
+        if not 0.0 <= self.loss_floor <= 1.0:
+            raise ValueError(f"loss_floor (lambda of Eq. 4) must lie in [0, 1], got {self.loss_floor}")
+        if not callable(self.schedule) and self.schedule not in SCHEDULES:
+            raise ValueError(f"unknown schedule {self.schedule!r}; choose one of {', '.join(SCHEDULES)}, or a callable")
+
+    def stage(self, step: int) -> int:
+        """1 continuous, 2 transition, 3 discrete."""
+        return 1 if step < self.warmup_steps else 2 if step < self.warmup_steps + self.transition_steps else 3
+
+    def alpha(self, step: int) -> float:
+        """Share of the continuous latent, Eq. 3: 1 in stage 1, 0 in stage 3."""
+        stage = self.stage(step)
+        if stage != 2:
+            return 1.0 if stage == 1 else 0.0
+        schedule = self.schedule if callable(self.schedule) else SCHEDULES[self.schedule]
+        value = float(schedule((step - self.warmup_steps) / self.transition_steps))
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"schedule gave alpha = {value} at step {step}; it must lie in [0, 1]")
+        return value
+
+    def omega(self, step: int) -> float:
+        """Weight of the quantization loss, Eq. 4: 0 in stage 1 (there is no codebook yet), 1 in stage 3."""
+        if self.stage(step) == 1:
+            return 0.0
+        return self.loss_floor + (1.0 - self.loss_floor) * (1.0 - self.alpha(step))
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptiveWarmup:
+    """Ends the warm-up once a validation score stops improving: the *best* warm-up of Table 5 without hand-tuning.
+
+    `ProVQ.observe(score)` counts scores since the last improvement; the Curriculum's warmup_steps stays the upper
+    bound. The decision lives in ProVQ's state dict. ValueError: patience < 1, min_steps < 0, unknown mode.
+    """
+
+    patience: int = 3  # validations in a row without improvement
+    min_steps: int = 0  # never leave before this optimizer step
+    min_delta: float = 0.0  # an improvement is larger than this, in units of the score
+    mode: str = "min"  # "min": lower is better (a loss, rFID); "max": higher is better (PSNR)
+
+    def __post_init__(self) -> None:
+        if self.patience < 1 or self.min_steps < 0 or self.mode not in ("min", "max"):
+            raise ValueError(f"need patience >= 1, min_steps >= 0 and mode 'min' or 'max', got {self}")
+
+
+# ------------------------------------------------------------------------------------ nearest codes and k-means
+
+def _search(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Nearest row of codes (K, D) for each row of x (N, D): squared distances (N,), indices (N,) int64."""
+    # Inside a compiled region the process-wide precision is the host's: changing it there would break the graph.
+    if not x.is_cuda or torch.compiler.is_compiling():
+        return _search_blocks(x, codes)
+    matmul = torch.backends.cuda.matmul  # torch 2.9 renamed the switch, and refuses a mixture of both names
+    switch, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
+    saved = getattr(matmul, switch)
+    setattr(matmul, switch, exact)
+    try:
+        return _search_blocks(x, codes)
+    finally:
+        setattr(matmul, switch, saved)
+
+
+def _search_blocks(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    centre = codes.mean(0)  # distances do not change, but a common offset would cancel catastrophically in |e|^2 - 2xe
+    x, codes = x - centre, codes - centre
+    sq = codes.square().sum(1)
+    rows = max(1, (CPU_SEARCH_ELEMENTS if x.device.type == "cpu" else GPU_SEARCH_ELEMENTS) // max(1, len(codes)))
+    found = [torch.addmm(sq, part, codes.t(), alpha=-2.0).min(1) for part in x.split(rows)]
+    value, index = torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found])
+    return (value + x.square().sum(1)).clamp_min_(0.0), index
+
+
+@torch.no_grad()
+def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
+    """Index of the Euclidean nearest code: x (N, D), codebook (K, D) -> (N,) int64; a tie goes to the lower index.
+
+    Computed in float32 (float64 if given) outside autocast and, in eager mode, outside TF32, in blocks: the N x K
+    matrix never exists whole.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        return _search(x.to(dtype), codebook.to(dtype))[1]
+
+
+class KMeansResult(NamedTuple):
+    centroids: Tensor  # (K, D) float32, equal on every rank; unit rows if spherical
+    counts: Tensor  # (K,) int64: tokens of all ranks nearest to each centroid
+    inertia: float  # mean squared distance to the nearest centroid, over the tokens of all ranks
+    iterations: int  # Lloyd iterations done; fewer than asked for when a fixed point was reached
+
+
+@torch.no_grad()
+def kmeans(
+    x: Tensor, num_codes: int, *, iters: int = 20, start: str = "kmeans++", spherical: bool = False, seed: int = 0,
+    order: Tensor | None = None,
+) -> KMeansResult:
+    """Lloyd's k-means over the tokens of all ranks. Collective; exact: how tokens are spread over ranks is irrelevant.
+
+    x (N_rank, D) float, this rank's tokens. order (N_rank,) int64: each token's position among the tokens of all ranks,
+    by which seeds are drawn (default: rank 0's tokens first), so that 1 and 8 processes start from the same points.
+    start: "kmeans++" (Arthur & Vassilvitskii 2007, on a random subset of max(4 K, 4096) tokens) or "random" tokens.
+    iters = 0 returns the start. Sums and counts are all-reduced in float64. An empty cluster moves to the token that
+    is farthest from its centroid. ValueError, on every rank alike: fewer tokens than codes, non-finite tokens.
+    """
+    if x.ndim != 2 or not x.is_floating_point():
+        raise ValueError(f"k-means needs floating-point tokens (N, D), got {tuple(x.shape)} {x.dtype}")
+    if start not in ("kmeans++", "random") or iters < 0 or num_codes < 1:
+        raise ValueError("need start 'kmeans++' or 'random', iters >= 0 and num_codes >= 1; "
+                         f"got {start=} {iters=} {num_codes=}")
+    x = x.float()
+    rank = dist.get_rank() if _world() > 1 else 0
+    sizes = torch.zeros(_world() + 1, dtype=torch.int64, device=x.device)
+    sizes[rank], sizes[-1] = len(x), (~x.isfinite()).sum()
+    *per_rank, bad = _all_reduce(sizes).tolist()
+    total = sum(per_rank)
+    if bad:
+        raise ValueError(f"k-means got {bad} non-finite values in its tokens: training diverged before the codebook")
+    if total < num_codes:
+        raise ValueError(f"k-means needs at least num_codes = {num_codes} tokens over all ranks, got {total}: "
+                         "collect more batches, or use a smaller codebook")
+    if spherical:
+        x = F.normalize(x, dim=1)
+    if order is None:
+        order = torch.arange(len(x), device=x.device) + sum(per_rank[:rank])
+
+    generator = torch.Generator().manual_seed(seed)
+    sample = num_codes if start == "random" else min(total, max(4 * num_codes, 4096))
+    picks = torch.randperm(total, generator=generator)[:sample].to(x.device)
+    slot = torch.full((total,), -1, dtype=torch.int64, device=x.device)
+    slot[picks] = torch.arange(sample, device=x.device)
+    mine = slot[order.to(x.device)]
+    points = torch.zeros(sample, x.shape[1] + 1, device=x.device)  # each row is filled by the one rank that has it
+    points[mine[mine >= 0]] = F.pad(x, (0, 1), value=1.0)[mine >= 0]
+    _all_reduce(points)
+    if not bool((points[:, -1] == 1).all()):
+        raise ValueError("order must number the tokens of all ranks 0 .. N-1 without gaps or repeats")
+    points = points[:, :-1]
+    centroids = _kmeans_plus_plus(points, num_codes, generator) if start == "kmeans++" else points
+    centroids = _broadcast(centroids.contiguous())
+
+    done = 0
+    for _ in range(iters):
+        sums, counts, far = _assign(x, centroids)
+        new = torch.where(counts[:, None] > 0, (sums / counts.clamp_min(1)[:, None]).float(), centroids)
+        if spherical:
+            new = F.normalize(new, dim=1)
+        new = _reseed_empty(new, counts, x, far, order, rank)
+        done += 1
+        moved = not torch.equal(_broadcast(new), centroids)
+        centroids = new
+        if not moved:
+            break
+    _, counts, far = _assign(x, centroids)
+    inertia = _all_reduce(far.sum(dtype=torch.float64)).item() / total
+    return KMeansResult(centroids, counts.long(), inertia, done)
+
+
+def _kmeans_plus_plus(points: Tensor, num_codes: int, generator: torch.Generator) -> Tensor:
+    # Each next seed is drawn with probability proportional to its squared distance from the seeds so far.
+    draws = torch.rand(num_codes, generator=generator, dtype=torch.float64).to(points.device)
+    seeds = torch.zeros(num_codes, dtype=torch.int64, device=points.device)
+    nearest = torch.full((len(points),), math.inf, device=points.device)
+    for k in range(num_codes):
+        if k == 0:
+            seeds[0] = (draws[0] * len(points)).long()
+        else:
+            cumulative = nearest.cumsum(0, dtype=torch.float64)
+            drawn = torch.searchsorted(cumulative, draws[k : k + 1] * cumulative[-1], right=True)[0]
+            seeds[k] = drawn.clamp(max=len(points) - 1)
+        torch.minimum(nearest, (points - points[seeds[k]]).square().sum(1), out=nearest)
+    return points[seeds]
+
+
+def _assign(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums (K, D) and counts (K,) float64 over all ranks; this rank's squared distances (N_rank,) float32."""
+    stats = torch.zeros(len(centroids), x.shape[1] + 1, dtype=torch.float64, device=x.device)
+    far = []
+    for part in x.split(2**16):  # bounds the float64 copy of the tokens
+        distance, index = _search(part, centroids)
+        stats.index_add_(0, index, F.pad(part.double(), (0, 1), value=1.0))
+        far.append(distance)
+    _all_reduce(stats)
+    return stats[:, :-1], stats[:, -1], torch.cat(far) if far else x.new_zeros(0)
+
+
+def _reseed_empty(centroids: Tensor, counts: Tensor, x: Tensor, far: Tensor, order: Tensor, rank: int) -> Tensor:
+    empty = (counts == 0).nonzero()[:, 0]  # equal on every rank, and so is its length: no rank waits alone
+    if not len(empty):
+        return centroids
+    top = far.topk(min(len(empty), len(x))).indices
+    # Each rank offers its farthest tokens as rows (distance, order, token); float64 holds an order exactly.
+    offers = torch.zeros(_world(), len(empty), x.shape[1] + 2, dtype=torch.float64, device=x.device)
+    offers[rank, : len(top)] = torch.cat([far[top, None].double(), order[top, None].double(), x[top].double()], 1)
+    offers = _all_reduce(offers).flatten(0, 1)
+    offers = offers[offers[:, 1].argsort()]  # the same order whatever the ranks, then ties keep it
+    offers = offers[offers[:, 0].argsort(descending=True, stable=True)][: len(empty)]
+    offers = offers[offers[:, 0] > 0]  # a token at distance 0 would only duplicate a centroid
+    centroids = centroids.clone()
+    centroids[empty[: len(offers)]] = offers[:, 2:].float()
+    return centroids
+
+
+# ------------------------------------------------------------------------------------------------- statistics
+
+def code_statistics(counts: Tensor) -> dict[str, float]:
+    """counts (K,) of each code -> usage, the fraction used, in [0, 1]; perplexity exp(H) in codes, 0 without counts."""
+    p = counts.double() / counts.sum().clamp_min(1)
+    entropy = -torch.xlogy(p, p).sum()
+    return {"usage": (counts > 0).double().mean().item(), "perplexity": entropy.exp().item() if counts.any() else 0.0}
+
+
+@torch.no_grad()
+def mean_pairwise_distance(codebook: Tensor) -> float:
+    """Mean Euclidean distance over the K (K - 1) / 2 pairs of codes (K, D): "Euc dist." of Tables 1 and 4."""
+    codes, total = codebook.detach().float(), 0.0
+    if len(codes) < 2:
+        return 0.0
+    for part in codes.split(max(1, 2**22 // len(codes))):  # without the matmul shortcut: exact for near pairs
+        total += torch.cdist(part, codes, compute_mode="donot_use_mm_for_euclid_dist").sum(dtype=torch.float64).item()
+    return total / (len(codes) * (len(codes) - 1))
+
+
+@torch.no_grad()
+def second_moments(latents: Tensor) -> Tensor:
+    """Sum of [1, z]^T [1, z] over tokens (N, D) -> (D+1, D+1) float64: add these over batches and ranks."""
+    z = F.pad(latents.detach().double(), (1, 0), value=1.0)
+    return z.t() @ z
+
+
+def effective_rank(moments: Tensor) -> float:
+    """exp(entropy of the normalised singular values) of the centred latents, in dimensions (Roy & Vetterli 2007).
+
+    moments (D+1, D+1) from `second_moments`. Between 1 (a line) and D (a ball); 0 for fewer than two tokens.
+    """
+    n = moments[0, 0].clamp_min(1)
+    mean = moments[0, 1:] / n
+    eigenvalues = torch.linalg.eigvalsh(moments[1:, 1:] / n - torch.outer(mean, mean)).clamp_min(0)
+    # Rounding leaves about 1e-15 of the raw second moment in directions that the latents do not use at all.
+    eigenvalues = torch.where(eigenvalues > 1e-13 * moments[1:, 1:].diagonal().sum() / n, eigenvalues, 0.0)
+    if not bool(eigenvalues.any()):
+        return 0.0
+    p = eigenvalues.sqrt() / eigenvalues.sqrt().sum()
+    return (-torch.xlogy(p, p).sum()).exp().item()
+
+
+@torch.no_grad()
+def drift(before: Tensor, after: Tensor) -> float:
+    """How far points (N, D) moved, in units of their spread: RMS displacement / RMS distance of `before` to its mean.
+
+    0 = stagnant, 1 = moved by as much as they are apart. Of codes and of the latents of fixed images per interval, it
+    shows the deadlock of section 3: latents that follow codes that do not move.
+    """
+    before, after = before.double(), after.double()
+    spread = (before - before.mean(0)).square().sum(1).mean().sqrt()
+    return ((after - before).square().sum(1).mean().sqrt() / spread.clamp_min(1e-12)).item()
+
+
+# -------------------------------------------------------------------------------------------------- quantizers
+
+class Quantized(NamedTuple):
+    """What a quantizer returns for tokens x (N, D)."""
+
+    codes: Tensor  # (N, D): exactly the code in value, with a gradient estimator to x
+    indices: Tensor  # (N,) int64
+    losses: dict[str, Tensor]  # float32 [] each, beta applied; their sum is L_VQ + beta L_commit of Eq. 4
+
+
+def _recomputing() -> bool:
+    # Activation checkpointing runs forward again inside backward; statistics must count each token once.
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class VectorQuantizer(nn.Module):
+    """Nearest-code quantizer with a trained table (van den Oord et al. 2017). Usable alone: no curriculum inside.
+
+    ProVQ's default is Euclidean; l2_norm=True puts latents and codes on the unit sphere (LlamaGen's baseline).
+    The code term and beta x the commitment term are means over all N x D elements (Eq. 4). rotation=True replaces the
+    straight-through gradient by the rotation trick (Fifty et al. 2024, arXiv 2410.06424).
+    """
+
+    def __init__(self, num_codes: int, dim: int, *, l2_norm: bool = False, beta: float = 0.25, rotation: bool = False):
+        super().__init__()
+        if num_codes < 1 or dim < 1 or beta < 0:
+            raise ValueError(f"need num_codes >= 1, dim >= 1, beta >= 0; got {num_codes=} {dim=} {beta=}")
+        self.num_codes, self.dim, self.l2_norm, self.beta, self.rotation = num_codes, dim, l2_norm, beta, rotation
+        self._init_table()
+
+    def _init_table(self) -> None:
+        self.embedding = nn.Embedding(self.num_codes, self.dim)
+        nn.init.uniform_(self.embedding.weight, -1.0 / self.num_codes, 1.0 / self.num_codes)
+        if self.l2_norm:
+            self.embedding.weight.data = F.normalize(self.embedding.weight.data, dim=1)
+
+    def _table(self) -> Tensor:
+        """Codes (K, D) before normalisation, differentiable."""
+        return self.embedding.weight
+
+    def codebook(self) -> Tensor:
+        """Effective codes (K, D), differentiable; unit rows when l2_norm."""
+        return F.normalize(self._table(), dim=1) if self.l2_norm else self._table()
+
+    @torch.no_grad()
+    def set_codebook_(self, centroids: Tensor, counts: Tensor | None = None) -> None:  # noqa: ARG002
+        """Make centroids (K, D) the codes. counts (K,), their cluster sizes, are what EMA starts from."""
+        self.embedding.weight.copy_(self._checked(centroids))
+
+    def _checked(self, centroids: Tensor) -> Tensor:
+        if tuple(centroids.shape) != (self.num_codes, self.dim):
+            raise ValueError(f"centroids must be (K, D) = {(self.num_codes, self.dim)}, got {tuple(centroids.shape)}")
+        return centroids
+
+    def latent(self, x: Tensor) -> Tensor:
+        """x (N, D) as it is compared with codes: x in float32 (or better), or x / |x| when l2_norm."""
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        return F.normalize(x, dim=1) if self.l2_norm else x
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """Codes of int64 indices (...) -> (..., D): equal to what forward returned for them, bit for bit."""
+        return F.embedding(indices, self.codebook())
+
+    def forward(self, x: Tensor) -> Quantized:
+        """Quantize x (N, D), any float dtype; see `Quantized`."""
+        with torch.autocast(x.device.type, enabled=False):
+            latent = self.latent(x)
+            codebook = self.codebook()
+            indices = nearest_code(latent.detach(), codebook.detach())
+            code = F.embedding(indices, codebook)
+            if self.training and not _recomputing():
+                self._observe(latent.detach(), indices)
+            return Quantized(self._estimate(latent, code.detach()), indices, self._losses(latent, code))
+
+    def _losses(self, latent: Tensor, code: Tensor) -> dict[str, Tensor]:
+        return {"codebook": F.mse_loss(code, latent.detach().to(code.dtype)),
+                "commit": self.beta * F.mse_loss(latent, code.detach().to(latent.dtype))}
+
+    def _estimate(self, latent: Tensor, code: Tensor) -> Tensor:
+        if not self.rotation:
+            return code + (latent - latent.detach())  # the bracket is exactly 0, so the value is exactly the code
+        # q = (|e| / |z|) R z, R the rotation that takes z / |z| to e / |e|, both held constant (their section 4.2).
+        with torch.no_grad():
+            z_norm, e_norm = latent.norm(dim=1, keepdim=True), code.norm(dim=1, keepdim=True)
+            u, q = latent / z_norm.clamp_min(1e-6), code / e_norm.clamp_min(1e-6)
+            r = F.normalize(u + q, dim=1, eps=1e-6)
+            scale = e_norm / z_norm.clamp_min(1e-6)
+        turned = latent - 2 * r * (r * latent).sum(1, keepdim=True) + 2 * q * (u * latent).sum(1, keepdim=True)
+        turned = scale * turned
+        return code + (turned - turned.detach())
+
+    def _observe(self, latent: Tensor, indices: Tensor) -> None:
+        """Gather statistics in a training forward; the trained table needs none."""
+
+
+class LinearVectorQuantizer(VectorQuantizer):
+    """Frozen table times one trained linear map: codes = table W^T + b, so that every code moves in every step.
+
+    SimVQ (Zhu et al. 2025): table ~ N(0, 1/D), never data. AminoAseed (Yuan et al. 2025): the table is set from data by
+    `set_codebook_` (map reset to the identity, so the codes start as the centroids) and then stays.
+    """
+
+    def _init_table(self) -> None:
+        # A buffer: low-precision optimizers keep a float32 master of every Parameter and write it back, frozen or not.
+        self.register_buffer("table", torch.randn(self.num_codes, self.dim) / math.sqrt(self.dim))
+        self.map = nn.Linear(self.dim, self.dim)
+
+    def _table(self) -> Tensor:
+        return self.map(self.table)
+
+    @torch.no_grad()
+    def set_codebook_(self, centroids: Tensor, counts: Tensor | None = None) -> None:  # noqa: ARG002
+        """Table := centroids (K, D), W := I, b := 0."""
+        self.table.copy_(self._checked(centroids))
+        nn.init.eye_(self.map.weight)
+        nn.init.zeros_(self.map.bias)
+
+
+class EMAVectorQuantizer(VectorQuantizer):
+    """Codes are running means of the latents assigned to them (VQ-VAE-2, SoundStream, ESM3); no gradient, no code loss.
+
+    A training forward only gathers sums; `update_()` applies them, once per optimizer step (ProVQ.set_step calls it),
+    so that accumulated micro-batches and recomputed activations give the update of one large batch. Counts are
+    Laplace-smoothed by eps. restart_below > 0: a code whose running count is under that fraction of the mean count
+    restarts at a random latent of the last batch (Jukebox; relative, so that it does not depend on the batch size).
+    """
+
+    def __init__(self, num_codes: int, dim: int, *, decay: float = 0.99, eps: float = 1e-5, restart_below: float = 0.0,
+                 **options: Any):
+        if not 0.0 <= decay < 1.0 or restart_below < 0:
+            raise ValueError(f"need 0 <= decay < 1 and restart_below >= 0, got {decay=} {restart_below=}")
+        super().__init__(num_codes, dim, **options)
+        self.decay, self.eps, self.restart_below = decay, eps, restart_below
+
+    def _init_table(self) -> None:
+        codes = torch.empty(self.num_codes, self.dim).uniform_(-1.0 / self.num_codes, 1.0 / self.num_codes)
+        codes = F.normalize(codes, dim=1) if self.l2_norm else codes
+        self.register_buffer("codes", codes)
+        self.register_buffer("ema_sums", codes.clone())
+        self.register_buffer("ema_counts", torch.ones(self.num_codes))
+        # Plain tensors, not buffers: DistributedDataParallel would overwrite other ranks' sums with rank 0's.
+        self._pending = torch.zeros(self.num_codes, self.dim + 1, dtype=torch.float64)
+        self._last = torch.zeros(1, self.dim)
+
+    def _table(self) -> Tensor:
+        return self.codes
+
+    @torch.no_grad()
+    def set_codebook_(self, centroids: Tensor, counts: Tensor | None = None) -> None:
+        """Codes := centroids (K, D); running counts := counts (K,) scaled to mean 1, or 1."""
+        self.codes.copy_(self._checked(centroids))
+        weight = torch.ones_like(self.ema_counts) if counts is None else counts / counts.float().mean()
+        self.ema_counts.copy_(weight.clamp_min(max(self.restart_below, 1e-3)))
+        self.ema_sums.copy_(self.codes * self.ema_counts[:, None])
+        self._pending.zero_()
+
+    def _losses(self, latent: Tensor, code: Tensor) -> dict[str, Tensor]:
+        return {"commit": self.beta * F.mse_loss(latent, code.to(latent.dtype))}
+
+    @torch.no_grad()
+    def _observe(self, latent: Tensor, indices: Tensor) -> None:
+        if self._pending.device != latent.device:
+            self._pending, self._last = self._pending.to(latent.device), self._last.to(latent.device)
+        self._pending.index_add_(0, indices, F.pad(latent.double(), (0, 1), value=1.0))
+        if self.restart_below > 0:
+            self._last = latent.float()
+
+    @torch.no_grad()
+    def update_(self) -> None:
+        """Fold what the training forwards since the last call gathered, over all ranks, into the codes. Collective."""
+        device = self.codes.device
+        stats = _all_reduce(self._pending.to(device)).float()
+        sums, counts = stats[:, :-1], stats[:, -1]
+        decay = torch.where(counts.sum() > 0, self.decay, 1.0)  # without tokens nothing decays; decided on the device
+        self.ema_sums.mul_(decay).add_(sums * (1.0 - decay))
+        self.ema_counts.mul_(decay).add_(counts * (1.0 - decay))
+        self._pending.zero_()
+        if self.restart_below > 0:
+            floor = self.restart_below * self.ema_counts.mean()
+            last = self._last.to(device)
+            rows = _broadcast(last[torch.randint(len(last), (self.num_codes,), device=device)].contiguous())
+            dead = ((self.ema_counts < floor) & (counts.sum() > 0))[:, None]
+            self.ema_counts.copy_(torch.where(dead[:, 0], floor, self.ema_counts))
+            self.ema_sums.copy_(torch.where(dead, rows * floor, self.ema_sums))
+        total = self.ema_counts.sum()
+        smooth = (self.ema_counts + self.eps) * total / (total + self.num_codes * self.eps)
+        self.codes.copy_(self.ema_sums / smooth[:, None])
+
+
+QUANTIZERS: dict[str, type[VectorQuantizer]] = {
+    "vq": VectorQuantizer, "simvq": LinearVectorQuantizer, "aminoaseed": LinearVectorQuantizer,
+    "ema": EMAVectorQuantizer,
+}
+
+
+def make_quantizer(name: str, num_codes: int, dim: int, **options: Any) -> VectorQuantizer:
+    """The quantizer called `name` in QUANTIZERS. ValueError lists the names if there is none."""
+    if name not in QUANTIZERS:
+        raise ValueError(f"unknown quantizer {name!r}; choose one of {', '.join(QUANTIZERS)}")
+    return QUANTIZERS[name](num_codes, dim, **options)
+
+
+# ------------------------------------------------------------------------------------------------------- ProVQ
+
+class ProVQOutput(NamedTuple):
+    quantized: Tensor  # z~ of Eq. 2, shape and dtype of z; 0 where masked
+    indices: Tensor | None  # int64, z's shape without channels; -1 where masked; None in stage 1
+    loss: Tensor  # float32 []: omega x the quantizer's losses; add as it is
+    losses: dict[str, Tensor]  # float32 [] each, unweighted and detached, for logging; empty in stage 1
+
+
+class ProVQ(nn.Module):
+    """A quantizer on the curriculum of the paper (section 4).
+
+    Training: stage 1 passes latents through and never calls the quantizer; stage 2 mixes (Eq. 2) and weights the losses
+    (Eq. 4); stage 3 is the quantizer. eval(): discrete as soon as there is a codebook, continuous before, whatever the
+    step. A (0, 0) curriculum is the bare quantizer bit for bit, and after training `provq.quantizer` alone suffices.
+
+    Call `set_step(step)` before the forwards of a step and, so that a checkpoint holds all of it, `set_step(step + 1)`
+    after the optimizer's. The state dict adds step, initialised, warmup_end and (adaptive) best_score, stale_checks.
+    """
+
+    def __init__(self, quantizer: nn.Module, curriculum: Curriculum, *, channel_dim: int = 1,
+                 adaptive: AdaptiveWarmup | None = None):
+        """quantizer: a VectorQuantizer or a module with its methods. channel_dim: 1 for z (B, D, ...), -1 (B, ..., D).
+
+        TypeError: a quantizer without the methods. ValueError: channel_dim; adaptive without a warm-up to end.
+        """
+        super().__init__()
+        missing = [m for m in ("codebook", "set_codebook_", "latent", "lookup", "num_codes", "dim")
+                   if not hasattr(quantizer, m)]
+        if missing:
+            raise TypeError(f"{type(quantizer).__name__} lacks {', '.join(missing)}, which ProVQ needs of a quantizer")
+        if channel_dim not in (1, -1):
+            raise ValueError(f"channel_dim must be 1 (B, D, ...) or -1 (B, ..., D), got {channel_dim}")
+        if adaptive and adaptive.min_steps > curriculum.warmup_steps:
+            raise ValueError(f"adaptive min_steps {adaptive.min_steps} > warmup_steps {curriculum.warmup_steps}, "
+                             "which is its upper bound")
+        self.quantizer, self.adaptive, self.channel_dim = quantizer, adaptive, channel_dim
+        self._full_curriculum = curriculum
+        self.register_buffer("step", torch.tensor(0))
+        self.register_buffer("initialised", torch.tensor(False))
+        self.register_buffer("warmup_end", torch.tensor(curriculum.warmup_steps))
+        if adaptive:
+            self.register_buffer("best_score", torch.tensor(math.inf, dtype=torch.float64))
+            self.register_buffer("stale_checks", torch.tensor(0))
+        # 0-d tensors, not floats: torch.compile makes one graph per stage, not one per value of alpha.
+        self.register_buffer("_alpha", torch.tensor(0.0), persistent=False)
+        self.register_buffer("_omega", torch.tensor(0.0), persistent=False)
+        self._counts = torch.zeros(quantizer.num_codes, dtype=torch.int64)  # per rank: no buffer (see EMA above)
+        self._mirror()
+
+    def _mirror(self) -> None:
+        # Python copies of the state: forward must not synchronise with the device to know its stage.
+        self._step, self._initialised = int(self.step), bool(self.initialised)
+        self._curriculum = dataclasses.replace(self._full_curriculum, warmup_steps=int(self.warmup_end))
+        self._stage = self._curriculum.stage(self._step)
+        self._alpha.fill_(self._curriculum.alpha(self._step))
+        self._omega.fill_(self._curriculum.omega(self._step))
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._mirror()
+
+    @property
+    def curriculum(self) -> Curriculum:
+        """The curriculum in force: warmup_steps is the adaptive decision once there is one."""
+        return self._curriculum
+
+    @property
+    def stage(self) -> int:
+        return self._stage
+
+    @property
+    def alpha(self) -> float:
+        return self._curriculum.alpha(self._step)
+
+    @property
+    def omega(self) -> float:
+        return self._curriculum.omega(self._step)
+
+    @property
+    def num_codes(self) -> int:
+        return self.quantizer.num_codes
+
+    @property
+    def dim(self) -> int:
+        return self.quantizer.dim
+
+    @property
+    def codebook(self) -> Tensor:
+        """Effective codes (K, D), differentiable."""
+        return self.quantizer.codebook()
+
+    @property
+    def has_codebook(self) -> bool:
+        """Whether codes mean anything yet: initialised from data, or trained from the start (no warm-up)."""
+        return self._initialised or self._full_curriculum.warmup_steps == 0
+
+    @property
+    def needs_init(self) -> bool:
+        """Whether the warm-up has ended and `init_codebook` has not been called."""
+        return self._stage > 1 and not self.has_codebook
+
+    def set_step(self, step: int) -> None:
+        """Steps < step are done. Going forward also applies a pending EMA update (collective then).
+
+        TypeError: not an int. ValueError: negative.
+        """
+        if isinstance(step, bool) or not isinstance(step, int):
+            raise TypeError(f"step must be a Python int (a tensor would synchronise), got {type(step).__name__}")
+        if step < 0:
+            raise ValueError(f"step must be >= 0, got {step}")
+        if step > self._step and self._stage > 1 and hasattr(self.quantizer, "update_"):
+            self.quantizer.update_()
+        self._step = step
+        self._stage = self._curriculum.stage(step)
+        self.step.fill_(step)
+        self._alpha.fill_(self._curriculum.alpha(step))
+        self._omega.fill_(self._curriculum.omega(step))
+
+    def observe(self, score: float) -> bool:
+        """Report a validation score in stage 1; True if that ended the warm-up (see AdaptiveWarmup).
+
+        Collective: rank 0's score decides. RuntimeError: no AdaptiveWarmup given. ValueError: a non-finite score.
+        """
+        if self.adaptive is None:
+            raise RuntimeError("observe() needs ProVQ(..., adaptive=AdaptiveWarmup(...))")
+        score = float(_broadcast(torch.tensor(score, dtype=torch.float64, device=self.step.device)))
+        if not math.isfinite(score):
+            raise ValueError(f"the validation score must be finite, got {score}")
+        if self._stage != 1:
+            return False
+        signed = score if self.adaptive.mode == "min" else -score
+        if signed < float(self.best_score) - self.adaptive.min_delta:
+            self.best_score.fill_(signed)
+            self.stale_checks.zero_()
+        else:
+            self.stale_checks.add_(1)
+        ended = int(self.stale_checks) >= self.adaptive.patience and self._step >= self.adaptive.min_steps
+        if ended:
+            self.warmup_end.fill_(self._step)
+            self._mirror()
+        return ended
+
+    @torch.no_grad()
+    def init_codebook(
+        self, latents: Tensor | None, *, iters: int = 20, start: str = "kmeans++", seed: int = 0,
+        order: Tensor | None = None, optimizers: Sequence[torch.optim.Optimizer] = (),
+    ) -> dict[str, float]:
+        """Set the codes to the k-means centroids of latents (N_rank, D), valid tokens only. Once; collective.
+
+        None keeps the codes as they are (an ablation). optimizers: forget what they gathered about the codebook: zero
+        gradients of the warm-up have already advanced Adam's step count. Other arguments: see `kmeans`. Returns
+        inertia, iterations, tokens and empty (codes). RuntimeError: a second call. ValueError: see `kmeans`.
+        """
+        if self._initialised:
+            raise RuntimeError("init_codebook was called before: the codebook is initialised once")
+        info: dict[str, float] = {}
+        if latents is not None:
+            if latents.ndim != 2 or latents.shape[1] != self.dim:
+                raise ValueError(f"latents must be (N, D = {self.dim}), got {tuple(latents.shape)}")
+            result = kmeans(self.quantizer.latent(latents), self.num_codes, iters=iters, start=start, seed=seed,
+                            order=order, spherical=getattr(self.quantizer, "l2_norm", False))
+            self.quantizer.set_codebook_(result.centroids, result.counts)
+            info = {"inertia": result.inertia, "iterations": result.iterations, "tokens": int(result.counts.sum()),
+                    "empty": int((result.counts == 0).sum())}
+        for optimizer in optimizers:
+            for parameter in self.quantizer.parameters():
+                optimizer.state.pop(parameter, None)
+        self.initialised.fill_(True)
+        self._initialised = True
+        return info
+
+    def _flatten(self, z: Tensor, mask: Tensor | None) -> tuple[Tensor, tuple[int, ...]]:
+        """z -> its valid tokens (N, D) and its shape without channels."""
+        if not z.is_floating_point():
+            raise TypeError(f"latents must be floating point, got {z.dtype}")
+        if z.ndim < 2 or z.shape[self.channel_dim] != self.dim:
+            raise ValueError(f"latents need {self.dim} channels in dimension {self.channel_dim}, got {tuple(z.shape)}")
+        last = z.movedim(self.channel_dim, -1)
+        if mask is None:
+            return last.reshape(-1, self.dim), tuple(last.shape[:-1])
+        if mask.dtype != torch.bool or mask.shape != last.shape[:-1]:
+            raise ValueError(f"mask must be bool {tuple(last.shape[:-1])}, got {mask.dtype} {tuple(mask.shape)}")
+        return last[mask], tuple(last.shape[:-1])
+
+    def _restore(self, tokens: Tensor, shape: tuple[int, ...], mask: Tensor | None) -> Tensor:
+        if mask is not None:
+            full = tokens.new_zeros(*shape, self.dim)  # padding leaks nothing, not even a NaN
+            full[mask] = tokens
+            tokens = full
+        return tokens.reshape(*shape, self.dim).movedim(-1, self.channel_dim)
+
+    def _restore_indices(self, indices: Tensor, shape: tuple[int, ...], mask: Tensor | None) -> Tensor:
+        if mask is None:
+            return indices.reshape(shape)
+        full = indices.new_full(shape, -1)
+        full[mask] = indices
+        return full
+
+    def forward(self, z: Tensor, mask: Tensor | None = None) -> ProVQOutput:
+        """z (B, D, ...) or (B, ..., D) float; mask (B, ...) bool, True = valid. See ProVQOutput.
+
+        TypeError: z not floating point. ValueError: channels or mask shape. RuntimeError: training past the warm-up
+        without `init_codebook`.
+        """
+        tokens, shape = self._flatten(z, mask)
+        if self.training and self.needs_init:
+            raise RuntimeError(f"step {self._step} is past the warm-up: first call init_codebook(latents, ...)")
+        continuous = self._stage == 1 if self.training else not self.has_codebook
+        if continuous or not len(tokens):
+            # 0 x every parameter: DistributedDataParallel sees the codebook used, without find_unused_parameters.
+            loss = sum((0.0 * p.float().sum() for p in self.quantizer.parameters() if p.requires_grad),
+                       torch.zeros((), device=z.device))
+            quantized = self._restore(self.quantizer.latent(tokens).to(z.dtype), shape, mask)
+            indices = None if continuous else torch.full(shape, -1, dtype=torch.int64, device=z.device)
+            return ProVQOutput(quantized, indices, loss, {})
+
+        out = self.quantizer(tokens)
+        mixed, loss = out.codes, torch.stack([v.float() for v in out.losses.values()]).sum()
+        if self.training:
+            if self._stage == 2:
+                mixed = self._alpha * self.quantizer.latent(tokens) + (1.0 - self._alpha) * out.codes  # Eq. 2
+                loss = self._omega * loss  # Eq. 4
+            if not _recomputing():
+                if self._counts.device != out.indices.device:
+                    self._counts = self._counts.to(out.indices.device)
+                self._counts.index_add_(0, out.indices, torch.ones_like(out.indices))
+        return ProVQOutput(
+            quantized=self._restore(mixed.to(z.dtype), shape, mask),
+            indices=self._restore_indices(out.indices, shape, mask),
+            loss=loss,
+            losses={name: value.detach() for name, value in out.losses.items()},
+        )
+
+    @torch.no_grad()
+    def encode(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Codes of z: int64, z's shape without channels, -1 where masked. RuntimeError: there is no codebook yet."""
+        if not self.has_codebook:
+            raise RuntimeError("encode() before init_codebook(): the warm-up has not ended, there are no codes yet")
+        tokens, shape = self._flatten(z, mask)
+        return self._restore_indices(nearest_code(self.quantizer.latent(tokens), self.codebook), shape, mask)
+
+    def decode(self, indices: Tensor) -> Tensor:
+        """Codes of int64 indices (B, ...) in z's layout; 0 where an index is negative (masked)."""
+        codes = self.quantizer.lookup(indices.clamp_min(0))
+        return torch.where((indices >= 0)[..., None], codes, 0.0).movedim(-1, self.channel_dim)
+
+    @torch.no_grad()
+    def pop_counts(self) -> Tensor:
+        """This rank's code counts (K,) int64 of the training forwards since the last call, and start over."""
+        counts, self._counts = self._counts, torch.zeros_like(self._counts)
+        return counts
+
+    def usage(self) -> dict[str, Any]:
+        """usage, perplexity and counts (K,) of all ranks' training forwards since the last call. Collective."""
+        counts = _all_reduce(self.pop_counts().to(self.step.device))
+        return {**code_statistics(counts), "counts": counts}
+
+    def extra_repr(self) -> str:
+        return f"{self._full_curriculum}, {self.adaptive}, channel_dim={self.channel_dim}"

@@ -1,0 +1,199 @@
+"""Checkpoints that survive a kill at any moment, hold only data, and are checked when they are read.
+
+A file appears under its final name only when all of its bytes are on disk, so every numbered file is complete unless
+the disk itself failed. Files hold tensors and Python primitives: nothing is executed by loading one.
+"""
+
+import argparse
+import os
+import pickle
+import re
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from tokenizer.runtime import distributed
+
+# LlamaGen checkpoints carry their command line as a Namespace: a bag of attributes that runs no code when it is built.
+# (Registered for the process: the scoped form, safe_globals, does not exist in torch 2.4.)
+torch.serialization.add_safe_globals([argparse.Namespace])
+
+_NUMBERED = re.compile(r"(\d{7,})\.pt")
+_PRIMITIVES = (int, float, bool, str, type(None))
+_TENSORS = (torch.Tensor, torch.nn.Parameter)
+
+
+def atomic_write(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
+    """Create or replace `path` with what write(file) writes; a reader sees the old bytes or all of the new ones.
+
+    The temporary file `.NAME.tmp` is in the same folder (a rename is atomic only within one file system).
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def atomic_write_text(path: str | Path, text: str) -> None:
+    """`atomic_write` of UTF-8 text."""
+    atomic_write(path, lambda file: file.write(text.encode("utf-8")))
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename or a new name in this folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def load_file(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
+    """Read one checkpoint: ours, or a LlamaGen .pt. Executes nothing from the file.
+
+    Raises FileNotFoundError, and ValueError naming the file when it is truncated, damaged or no torch.save file, holds
+    objects other than tensors, primitives and argparse.Namespace, or holds something other than a dict.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    if not zipfile.is_zipfile(path):  # the archive's directory is at its end, so this also finds truncation
+        raise ValueError(f"{path}: truncated, or not a file of torch.save (torch >= 1.6)")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load does not compare checksums
+        if damaged is not None:
+            raise ValueError(f"{path}: damaged, the checksum of {damaged} is wrong")
+        state = torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        untrusted = re.search(r"GLOBAL (\S+)", str(error))  # the rest of torch's message advises to load it anyway
+        reason = f"refused, it refers to {untrusted[1]}" if untrusted else "refused, its pickle is not a plain one"
+        raise ValueError(f"{path}: {reason}; a checkpoint holds tensors and primitives only") from error
+    except (RuntimeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: damaged, or not a checkpoint ({error})") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: holds a {type(state).__name__}, a checkpoint is a dict")
+    return state
+
+
+class Checkpointer:
+    """Numbered checkpoints of one run, `FOLDER/0000400.pt` meaning "the steps below 400 are done".
+
+    keep_last: how many numbered files stay on disk; files saved by name stay always.
+
+    `save`, `save_named` and `load_latest` are collective: call them on every rank.
+    """
+
+    def __init__(self, folder: str | Path, keep_last: int = 2) -> None:
+        if keep_last < 1:
+            raise ValueError(f"keep_last {keep_last}: at least one checkpoint has to stay on disk")
+        self.folder = Path(folder)
+        self.keep_last = keep_last
+
+    def steps(self) -> list[int]:
+        """Steps of the numbered files on disk, ascending."""
+        if not self.folder.is_dir():
+            return []
+        matches = (_NUMBERED.fullmatch(path.name) for path in self.folder.iterdir())
+        return sorted(int(match[1]) for match in matches if match)
+
+    def save(self, step: int, state: dict[str, Any]) -> Path:
+        """Write the numbered file, then remove those beyond keep_last. Rank 0's state is what is written.
+
+        Raises TypeError, naming the entry, for anything but tensors, primitives, dicts, lists and tuples; on the
+        other ranks RuntimeError when rank 0 could not write.
+        """
+        path = self._numbered(step)
+        self._write(path, state, prune_to=step)
+        return path
+
+    def save_named(self, name: str, state: dict[str, Any]) -> Path:
+        """Write `FOLDER/name.pt`, for example "best". Same guarantees and errors as `save`; never removed."""
+        assert re.fullmatch(r"[a-z][a-z0-9_-]*", name), f"checkpoint name {name!r}: use lower-case letters and digits"
+        path = self.folder / f"{name}.pt"
+        self._write(path, state, prune_to=None)
+        return path
+
+    def load_latest(self, map_location: str | torch.device = "cpu") -> dict[str, Any] | None:
+        """State of the newest readable numbered file; None when there is no file.
+
+        An unreadable file is skipped with a message. Raises RuntimeError when files exist and none can be read
+        (starting over would overwrite the run), or when the ranks do not find the same file.
+        """
+        steps = self.steps()
+        state, found = None, -1
+        for step in reversed(steps):
+            try:
+                state, found = load_file(self._numbered(step), map_location), step
+                break
+            except ValueError as error:
+                distributed.print0(f"skipping a checkpoint that cannot be read: {error}")
+        if steps and state is None:
+            found = -2
+        # The ranks agree before anyone raises: one that left alone would keep the others waiting.
+        lowest = int(distributed.all_reduce_(torch.tensor(found), op="min"))
+        highest = int(distributed.all_reduce_(torch.tensor(found), op="max"))
+        if lowest == highest == -2:
+            raise RuntimeError(
+                f"{self.folder}: none of the {len(steps)} checkpoint(s) can be read; "
+                "move them away to start this run from the beginning"
+            )
+        if lowest != highest:
+            raise RuntimeError(
+                f"{self.folder}: ranks found different checkpoints (rank {distributed.rank()}: step {found}); "
+                "every node needs the same folder, on a shared file system"
+            )
+        return state
+
+    def _numbered(self, step: int) -> Path:
+        return self.folder / f"{step:07d}.pt"
+
+    def _write(self, path: Path, state: dict[str, Any], prune_to: int | None) -> None:
+        failed = True
+        try:
+            if distributed.is_main():
+                _check_plain(state, "state")
+                self.folder.mkdir(parents=True, exist_ok=True)
+                for stale in self.folder.glob(".*.tmp"):  # left by a killed process
+                    stale.unlink()
+                atomic_write(path, lambda file: torch.save(state, file))
+                if prune_to is not None:
+                    self._prune(prune_to)
+            failed = False
+        finally:
+            any_failed = distributed.any_rank(failed)  # doubles as the barrier: afterwards every rank sees the file
+        if any_failed:
+            raise RuntimeError(f"{path}: rank 0 could not write this checkpoint; its own error says why")
+
+    def _prune(self, step: int) -> None:
+        # Newer files do not count: they were unreadable when this run resumed, and must not displace readable ones.
+        older = [other for other in self.steps() if other <= step]
+        for other in older[: -self.keep_last]:
+            self._numbered(other).unlink()
+
+
+def _check_plain(value: object, where: str) -> None:
+    """Raise TypeError for an entry that torch.load(weights_only=True) would refuse: found now, not at the resume."""
+    kind = type(value)
+    if kind in _PRIMITIVES or kind in _TENSORS:
+        return
+    if isinstance(value, dict) and kind in (dict, OrderedDict):
+        for key, item in value.items():
+            _check_plain(key, f"key {key!r} of {where}")
+            _check_plain(item, f"{where}[{key!r}]")
+    elif isinstance(value, (list, tuple)) and kind in (list, tuple):
+        for index, item in enumerate(value):
+            _check_plain(item, f"{where}[{index}]")
+    else:
+        raise TypeError(f"{where} is a {kind.__module__}.{kind.__name__}: checkpoints hold tensors and primitives only")

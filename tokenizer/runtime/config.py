@@ -1,0 +1,279 @@
+"""One frozen dataclass <-> command line <-> JSON.
+
+    @dataclass(frozen=True)
+    class TrainConfig:
+        run_dir: str = arg(REQUIRED, "folder for checkpoints and metrics")
+        quantizer: str = arg("vq", "nearest-code rule", choices=("vq", "simvq"))
+        lr: float = arg(1e-4, "learning rate of Adam")
+        compile: bool = arg(False, "use torch.compile")
+        max_images: int | None = arg(None, "images per epoch; none for all")
+
+    cfg = parse(TrainConfig)   # --run-dir runs/a --lr 2e-4 --compile --max-images none
+
+A field is a bool, int, float or str, one of these or None, or a tuple[int, ...] (a flag with several words). The
+JSON keys are the field names; the flags are the field names with hyphens.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import math
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from tokenizer.runtime.checkpoint import atomic_write_text
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
+
+REQUIRED: Final = object()  # the default of a field that the user has to give
+
+_WORDS = {bool: "true or false", int: "an integer", float: "a finite number", str: "a string"}
+
+
+def arg(default: Any, help: str, *, choices: Sequence[Any] | None = None) -> Any:
+    """A dataclass field with its help text and, optionally, the values that it may take."""
+    metadata = {"help": help, "choices": tuple(choices) if choices is not None else None}
+    if default is REQUIRED:
+        return dataclasses.field(kw_only=True, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def parse(
+    cls: type[Config],
+    argv: Sequence[str] | None = None,
+    *,
+    presets: Mapping[str, Mapping[str, Any]] | None = None,
+    pick_preset: Callable[[dict[str, Any]], str] | None = None,
+    description: str = "",
+    prog: str | None = None,
+) -> Config:
+    """The configuration that a command line asks for: field defaults < preset < --config FILE.json < explicit flags.
+
+    argv:         words after the program's name; None for those of this process
+    presets:      name -> {field: value}
+    pick_preset:  gets what the user gave explicitly (file and flags) and returns the name of the preset to apply
+
+    User mistakes end the program with status 2 and a message that names the flag or key, the value, and the nearest
+    valid name. So does a ValueError from the dataclass's __post_init__.
+    """
+    assert (presets is None) == (pick_preset is None), "presets and pick_preset come together"
+    flags = _flags(cls)
+    parser = _build_parser(flags, presets or {}, description, prog)
+    namespace, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(_unknown_words(unknown, flags))
+    given = dict(vars(namespace))
+    path = given.pop("config", None)
+    given = {name: tuple(value) if flags[name].several else value for name, value in given.items()}
+    try:
+        from_file = _checked(flags, load(path), str(path)) if path is not None else {}
+        explicit = {**from_file, **given}
+        preset: dict[str, Any] = {}
+        if presets is not None and pick_preset is not None:
+            name = pick_preset(dict(explicit))
+            if name not in presets:
+                raise ValueError(f"unknown preset {name!r}{_nearest(name, presets)}; there are: {', '.join(presets)}")
+            preset = _checked(flags, presets[name], f"preset {name}")
+        values = {**preset, **explicit}
+        for name, flag in flags.items():
+            if flag.default is REQUIRED and name not in values:
+                raise ValueError(f"{flag.option} is required: {flag.help}")
+        return cls(**values)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def from_dict(cls: type[Config], values: Mapping[str, Any], source: str) -> Config:
+    """Rebuild a configuration, such as a checkpoint's. ValueError, starting with source, for a wrong key or value."""
+    flags = _flags(cls)
+    checked = _checked(flags, values, source)
+    missing = [name for name, flag in flags.items() if flag.default is REQUIRED and name not in checked]
+    if missing:
+        raise ValueError(f"{source}: no value for {', '.join(missing)}")
+    return cls(**checked)
+
+
+def to_dict(cfg: "DataclassInstance") -> dict[str, Any]:
+    """Field name -> primitive (tuples become lists), as in the JSON file and in checkpoints."""
+    values = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def save(cfg: "DataclassInstance", path: str | Path) -> None:
+    """Write the configuration as JSON, atomically; `--config` and `load` read it back."""
+    atomic_write_text(path, json.dumps(to_dict(cfg), indent=2, allow_nan=False) + "\n")
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """Read a JSON object. ValueError naming the file, and the line where it is not JSON."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: no such file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: holds a {type(values).__name__}, a configuration is an object {{...}}")
+    return values
+
+
+def diff(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(key, old value, new value) where they differ, in the order of new; an absent key counts as None."""
+    keys = [*new, *(key for key in old if key not in new)]
+    return [(key, old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flag:
+    """What one dataclass field accepts, from text and from JSON."""
+
+    name: str
+    kind: type  # bool, int, float or str
+    optional: bool  # may be None
+    several: bool  # is a tuple of `kind`
+    choices: tuple[Any, ...] | None
+    default: Any
+    help: str
+
+    @property
+    def option(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    def check(self, value: Any) -> Any:
+        """The value as the field's type. ValueError saying what was expected."""
+        if not self.several:
+            return self._check_one(value)
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{value!r} is not a list")
+        return tuple(self._check_one(item) for item in value)
+
+    def _check_one(self, value: Any) -> Any:
+        if value is None and self.optional:
+            return None
+        if self.kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not self.kind or (isinstance(value, float) and not math.isfinite(value)):
+            raise ValueError(f"{value!r} is not {_WORDS[self.kind]}")
+        if self.choices is not None and value not in self.choices:
+            valid = ", ".join(map(str, self.choices))
+            raise ValueError(f"{value!r} is not one of {valid}{_nearest(str(value), map(str, self.choices))}")
+        return value
+
+    def read(self, text: str) -> Any:
+        """One word of the command line. argparse puts the flag's name in front of the message."""
+        try:
+            if self.optional and text.lower() == "none":
+                return None
+            try:
+                value = self.kind(text)
+            except ValueError as error:
+                raise ValueError(f"{text!r} is not {_WORDS[self.kind]}") from error
+            return self._check_one(value)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _flags(cls: type["DataclassInstance"]) -> dict[str, _Flag]:
+    hints = typing.get_type_hints(cls)
+    return {field.name: _flag(field, hints[field.name]) for field in dataclasses.fields(cls)}
+
+
+def _flag(field: "dataclasses.Field[Any]", hint: Any) -> _Flag:
+    optional = several = False
+    kind = hint
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        members = [member for member in typing.get_args(kind) if member is not type(None)]
+        optional = len(members) < len(typing.get_args(kind))
+        kind = members[0] if len(members) == 1 else None
+    elif typing.get_origin(kind) is tuple and typing.get_args(kind)[1:] == (...,):
+        several, kind = True, typing.get_args(kind)[0]
+    if kind not in _WORDS or (several and kind is bool) or field.name == "config" or "help" not in field.metadata:
+        raise TypeError(f"config field {field.name}: {hint} without arg(), of an unsupported type, or called config")
+    return _Flag(
+        name=field.name,
+        kind=kind,
+        optional=optional,
+        several=several,
+        choices=field.metadata["choices"],
+        default=REQUIRED if field.default is dataclasses.MISSING else field.default,
+        help=field.metadata["help"],
+    )
+
+
+def _checked(flags: Mapping[str, _Flag], values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    checked = {}
+    for name, value in values.items():
+        if name not in flags:
+            raise ValueError(f"{source}: unknown key {name!r}{_nearest(name, flags)}")
+        try:
+            checked[name] = flags[name].check(value)
+        except ValueError as error:
+            raise ValueError(f"{source}: {name}: {error}") from error
+    return checked
+
+
+def _build_parser(
+    flags: Mapping[str, _Flag], presets: Mapping[str, Mapping[str, Any]], description: str, prog: str | None
+) -> argparse.ArgumentParser:
+    lines = [f"  {name}: {' '.join(f'{k}={v}' for k, v in values.items())}" for name, values in presets.items()]
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        usage="%(prog)s [--config FILE.json] [--flag value ...]   (--help lists the flags)",
+        description=description,
+        epilog="\n".join(["presets:", *lines]) if presets else None,
+        # One line per flag, however long: the terminal wraps it, and grep finds flag, help and default together.
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=48, width=1000),
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,  # only what the user gave explicitly ends up in the namespace
+    )
+    parser.add_argument("--config", metavar="FILE.json", help="values by field name; explicit flags override them")
+    for flag in flags.values():
+        help_text = f"{flag.help} ({_default_text(flag)})".replace("%", "%%")
+        if flag.kind is bool:
+            action = parser.add_argument(flag.option, dest=flag.name, action=argparse.BooleanOptionalAction)
+            action.help = help_text  # set afterwards: some Python versions append a default of their own
+            continue
+        metavar = "{" + ",".join(map(str, flag.choices)) + "}" if flag.choices is not None else flag.kind.__name__
+        parser.add_argument(
+            flag.option,
+            dest=flag.name,
+            type=flag.read,
+            nargs="+" if flag.several else None,
+            metavar=metavar.upper() if flag.choices is None else metavar,
+            help=help_text,
+        )
+    return parser
+
+
+def _default_text(flag: _Flag) -> str:
+    if flag.default is REQUIRED:
+        return "required"
+    if flag.default is None:
+        return "default: none"
+    if flag.several:
+        return f"default: {' '.join(map(str, flag.default))}"
+    return f"default: {flag.default if flag.default != '' else repr('')}"
+
+
+def _unknown_words(words: Sequence[str], flags: Mapping[str, _Flag]) -> str:
+    valid = ["--config", "--help", *(flag.option for flag in flags.values())]
+    valid += [f"--no-{flag.option[2:]}" for flag in flags.values() if flag.kind is bool]
+    for word in words:
+        if word.startswith("--"):
+            name = word.partition("=")[0]
+            return f"unknown flag {name}{_nearest(name, valid)}"
+    return f"unexpected {words[0]!r}: every value follows its --flag"
+
+
+def _nearest(name: str, valid: Iterable[str]) -> str:
+    match = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"; did you mean {match[0]}?" if match else ""

@@ -1,0 +1,146 @@
+"""Process groups and collectives that cost nothing on one process.
+
+Every function works under `torchrun` (gloo on CPU, nccl on CUDA) and under plain `python`, where no process group
+exists and a collective is the identity. The world size is asked for on every call and never cached: a module that was
+imported before `init()` sees the group as soon as it exists.
+
+An exception on one rank must not leave the others waiting: torchrun ends the remaining ranks when one exits, so let
+exceptions propagate and call `finalize()` on the normal way out only. `TIMEOUT` bounds every wait that is left.
+"""
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Longer than rank 0 needs to write a checkpoint to slow storage, short enough to notice a lost node the same hour.
+TIMEOUT = timedelta(minutes=10)
+
+_REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+_TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+
+
+def init(device: str = "auto") -> torch.device:
+    """Pick this process's device and, under torchrun, join the process group.
+
+    device: "auto" (CUDA when visible, else CPU), "cpu", "cuda" or "mps"; a numbered device such as "cuda:1" only
+    without torchrun, which numbers the devices itself through LOCAL_RANK.
+
+    Raises ValueError for a device that this machine does not have, and for an incomplete torchrun environment.
+    """
+    launched = [name for name in _TORCHRUN_VARIABLES if name in os.environ]
+    if launched and len(launched) < len(_TORCHRUN_VARIABLES):
+        missing = [name for name in _TORCHRUN_VARIABLES if name not in launched]
+        raise ValueError(
+            f"the environment sets {', '.join(launched)} but not {', '.join(missing)}: "
+            "launch with torchrun, which sets all of them, or unset them to run on one process"
+        )
+    chosen = _resolve_device(device, int(os.environ["LOCAL_RANK"]) if launched else None)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if launched and not dist.is_initialized():
+        # CUDA runs get gloo beside nccl: agreeing on a host flag every step must not wait for the GPU's queue.
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    return chosen
+
+
+def _resolve_device(device: str, local_rank: int | None) -> torch.device:
+    """`local_rank` is None without torchrun. Raises ValueError naming --device."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"--device {device}: not a device; use auto, cpu, cuda or mps") from error
+    if chosen.type == "cpu":
+        return torch.device("cpu")
+    if chosen.type == "mps":
+        if local_rank is not None:
+            raise ValueError("--device mps: torchrun is not supported on MPS; run plain python, or use --device cpu")
+        if not torch.backends.mps.is_available():
+            raise ValueError("--device mps: this machine has no MPS device; use --device cpu")
+        return chosen
+    if chosen.type != "cuda":
+        raise ValueError(f"--device {device}: not supported; use auto, cpu, cuda or mps")
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0:
+        raise ValueError(f"--device {device}: no CUDA device is visible; use --device cpu")
+    if local_rank is not None and chosen.index is not None:
+        raise ValueError(f"--device {device}: torchrun numbers the devices itself; use --device cuda")
+    index = local_rank if local_rank is not None else (chosen.index or 0)
+    if index >= count:
+        asked = f"LOCAL_RANK {index}" if local_rank is not None else f"--device {device}"
+        raise ValueError(f"{asked}: only {count} CUDA device(s) visible; launch at most {count} process(es) per node")
+    return torch.device("cuda", index)
+
+
+def finalize() -> None:
+    """Leave the process group. For the normal end of a program; after an exception just let the process exit."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _grouped() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    return dist.get_rank() if _grouped() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if _grouped() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def print0(*args: Any, **kwargs: Any) -> None:
+    """`print` on rank 0 only, flushed so that lines of a redirected log appear when they happen."""
+    if is_main():
+        print(*args, **{"flush": True, **kwargs})
+
+
+def barrier() -> None:
+    """Wait on the host until every rank is here. Does not wait for work queued on a GPU."""
+    any_rank(False)
+
+
+def all_reduce_(tensor: Tensor, op: str = "sum") -> Tensor:
+    """Reduce in place over ranks and return the same tensor; op is "sum", "max" or "min". Same shape on every rank."""
+    assert op in _REDUCE_OPS, f"op {op!r}: use one of {', '.join(_REDUCE_OPS)}"
+    assert tensor.is_contiguous(), f"all_reduce_ needs a contiguous tensor, got strides {tensor.stride()}"
+    if world_size() > 1:
+        with torch.no_grad():
+            dist.all_reduce(tensor, op=_REDUCE_OPS[op])
+    return tensor
+
+
+def broadcast_(tensor: Tensor, src: int = 0) -> Tensor:
+    """Overwrite the tensor in place with rank src's values and return it. Same shape and dtype on every rank."""
+    assert tensor.is_contiguous(), f"broadcast_ needs a contiguous tensor, got strides {tensor.stride()}"
+    if world_size() > 1:
+        with torch.no_grad():
+            dist.broadcast(tensor, src=src)
+    return tensor
+
+
+def gather_stack(tensor: Tensor) -> Tensor:
+    """Every rank's tensor, detached, as a new (world, *tensor.shape) on every rank. Same shape and dtype on each."""
+    tensor = tensor.detach().contiguous()
+    parts = [tensor]
+    if world_size() > 1:
+        parts = [torch.empty_like(tensor) for _ in range(world_size())]
+        dist.all_gather(parts, tensor)
+    return torch.stack(parts)  # (W, ...)
+
+
+def any_rank(flag: bool) -> bool:
+    """True on every rank when the flag is true on at least one."""
+    return bool(all_reduce_(torch.tensor(int(flag)), op="max").item())
