@@ -22,6 +22,7 @@ PACKAGES = ("tokenizer", "autoregressive", "protein", "synthetic", "evaluations"
 FOLDERS = (*PACKAGES, "scripts", "tests")
 MAX_LINES = 600
 PROVQ = Path("tokenizer/provq.py")
+LONGER = {PROVQ: 900}  # one file on purpose: it is copied into other projects by itself
 GUARD = "if not __package__:\n    sys.path[0] = str(Path(__file__).resolve().parents[{depth}])"
 
 
@@ -111,7 +112,7 @@ def check_provq_stands_alone(root):
 
 
 def check_entry_guard(root):
-    files = python_files(root)
+    files = python_files(root, (*PACKAGES, "scripts"))  # tests start their own helpers with the path set
     for path, tree in files.items():
         ours = [line for line, name in imported_names(tree) if name.split(".")[0] in PACKAGES]
         if not is_entry(tree) or not ours:
@@ -153,8 +154,9 @@ def check_length(root):
     shells = [p.relative_to(root) for p in sorted((root / "scripts").rglob("*.sh"))]
     for path in (*python_files(root), *shells):
         lines = len((root / path).read_text(encoding="utf-8").splitlines())
-        if lines > MAX_LINES:
-            yield f"{path}:{MAX_LINES + 1}: {lines} lines; split the file (at most {MAX_LINES})"
+        limit = LONGER.get(path, MAX_LINES)
+        if lines > limit:
+            yield f"{path}:{limit + 1}: {lines} lines; split the file (at most {limit})"
 
 
 def config_fields(tree):

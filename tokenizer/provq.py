@@ -160,7 +160,7 @@ def _search_blocks(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     x, codes = x - centre, codes - centre
     sq = codes.square().sum(1)
     rows = max(1, (CPU_SEARCH_ELEMENTS if x.device.type == "cpu" else GPU_SEARCH_ELEMENTS) // max(1, len(codes)))
-    found = [torch.addmm(sq, part, codes.t(), alpha=-2.0).min(1) for part in x.split(rows)]
+    found = [torch.addmm(sq, part, codes.t(), alpha=-2.0).min(1) for part in torch.split(x, rows)]
     value, index = torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found])
     return (value + x.square().sum(1)).clamp_min_(0.0), index
 
@@ -270,7 +270,7 @@ def _assign(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sums (K, D) and counts (K,) float64 over all ranks; this rank's squared distances (N_rank,) float32."""
     stats = torch.zeros(len(centroids), x.shape[1] + 1, dtype=torch.float64, device=x.device)
     far = []
-    for part in x.split(2**16):  # bounds the float64 copy of the tokens
+    for part in torch.split(x, 2**16):  # bounds the float64 copy of the tokens
         distance, index = _search(part, centroids)
         stats.index_add_(0, index, F.pad(part.double(), (0, 1), value=1.0))
         far.append(distance)
@@ -310,7 +310,7 @@ def mean_pairwise_distance(codebook: Tensor) -> float:
     codes, total = codebook.detach().float(), 0.0
     if len(codes) < 2:
         return 0.0
-    for part in codes.split(max(1, 2**22 // len(codes))):  # without the matmul shortcut: exact for near pairs
+    for part in torch.split(codes, max(1, 2**22 // len(codes))):  # without the matmul shortcut: exact for near pairs
         total += torch.cdist(part, codes, compute_mode="donot_use_mm_for_euclid_dist").sum(dtype=torch.float64).item()
     return total / (len(codes) * (len(codes) - 1))
 
@@ -452,6 +452,8 @@ class LinearVectorQuantizer(VectorQuantizer):
     `set_codebook_` (map reset to the identity, so the codes start as the centroids) and then stays.
     """
 
+    table: Tensor  # (K, D)
+
     def _init_table(self) -> None:
         # A buffer: low-precision optimizers keep a float32 master of every Parameter and write it back, frozen or not.
         self.register_buffer("table", torch.randn(self.num_codes, self.dim) / math.sqrt(self.dim))
@@ -476,6 +478,10 @@ class EMAVectorQuantizer(VectorQuantizer):
     Laplace-smoothed by eps. restart_below > 0: a code whose running count is under that fraction of the mean count
     restarts at a random latent of the last batch (Jukebox; relative, so that it does not depend on the batch size).
     """
+
+    codes: Tensor  # (K, D)
+    ema_sums: Tensor  # (K, D)
+    ema_counts: Tensor  # (K,)
 
     def __init__(self, num_codes: int, dim: int, *, decay: float = 0.99, eps: float = 1e-5, restart_below: float = 0.0,
                  **options: Any):
@@ -572,6 +578,15 @@ class ProVQ(nn.Module):
     after the optimizer's. The state dict adds step, initialised, warmup_end and (adaptive) best_score, stale_checks.
     """
 
+    quantizer: Any  # typed by its methods
+    step: Tensor  # int64 []: optimizer steps done
+    initialised: Tensor  # bool []: init_codebook was called
+    warmup_end: Tensor  # int64 []: first step of stage 2
+    best_score: Tensor  # float64 []
+    stale_checks: Tensor  # int64 []
+    _alpha: Tensor
+    _omega: Tensor
+
     def __init__(self, quantizer: nn.Module, curriculum: Curriculum, *, channel_dim: int = 1,
                  adaptive: AdaptiveWarmup | None = None):
         """quantizer: a VectorQuantizer or a module with its methods. channel_dim: 1 for z (B, D, ...), -1 (B, ..., D).
@@ -599,7 +614,7 @@ class ProVQ(nn.Module):
         # 0-d tensors, not floats: torch.compile makes one graph per stage, not one per value of alpha.
         self.register_buffer("_alpha", torch.tensor(0.0), persistent=False)
         self.register_buffer("_omega", torch.tensor(0.0), persistent=False)
-        self._counts = torch.zeros(quantizer.num_codes, dtype=torch.int64)  # per rank: no buffer (see EMA above)
+        self._counts = torch.zeros(self.quantizer.num_codes, dtype=torch.int64)  # per rank: no buffer (see EMA above)
         self._mirror()
 
     def _mirror(self) -> None:
