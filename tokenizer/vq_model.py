@@ -1,0 +1,340 @@
+"""Convolutional VQ autoencoders (VQ-4, VQ-8, VQ-16) around a ProVQ quantizer.
+
+The paper (Sec. 4.1) keeps the tokenizer of its image baseline, LlamaGen, and changes the quantizer only. VQ-8 and VQ-16
+below follow that architecture down to the state-dict keys, so weights move between the two code bases (pretrained.py).
+VQ-4 is this project's own small model for 28..64 pixel images: the same blocks at widths that train on a CPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tokenizer.provq import QUANTIZERS, AdaptiveWarmup, Curriculum, ProVQ, ProVQOutput, VectorQuantizer, make_quantizer
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Numbers that fix encoder and decoder. Tuples hold one entry per resolution, finest (image) to coarsest (latent).
+
+    Every width, channels * mult, must divide into 32 normalisation groups; a resolution without residual blocks cannot
+    change the width.
+    """
+
+    channels: int                     # width that channel_mult multiplies
+    channel_mult: tuple[int, ...]     # len - 1 halvings
+    encoder_blocks: tuple[int, ...]   # residual blocks
+    decoder_blocks: tuple[int, ...]
+    z_channels: int                   # width between encoder/decoder and the two 1x1 convolutions around the quantizer
+
+    @property
+    def widths(self) -> list[int]:
+        return [self.channels * mult for mult in self.channel_mult]
+
+    @property
+    def downsample(self) -> int:
+        """Image pixels per latent cell along one side."""
+        return 2 ** (len(self.channel_mult) - 1)
+
+
+ARCHITECTURES = {  # VQ-8 and VQ-16 are LlamaGen's: 70.1 M and 71.9 M parameters with a 16384 x 8 codebook
+    # No residual block at full resolution: they would take most of the time and gain nothing (CIFAR-10, PSNR).
+    "VQ-4": Architecture(32, (1, 1, 2), encoder_blocks=(0, 2, 2), decoder_blocks=(0, 2, 2), z_channels=64),
+    "VQ-8": Architecture(128, (1, 2, 2, 4), encoder_blocks=(2,) * 4, decoder_blocks=(3,) * 4, z_channels=256),
+    "VQ-16": Architecture(128, (1, 1, 2, 2, 4), encoder_blocks=(2,) * 5, decoder_blocks=(3,) * 5, z_channels=256),
+}
+
+
+@dataclass(frozen=True)
+class VQModelConfig:
+    """Everything needed to rebuild a tokenizer's modules; the curriculum belongs to training and is passed separately.
+
+    Raises ValueError for unknown names and for sizes that are not positive.
+    """
+
+    vq_model: str = "VQ-16"             # key of ARCHITECTURES
+    image_channels: int = 3             # image channels, input and output
+    image_size: int = 256               # side in pixels that it is trained at; it runs at any multiple of its factor
+    codebook_size: int = 16384          # K, codes
+    codebook_embed_dim: int = 8         # D, channels of one code
+    quantizer: str = "vq"               # key of provq.QUANTIZERS
+    codebook_l2_norm: bool = False      # compare and return unit vectors
+    commit_loss_beta: float = 0.25      # weight of the commitment term
+    rotation: bool = False              # rotation-trick gradient instead of straight-through
+    codebook_ema_decay: float = 0.99    # "ema" only: decay of the running means per optimizer step
+    codebook_restart_below: float = 0.0 # "ema" only: restart codes under this fraction of the mean count; 0 = never
+    dropout_p: float = 0.0              # dropout inside residual blocks
+
+    def __post_init__(self) -> None:
+        if self.vq_model not in ARCHITECTURES:
+            raise ValueError(f"vq_model={self.vq_model!r} is unknown; choose one of {', '.join(ARCHITECTURES)}")
+        if self.quantizer not in QUANTIZERS:
+            raise ValueError(f"quantizer={self.quantizer!r} is unknown; choose one of {', '.join(QUANTIZERS)}")
+        for name in ("image_channels", "image_size", "codebook_size", "codebook_embed_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("codebook_ema_decay", "codebook_restart_below"):
+            value = getattr(self, name)
+            if self.quantizer != "ema" and value != getattr(type(self), name):
+                raise ValueError(f"{name}={value} has an effect with quantizer='ema' only, got {self.quantizer!r}")
+        if not 0.0 <= self.dropout_p < 1.0:
+            raise ValueError(f"dropout_p={self.dropout_p} must lie in [0, 1)")
+
+    @classmethod
+    def from_dict(cls, values: dict) -> VQModelConfig:
+        """Pick this class's fields out of a larger configuration (a training config names them alike).
+
+        Raises ValueError naming the absent fields: a default could differ from what the weights were made with.
+        """
+        names = [f.name for f in fields(cls)]
+        missing = [name for name in names if name not in values]
+        if missing:
+            raise ValueError(f"tokenizer configuration lacks {', '.join(missing)}")
+        return cls(**{name: values[name] for name in names})
+
+    def to_dict(self) -> dict[str, str | int | float | bool]:
+        """JSON-ready primitives; inverse of from_dict."""
+        return asdict(self)
+
+
+def _conv3(in_channels: int, out_channels: int) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    """Pre-activation residual block, (B, in, h, w) -> (B, out, h, w)."""
+
+    def __init__(self, in_channels: int, out_channels: int, dropout_p: float):
+        super().__init__()
+        self.norm1 = _norm(in_channels)
+        self.conv1 = _conv3(in_channels, out_channels)
+        self.norm2 = _norm(out_channels)
+        self.dropout = nn.Dropout(dropout_p)
+        self.conv2 = _conv3(out_channels, out_channels)
+        self.nin_shortcut: nn.Module = nn.Identity()  # holds no weights: the identity adds no state-dict key
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))                # (B, out, h, w)
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))  # (B, out, h, w)
+        return self.nin_shortcut(x) + h
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over all h*w positions with a residual connection, shape preserving."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = _norm(channels)
+        self.q = nn.Conv2d(channels, channels, kernel_size=1)
+        self.k = nn.Conv2d(channels, channels, kernel_size=1)
+        self.v = nn.Conv2d(channels, channels, kernel_size=1)
+        self.proj_out = nn.Conv2d(channels, channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        tokens = [conv(h).flatten(2).transpose(1, 2).unsqueeze(1) for conv in (self.q, self.k, self.v)]
+        out = F.scaled_dot_product_attention(*tokens)  # 3 x (B, 1, hw, C) -> (B, 1, hw, C), one head, scale C^-0.5
+        return x + self.proj_out(out.squeeze(1).transpose(1, 2).reshape_as(x))
+
+
+class Downsample(nn.Module):
+    """Stride-2 convolution, (B, C, 2h, 2w) -> (B, C, h, w)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # right and bottom only: published weights expect this alignment
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling and a convolution, (B, C, h, w) -> (B, C, 2h, 2w)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = _conv3(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """One resolution: residual blocks, each followed by attention if asked for, then an optional resampling layer."""
+
+    def __init__(self, in_channels: int, channels: int, blocks: int, attention: bool, dropout_p: float):
+        super().__init__()
+        widths = ([in_channels] + [channels] * blocks)[:blocks]
+        self.res = nn.ModuleList(ResBlock(width, channels, dropout_p) for width in widths)
+        self.attn = nn.ModuleList(AttnBlock(channels) if attention else nn.Identity() for _ in widths)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for res, attn in zip(self.res, self.attn, strict=True):
+            x = attn(res(x))
+        return x
+
+
+class EncoderLevel(Level):
+    def __init__(self, in_channels: int, channels: int, blocks: int, last: bool, dropout_p: float):
+        super().__init__(in_channels, channels, blocks, attention=last, dropout_p=dropout_p)
+        self.downsample = nn.Identity() if last else Downsample(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.downsample(super().forward(x))
+
+
+class DecoderLevel(Level):
+    def __init__(self, in_channels: int, channels: int, blocks: int, first: bool, last: bool, dropout_p: float):
+        super().__init__(in_channels, channels, blocks, attention=first, dropout_p=dropout_p)
+        self.upsample = nn.Identity() if last else Upsample(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.upsample(super().forward(x))
+
+
+def _middle(channels: int, dropout_p: float) -> nn.Sequential:
+    return nn.Sequential(
+        ResBlock(channels, channels, dropout_p), AttnBlock(channels), ResBlock(channels, channels, dropout_p)
+    )
+
+
+class Encoder(nn.Module):
+    """Image (B, in_channels, H, W) -> features (B, z_channels, H/f, W/f)."""
+
+    def __init__(self, arch: Architecture, in_channels: int, dropout_p: float):
+        super().__init__()
+        widths = arch.widths
+        inputs = [arch.channels, *widths[:-1]]
+        last = len(widths) - 1
+        self.conv_in = _conv3(in_channels, arch.channels)
+        self.conv_blocks = nn.ModuleList(
+            EncoderLevel(inputs[i], widths[i], arch.encoder_blocks[i], last=i == last, dropout_p=dropout_p)
+            for i in range(len(widths))
+        )
+        self.mid = _middle(widths[-1], dropout_p)
+        self.norm_out = _norm(widths[-1])
+        self.conv_out = _conv3(widths[-1], arch.z_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv_in(x)  # (B, channels, H, W)
+        for level in self.conv_blocks:
+            h = level(h)
+        h = self.mid(h)  # (B, widths[-1], H/f, W/f)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class Decoder(nn.Module):
+    """Features (B, z_channels, h, w) -> image (B, out_channels, h*f, w*f); unbounded, no tanh at the end."""
+
+    def __init__(self, arch: Architecture, out_channels: int, dropout_p: float):
+        super().__init__()
+        widths, blocks = arch.widths[::-1], arch.decoder_blocks[::-1]  # deepest first: execution order
+        inputs = [widths[0], *widths[:-1]]
+        last = len(widths) - 1
+        self.conv_in = _conv3(arch.z_channels, widths[0])
+        self.mid = _middle(widths[0], dropout_p)
+        self.conv_blocks = nn.ModuleList(
+            DecoderLevel(inputs[i], widths[i], blocks[i], first=i == 0, last=i == last, dropout_p=dropout_p)
+            for i in range(len(widths))
+        )
+        self.norm_out = _norm(widths[-1])
+        self.conv_out = _conv3(widths[-1], out_channels)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.mid(self.conv_in(z))  # (B, widths[0], h, w)
+        for level in self.conv_blocks:
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(h)))  # (B, out_channels, h*f, w*f)
+
+
+def _quantizer(config: VQModelConfig) -> VectorQuantizer:
+    options: dict[str, float | bool] = {
+        "l2_norm": config.codebook_l2_norm, "beta": config.commit_loss_beta, "rotation": config.rotation,
+    }
+    if config.quantizer == "ema":
+        options |= {"decay": config.codebook_ema_decay, "restart_below": config.codebook_restart_below}
+    return make_quantizer(config.quantizer, config.codebook_size, config.codebook_embed_dim, **options)
+
+
+class VQModel(nn.Module):
+    """Encoder -> 1x1 conv -> ProVQ -> 1x1 conv -> decoder.
+
+    Args:
+        config: architecture and quantizer.
+        curriculum: training schedule of the quantizer; None means discrete from the first step, which is the plain
+            baseline.
+        adaptive: ends the warm-up by validation scores, see provq.AdaptiveWarmup.
+
+    The convolutions may run under autocast; ProVQ leaves autocast by itself for its distances and losses.
+    """
+
+    def __init__(
+        self, config: VQModelConfig, curriculum: Curriculum | None = None, *, adaptive: AdaptiveWarmup | None = None
+    ):
+        super().__init__()
+        arch = ARCHITECTURES[config.vq_model]
+        self.config = config
+        self.downsample = arch.downsample
+        self.encoder = Encoder(arch, config.image_channels, config.dropout_p)
+        self.decoder = Decoder(arch, config.image_channels, config.dropout_p)
+        self.quantize = ProVQ(
+            _quantizer(config), Curriculum(0, 0) if curriculum is None else curriculum, channel_dim=1, adaptive=adaptive
+        )
+        self.quant_conv = nn.Conv2d(arch.z_channels, config.codebook_embed_dim, kernel_size=1)
+        self.post_quant_conv = nn.Conv2d(config.codebook_embed_dim, arch.z_channels, kernel_size=1)
+
+    @property
+    def last_layer(self) -> Tensor:
+        """Weight of the final convolution, where losses.adaptive_weight compares gradients."""
+        return self.decoder.conv_out.weight
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ProVQOutput]:
+        """x (B, C, H, W) float in [-1, 1] -> reconstruction (B, C, H, W) and the quantizer's output.
+
+        Raises ValueError if x does not have image_channels channels or H or W is not divisible by `downsample`.
+        """
+        out = self.quantize(self.encode_latents(x))
+        return self.decode_latents(out.quantized), out
+
+    def encode_latents(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> latents before quantisation (B, D, H/f, W/f); raises like forward."""
+        self._check_image(x)
+        return self.quant_conv(self.encoder(x))
+
+    def encode(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> indices (B, H/f, W/f) int64; raises like forward."""
+        return self.quantize.encode(self.encode_latents(x))
+
+    def decode_code(self, indices: Tensor) -> Tensor:
+        """indices (B, h, w) integer -> image (B, C, h*f, w*f).
+
+        Raises ValueError if indices is not a 3-dimensional integer tensor.
+        """
+        if indices.dim() != 3 or indices.is_floating_point():
+            raise ValueError(f"indices must be integers shaped (B, h, w), got {indices.dtype} {tuple(indices.shape)}")
+        return self.decode_latents(self.quantize.decode(indices))
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(latents))  # (B, D, h, w) -> (B, C, h*f, w*f)
+
+    def _check_image(self, x: Tensor) -> None:
+        channels, factor = self.config.image_channels, self.downsample
+        if x.dim() != 4 or x.shape[1] != channels:
+            raise ValueError(
+                f"{self.config.vq_model} with image_channels={channels} needs images (B, {channels}, H, W), "
+                f"got {tuple(x.shape)}"
+            )
+        height, width = x.shape[2:]
+        if height % factor or width % factor:
+            raise ValueError(
+                f"image height {height} and width {width} must both be divisible by the {self.config.vq_model} "
+                f"downsampling factor {factor}; resize or crop first"
+            )
