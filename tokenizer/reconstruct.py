@@ -1,0 +1,131 @@
+"""Encodes and decodes images with a trained tokenizer, and converts tokenizers between formats.
+
+    python tokenizer/reconstruct.py runs/digits images/ --out out/      # a run, a checkpoint or an exported folder
+    python tokenizer/reconstruct.py vq_ds16_c2i.pt images/ --out out/   # LlamaGen's weights
+    python tokenizer/reconstruct.py runs/digits --export-hf my_tokenizer/
+
+Writes, for images in the order of the source: OUT/pictures/*.png (original left, reconstruction right), OUT/codes.npy
+(N, h, w) in the smallest unsigned type that holds the codebook, OUT/names.txt, OUT/metrics.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+import torch
+from torchvision.utils import save_image
+from tqdm import tqdm
+
+from tokenizer import pretrained
+from tokenizer.data import BadImageCounter, ImageDataset, make_loader
+from tokenizer.image_sources import open_images
+from tokenizer.perceptual import LPIPS
+from tokenizer.runtime import distributed
+from tokenizer.runtime.checkpoint import atomic_write, atomic_write_text
+from tokenizer.validation import ReconstructionMeter, channels_last
+from tokenizer.vq_model import VQModel
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="tokenizer/reconstruct.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("ckpt", help="run folder, checkpoint, LlamaGen .pt, or folder with config.json and model.safetensors")
+    add("images", nargs="?", help="folder, .tar, .zip, shard pattern or list of images, or digits; none: only export")
+    add("--out", type=Path, default=Path("reconstructions"), help="folder to write to (default: reconstructions)")
+    add("--image-size", type=int, help="centre crop in pixels (default: the size that the tokenizer was trained at)")
+    add("--batch-size", type=int, default=32, help="images at a time; does not change the results (default: 32)")
+    add("--max-images", type=int, help="use the first images only (default: all)")
+    add("--max-pictures", type=int, default=64, help="pictures to write; codes and metrics are of all (default: 64)")
+    add("--max-bad-images", type=int, default=100, help="unreadable images to skip before stopping (default: 100)")
+    add("--num-workers", type=int, default=0, help="data-loading processes (default: 0)")
+    add("--weights", choices=("auto", "model", "ema"), default="auto", help="auto: the EMA if there is one")
+    add("--codebook-l2-norm", action=argparse.BooleanOptionalAction, default=None,
+        help="for LlamaGen files, which do not record it (default there: yes, as LlamaGen)")
+    add("--lpips-vgg-weights", type=Path, help="file vgg16-397923af.pth: also measure LPIPS (default: not measured)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    add("--export-hf", type=Path, metavar="FOLDER", help="write config.json and model.safetensors, Hugging Face style")
+    add("--export-llamagen", type=Path, metavar="FILE.pt", help="write LlamaGen's checkpoint layout")
+    args = parser.parse_args(argv)
+    if not (args.images or args.export_hf or args.export_llamagen):
+        parser.error("nothing to do: give images, --export-hf or --export-llamagen")
+    for name in ("batch_size", "image_size", "max_images"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+    return args
+
+
+def export(model: VQModel, args: argparse.Namespace) -> None:
+    if args.export_hf:
+        distributed.print0(f"wrote {pretrained.save_pretrained(model, args.export_hf)}")
+    if args.export_llamagen:
+        state = {"model": pretrained.to_llamagen_state_dict(model)}
+        args.export_llamagen.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(args.export_llamagen, lambda file: torch.save(state, file))
+        l2_norm = model.config.codebook_l2_norm
+        distributed.print0(f"wrote {args.export_llamagen}; in LlamaGen set codebook_l2_norm={l2_norm}")
+
+
+@torch.no_grad()
+def reconstruct(model: VQModel, args: argparse.Namespace, device: torch.device) -> dict[str, float]:
+    """Write everything for args.images -> metrics. ValueError: images or sizes that the tokenizer cannot take."""
+    if not model.quantize.has_codebook:
+        raise ValueError(f"{args.ckpt} is still in its continuous warm-up: it has no codes yet; train it further")
+    size, factor = args.image_size or model.config.image_size, model.downsample
+    if size % factor:
+        raise ValueError(f"--image-size {size} must be a multiple of {factor}, the tokenizer's factor")
+    source = open_images(None if args.images == "digits" else args.images, channels=model.config.image_channels)
+    count = min(args.max_images or len(source), len(source))
+    dataset = ImageDataset(source, size, indices=range(count))
+    batches = [list(range(i, min(i + args.batch_size, count))) for i in range(0, count, args.batch_size)]
+    lpips = LPIPS(args.lpips_vgg_weights).to(device) if args.lpips_vgg_weights else None
+    meter = ReconstructionMeter(model.quantize.num_codes, model.quantize.dim, device, lpips)
+    bad = BadImageCounter(args.max_bad_images)
+    codes = np.empty((count, size // factor, size // factor), np.min_scalar_type(model.quantize.num_codes - 1))
+    pictures = args.out / "pictures"
+    pictures.mkdir(parents=True, exist_ok=True)
+    for batch in tqdm(make_loader(dataset, batches, num_workers=args.num_workers), unit="batch", disable=None):
+        bad.add(batch["bad"])
+        x = batch["image"].to(device)
+        z = model.encode_latents(x)
+        indices = model.quantize.encode(z)
+        quantized = model.quantize.decode(indices)  # from the codes alone, as a reader of codes.npy would
+        x_hat = model.decode_latents(quantized)
+        meter.add(x, x_hat, model.quantize.quantizer.latent(channels_last(z)), channels_last(quantized), indices)
+        for row, i in enumerate(batch["index"].tolist()):
+            codes[i] = indices[row].cpu().numpy()
+            if i < args.max_pictures:
+                name = f"{i:06d}_{Path(source.name(i)).stem}.png"
+                save_image((torch.stack([x[row], x_hat[row]]) + 1) / 2, pictures / name, padding=0)
+    metrics = meter.result(model.quantize.codebook) | {"image_size": size, "unreadable_images": len(bad.names)}
+    atomic_write(args.out / "codes.npy", lambda file: np.save(file, codes))
+    atomic_write_text(args.out / "names.txt", "".join(f"{source.name(i)}\n" for i in range(count)))
+    atomic_write_text(args.out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+    return metrics
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    try:
+        device = distributed.init(args.device)
+        if distributed.world_size() > 1:
+            raise ValueError("runs on one process; start it with python, not torchrun")
+        model = pretrained.load_tokenizer(args.ckpt, device, args.weights, codebook_l2_norm=args.codebook_l2_norm)
+        export(model, args)
+        if args.images:
+            metrics = reconstruct(model, args, device)
+            distributed.print0(" ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+            distributed.print0(f"wrote {args.out}")
+    except (ValueError, FileNotFoundError) as error:  # a mistake in flags or files: said without a traceback
+        raise SystemExit(f"reconstruct.py: error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

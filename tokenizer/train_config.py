@@ -1,0 +1,194 @@
+"""Settings of tokenizer/train_provq.py: one field per flag, the presets, and what makes no sense together.
+
+The defaults are the paper's ImageNet recipe (section 5.1.2, and LlamaGen's where the paper follows it).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from tokenizer.data import AUGMENTATIONS
+from tokenizer.losses import GENERATOR_LOSSES, RECONSTRUCTION_LOSSES
+from tokenizer.provq import QUANTIZERS, SCHEDULES
+from tokenizer.runtime import config
+from tokenizer.runtime.config import arg
+from tokenizer.vq_model import ARCHITECTURES
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    # data
+    preset: str = arg("auto", "set of defaults, below; auto: imagenet256 with --data-path, else digits",
+                      choices=("auto", "digits", "cifar10", "imagenet256", "imagenet384"))
+    data_path: str | None = arg(None, "training images: folder, .tar, .zip, shards-{000..099}.tar, list in .txt or "
+                                      ".csv, or cifar10; none: scikit-learn's digits; paper: ImageNet")
+    val_path: str | None = arg(None, "validation images; none: --val-size are held out of the training images")
+    val_size: int = arg(1000, "images held out (of --data-path at most a tenth), or read from --val-path, 0 there: all")
+    image_size: int = arg(256, "side of the square images in pixels; paper: 256 and 384")
+    image_channels: int = arg(3, "1 grey, 3 RGB, 4 RGBA; paper: 3", choices=(1, 3, 4))
+    augment: str = arg("auto", "training augmentation; auto: none for digits, flip for images that are small already, "
+                               "else crop-flip as LlamaGen", choices=("auto", *AUGMENTATIONS))
+    max_bad_images: int = arg(100, "unreadable images to skip before the run stops")
+    num_workers: int = arg(4, "data-loading processes per rank")
+    # run
+    results_dir: str = arg("", "the run's folder, resumed if it holds a run; empty: runs/PRESET")
+    global_seed: int = arg(0, "seed of weights, data order, augmentation and k-means")
+    device: str = arg("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
+    log_every: int = arg(100, "steps between rows of metrics.jsonl")
+    ckpt_every: int = arg(5000, "steps between checkpoints")
+    val_every: int = arg(5000, "steps between validations")
+    keep_checkpoints: int = arg(2, "numbered checkpoints that stay on disk, besides best.pt")
+    dry_run: bool = arg(False, "check everything, print the configuration, stop")
+    # model
+    vq_model: str = arg("VQ-16", "architecture, the number is the down-sampling factor; VQ-4 is small; paper: VQ-16",
+                        choices=tuple(ARCHITECTURES))
+    codebook_size: int = arg(16384, "codes, K; paper: 16384")
+    codebook_embed_dim: int = arg(8, "channels of a code, D; paper: 8")
+    codebook_l2_norm: bool = arg(False, "unit-norm latents and codes, LlamaGen's baseline; paper's ProVQ: no")
+    quantizer: str = arg("vq", "vq: trained table; simvq, aminoaseed: frozen table, trained linear map; ema: running "
+                               "means; paper: vq", choices=tuple(QUANTIZERS))
+    rotation: bool = arg(False, "rotation trick instead of straight-through gradients; paper: no")
+    codebook_ema_decay: float = arg(0.99, "ema quantizer: decay of the running means per step")
+    codebook_restart_below: float = arg(0.0, "ema quantizer: restart codes used less than this fraction of the mean")
+    commit_loss_beta: float = arg(0.25, "weight of the commitment loss, beta; LlamaGen: 0.25")
+    dropout_p: float = arg(0.0, "dropout in residual blocks; LlamaGen: 0")
+    # curriculum
+    warmup_steps: int = arg(50_000, "stage 1, plain autoencoder, in optimizer steps; paper: 50000")
+    transition_steps: int = arg(20_000, "stage 2, soft transition, in optimizer steps; paper: 20000")
+    transition: str = arg("cosine", "schedule of alpha in stage 2; paper: cosine", choices=tuple(SCHEDULES))
+    loss_lambda: float = arg(0.5, "weight of the quantization loss when stage 2 begins, lambda; paper: 0.5")
+    adaptive_warmup_patience: int = arg(0, "end stage 1 after this many validations without a lower error, at "
+                                           "--warmup-steps at the latest; 0: there; paper: 0")
+    adaptive_warmup_min_steps: int = arg(0, "adaptive warm-up: never end before this step")
+    codebook_init: str = arg("auto", "when stage 1 is over: kmeans of latents, or none; auto: kmeans after a warm-up "
+                                     "and for aminoaseed; paper: kmeans", choices=("auto", "kmeans", "none"))
+    kmeans_batches: int = arg(16, "global batches whose latents are clustered; paper: one")
+    kmeans_iters: int = arg(20, "Lloyd iterations at most")
+    kmeans_start: str = arg("kmeans++", "first centroids of k-means", choices=("kmeans++", "random"))
+    # losses
+    reconstruction_loss: str = arg("l2", "pixel loss; LlamaGen: l2", choices=tuple(RECONSTRUCTION_LOSSES))
+    reconstruction_weight: float = arg(1.0, "weight of the pixel loss; LlamaGen: 1")
+    perceptual_weight: float = arg(1.0, "weight of LPIPS; 0: off, needs no VGG weights; LlamaGen: 1")
+    lpips_vgg_weights: str | None = arg(None, "file vgg16-397923af.pth of torchvision; none: in torch hub's cache")
+    disc_weight: float = arg(0.5, "weight of the adversarial loss; 0: no discriminator; LlamaGen: 0.5")
+    disc_start: int = arg(20_000, "first step, counted from 1, with the discriminator; LlamaGen: 20000")
+    disc_loss: str = arg("hinge", "adversarial loss; LlamaGen: hinge", choices=tuple(GENERATOR_LOSSES))
+    disc_adaptive_weight: bool = arg(False, "scale the adversarial loss by the ratio of gradient norms; LlamaGen: no")
+    # optimization
+    global_batch_size: int = arg(128, "images per optimizer step over all ranks; paper: 128")
+    gradient_accumulation_steps: int = arg(1, "micro-batches that a global batch is computed in")
+    max_steps: int | None = arg(None, "optimizer steps; excludes --epochs")
+    epochs: int | None = arg(None, "passes over the training images; excludes --max-steps; LlamaGen: 40")
+    lr: float = arg(1e-4, "learning rate of both Adams, constant; LlamaGen: 1e-4")
+    beta1: float = arg(0.9, "Adam's first moment; LlamaGen: 0.9")
+    beta2: float = arg(0.95, "Adam's second moment; LlamaGen: 0.95")
+    max_grad_norm: float = arg(1.0, "clip the gradient norm of either network; 0: off; LlamaGen: 1")
+    mixed_precision: str = arg("bf16", "autocast; quantizer and losses stay float32; LlamaGen: bf16",
+                               choices=("none", "bf16", "fp16"))
+    ema: bool = arg(False, "keep, validate and export an exponential moving average of the weights; LlamaGen: no")
+    ema_decay: float = arg(0.9999, "decay of that average per step; LlamaGen: 0.9999")
+    compile: bool = arg(False, "torch.compile the tokenizer; LlamaGen: yes")
+
+
+_SMALL = {"vq_model": "VQ-4", "image_size": 32, "perceptual_weight": 0.0, "disc_weight": 0.0, "mixed_precision": "none",
+          "lr": 1e-3, "num_workers": 0}
+PRESETS: dict[str, dict[str, Any]] = {
+    "digits": _SMALL | {
+        "image_channels": 1, "codebook_size": 128, "global_batch_size": 64, "max_steps": 900, "warmup_steps": 300,
+        "transition_steps": 300, "val_size": 297, "log_every": 25, "val_every": 150, "ckpt_every": 150,
+        "kmeans_batches": 8,
+    },
+    "cifar10": _SMALL | {
+        "codebook_size": 512, "max_steps": 10_000, "warmup_steps": 2500, "transition_steps": 2500, "val_size": 2000,
+        "val_every": 1000, "ckpt_every": 1000,
+    },
+    "imagenet256": {"epochs": 40},
+    "imagenet384": {"epochs": 40, "image_size": 384},
+}
+
+# What may differ when a run is resumed: its length, its cadence, its machine. Anything else would be another
+# experiment. Data may move: the sources' fingerprints are compared, not their paths.
+RESUMABLE = frozenset({
+    "preset", "data_path", "val_path", "results_dir", "max_steps", "epochs", "log_every", "ckpt_every", "val_every",
+    "keep_checkpoints", "dry_run", "num_workers", "device", "compile", "max_bad_images", "lpips_vgg_weights",
+})
+
+
+def pick_preset(given: dict[str, Any]) -> str:
+    """The preset that the explicit flags ask for: --preset, else the paper's when there are data, else the digits."""
+    if given.get("preset", "auto") != "auto":
+        return given["preset"]
+    return "imagenet256" if given.get("data_path") else "digits"
+
+
+def parse_config(argv: list[str] | None = None, description: str = "") -> TrainConfig:
+    """Flags -> configuration with preset, data and folder decided. SystemExit(2) names the flag that is wrong."""
+    lengths: dict[str, Any] = {}
+
+    def pick(given: dict[str, Any]) -> str:
+        lengths.update({name: given[name] for name in ("max_steps", "epochs") if given.get(name) is not None})
+        return pick_preset(given)
+
+    cfg = config.parse(TrainConfig, argv, presets=PRESETS, pick_preset=pick, description=description,
+                       prog="tokenizer/train_provq.py")
+    if len(lengths) == 1:  # the user's choice of unit replaces the preset's
+        cfg = replace(cfg, **{"max_steps": None, "epochs": None} | lengths)
+    preset = pick_preset({"preset": cfg.preset, "data_path": cfg.data_path})
+    data = cfg.data_path or ("cifar10" if preset == "cifar10" else None)
+    return replace(cfg, preset=preset, data_path=data, results_dir=cfg.results_dir or f"runs/{preset}")
+
+
+def check(cfg: TrainConfig, world_size: int) -> None:
+    """Raise ValueError, naming flag, value and fix, for settings that cannot work. Reads no data."""
+    for names, low in (
+        ("log_every ckpt_every val_every keep_checkpoints kmeans_batches global_batch_size codebook_size "
+         "codebook_embed_dim gradient_accumulation_steps max_steps epochs", 1),
+        ("val_size max_bad_images num_workers kmeans_iters reconstruction_weight perceptual_weight disc_weight "
+         "disc_start max_grad_norm adaptive_warmup_patience adaptive_warmup_min_steps global_seed", 0),
+    ):
+        for name in names.split():
+            value = getattr(cfg, name)
+            if value is not None and value < low:
+                raise ValueError(f"{_flag(name)} is {value}; it must be at least {low}")
+    for name in ("beta1", "beta2", "ema_decay"):
+        if not 0 <= getattr(cfg, name) < 1:
+            raise ValueError(f"{_flag(name)} is {getattr(cfg, name)}; it must lie in [0, 1)")
+    if cfg.lr <= 0:
+        raise ValueError(f"--lr is {cfg.lr}; it must be positive")
+    if (cfg.max_steps is None) == (cfg.epochs is None):
+        raise ValueError(f"give one of --max-steps and --epochs; got {cfg.max_steps} and {cfg.epochs}")
+    if cfg.reconstruction_weight == cfg.perceptual_weight == 0:
+        raise ValueError("--reconstruction-weight and --perceptual-weight are both 0: nothing would be learned")
+    if cfg.perceptual_weight and cfg.image_channels == 4:
+        raise ValueError("--perceptual-weight: LPIPS takes 1 or 3 channels, not --image-channels 4; pass 0")
+    factor = ARCHITECTURES[cfg.vq_model].downsample
+    if cfg.image_size < factor or cfg.image_size % factor:
+        raise ValueError(f"--image-size {cfg.image_size} must be a multiple of {factor}, the factor of {cfg.vq_model}")
+    parts = world_size * cfg.gradient_accumulation_steps
+    if cfg.global_batch_size % parts:
+        raise ValueError(f"--global-batch-size {cfg.global_batch_size} must be a multiple of {parts}: {world_size} "
+                         f"processes x --gradient-accumulation-steps {cfg.gradient_accumulation_steps}")
+    if cfg.adaptive_warmup_patience and cfg.adaptive_warmup_min_steps > cfg.warmup_steps:
+        raise ValueError(f"--adaptive-warmup-min-steps {cfg.adaptive_warmup_min_steps} is beyond --warmup-steps "
+                         f"{cfg.warmup_steps}, the latest end")
+    if not cfg.adaptive_warmup_patience and cfg.adaptive_warmup_min_steps:
+        raise ValueError("--adaptive-warmup-min-steps needs --adaptive-warmup-patience above 0")
+    side = cfg.image_size // factor
+    tokens = cfg.kmeans_batches * cfg.global_batch_size * side * side
+    if uses_kmeans(cfg) and tokens < cfg.codebook_size:
+        raise ValueError(f"k-means would see {tokens} latents for --codebook-size {cfg.codebook_size}: raise "
+                         f"--kmeans-batches {cfg.kmeans_batches}, or use fewer codes")
+
+
+def uses_kmeans(cfg: TrainConfig) -> bool:
+    """Whether the codebook starts from data (--codebook-init)."""
+    auto = cfg.warmup_steps > 0 or cfg.quantizer == "aminoaseed"
+    return cfg.codebook_init == "kmeans" or (cfg.codebook_init == "auto" and auto)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+assert RESUMABLE <= {field.name for field in fields(TrainConfig)}

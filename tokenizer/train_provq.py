@@ -1,0 +1,423 @@
+"""Trains an image tokenizer on the ProVQ curriculum (paper, sections 4 and 5.1.2). No flags: handwritten digits on CPU.
+
+    torchrun --nproc_per_node=1 tokenizer/train_provq.py                                         # minutes, any machine
+    torchrun --nproc_per_node=8 tokenizer/train_provq.py --data-path /data/imagenet/train --val-path /data/imagenet/val
+
+--results-dir is the run's folder: the same command again resumes the run, at the very step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import signal
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.utils import save_image
+
+from tokenizer import losses
+from tokenizer.data import BadImageCounter, ImageDataset, default_augment, make_loader, split_holdout
+from tokenizer.discriminator import NLayerDiscriminator
+from tokenizer.image_sources import ImageSource, open_images
+from tokenizer.perceptual import LPIPS
+from tokenizer.provq import AdaptiveWarmup, Curriculum, code_statistics
+from tokenizer.runtime import config, distributed
+from tokenizer.runtime.checkpoint import Checkpointer, atomic_write_text
+from tokenizer.runtime.ema import EMA
+from tokenizer.runtime.metrics import JsonlFile, MetricLogger
+from tokenizer.runtime.seeding import StepSampler, seed_step
+from tokenizer.train_config import RESUMABLE, TrainConfig, check, parse_config, uses_kmeans
+from tokenizer.validation import DriftMeter, channels_last, validate
+from tokenizer.vq_model import VQModel, VQModelConfig
+
+LOGGED = {"reconstruction": "recon_loss", "perceptual": "perceptual_loss", "adversarial": "gen_loss",
+          "adaptive_weight": "disc_adaptive_weight"}  # losses.generator_loss's terms as metrics.jsonl names them
+
+
+def build_model(cfg: TrainConfig) -> VQModel:
+    """The tokenizer with its curriculum; weights are a function of --global-seed alone. ValueError: see its parts."""
+    adaptive = None
+    if cfg.adaptive_warmup_patience:
+        adaptive = AdaptiveWarmup(cfg.adaptive_warmup_patience, cfg.adaptive_warmup_min_steps)
+    curriculum = Curriculum(cfg.warmup_steps, cfg.transition_steps, cfg.transition, cfg.loss_lambda)
+    torch.manual_seed(cfg.global_seed)
+    return VQModel(VQModelConfig.from_dict(config.to_dict(cfg)), curriculum, adaptive=adaptive)
+
+
+# ------------------------------------------------------------------------------------------------------- training
+
+class Trainer:
+    """Everything that one run holds. Built from a checked configuration; `run` trains it to the end."""
+
+    def __init__(self, cfg: TrainConfig, device: torch.device):
+        self.device, self.run_dir = device, Path(cfg.results_dir)
+        self.lpips = LPIPS(cfg.lpips_vgg_weights).to(device) if cfg.perceptual_weight else None  # fails first
+        self._open_data(cfg)
+        if cfg.max_steps is None:
+            cfg = replace(cfg, max_steps=math.ceil(cfg.epochs * len(self.train_set) / cfg.global_batch_size))
+        self.cfg = cfg
+        self.raw = build_model(cfg).to(device)
+        self.quantize = self.raw.quantize
+        self.disc = NLayerDiscriminator(cfg.image_channels).to(device) if cfg.disc_weight else None
+        self.opt_g = torch.optim.Adam(self.raw.parameters(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))
+        self.opt_d = self.disc and torch.optim.Adam(self.disc.parameters(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))
+        self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.mixed_precision == "fp16")
+        self.ema = EMA(self.raw, cfg.ema_decay) if cfg.ema else None
+        self.drift, self.best, self.last_validation = DriftMeter(), -math.inf, {}
+        self.checkpoints = Checkpointer(self.run_dir / "checkpoints", keep_last=cfg.keep_checkpoints)
+        self.start = self._resume()
+        # Only training is worth the compile time; everything else goes through self.raw, under its own names.
+        core = torch.compile(self.raw) if cfg.compile else self.raw
+        # Buffers are equal by construction, and only GroupNorm normalises: nothing to broadcast.
+        wrap = {"device_ids": [device.index] if device.type == "cuda" else None, "broadcast_buffers": False}
+        parallel = distributed.world_size() > 1
+        self.model: nn.Module = DistributedDataParallel(core, **wrap) if parallel else core
+        if self.disc is not None and parallel:
+            if device.type == "cuda":
+                self.disc = nn.SyncBatchNorm.convert_sync_batchnorm(self.disc)
+            self.disc_ddp: nn.Module = DistributedDataParallel(self.disc, **wrap)
+        else:
+            self.disc_ddp = self.disc
+
+    def _open_data(self, cfg: TrainConfig) -> None:
+        source = open_images(cfg.data_path, channels=cfg.image_channels)
+        if cfg.val_path:
+            val_source = open_images(cfg.val_path, channels=cfg.image_channels)
+            train_idx, val_idx = range(len(source)), range(min(cfg.val_size or len(val_source), len(val_source)))
+        else:
+            val_source = source
+            train_idx, val_idx = split_holdout(len(source), min(cfg.val_size, max(1, len(source) // 10))
+                                               if cfg.data_path else cfg.val_size, cfg.global_seed)
+        if not len(val_idx):
+            raise ValueError("no image is held out for validation: give --val-path, or --val-size above 0")
+        augment = default_augment(source, cfg.image_size) if cfg.augment == "auto" else cfg.augment
+        self.train_set = ImageDataset(source, cfg.image_size, augment=augment, seed=cfg.global_seed, indices=train_idx)
+        self.val_set = ImageDataset(val_source, cfg.image_size, indices=val_idx)
+        self.bad = BadImageCounter(cfg.max_bad_images)
+        self.sources: dict[str, ImageSource] = {"data": source, "val": val_source}
+
+    # -------------------------------------------------------------------------------------------------- state
+
+    def _state(self, step: int) -> dict[str, Any]:
+        """Collective. All that the steps from `step` on depend on; tensors and primitives only."""
+        return {
+            "step": step,
+            "model": self.raw.state_dict(),
+            "ema": self.ema and self.ema.state_dict(),
+            "optimizer": self.opt_g.state_dict(),
+            "discriminator": self.disc and self.disc.state_dict(),
+            "optimizer_disc": self.opt_d and self.opt_d.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "metrics": self.metrics.state_dict(),
+            "drift": self.drift.state_dict(),
+            "best": self.best,
+            "last_validation": self.last_validation,
+            "config": self._config(),
+        }
+
+    def _config(self) -> dict[str, Any]:
+        prints = {f"{name}_fingerprint": source.fingerprint() for name, source in self.sources.items()}
+        return config.to_dict(self.cfg) | prints
+
+    def _resume(self) -> int:
+        """Load the newest checkpoint, if there is one -> the step it was saved at, 0 for a new run. Writes nothing."""
+        state = self.checkpoints.load_latest(map_location=self.device)
+        step = 0
+        if state is not None:
+            changed = [d for d in config.diff(state["config"], self._config()) if d[0] not in RESUMABLE]
+            if changed:
+                what = "; ".join(f"{name}: {old!r} there, {new!r} now" for name, old, new in changed)
+                raise ValueError(f"--results-dir {self.run_dir} holds a run with other settings ({what}). Use its "
+                                 "settings to resume it, or another --results-dir")
+            step = state["step"]
+            self.raw.load_state_dict(state["model"])
+            self.opt_g.load_state_dict(state["optimizer"])
+            if self.ema:
+                self.ema.load_state_dict(state["ema"])
+            if self.disc is not None:
+                self.disc.load_state_dict(state["discriminator"])
+                self.opt_d.load_state_dict(state["optimizer_disc"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.drift.load_state_dict(state["drift"])
+            self.best, self.last_validation = state["best"], state["last_validation"]
+            distributed.print0(f"resuming {self.run_dir} at step {step}")
+        elif (self.run_dir / "metrics.jsonl").exists() and not (self.run_dir / "config.json").exists():
+            raise ValueError(f"--results-dir {self.run_dir} holds the metrics.jsonl of something else; use another")
+        self.resumed_metrics = state and state["metrics"]
+        return step
+
+    def _open_logs(self) -> None:
+        """Rows of steps that will be done again go; sums since the last row come back."""
+        self.metrics = MetricLogger(self.run_dir, total_steps=self.cfg.max_steps, device=self.device,
+                                    resume_step=self.start)
+        self.validations = JsonlFile(self.run_dir / "validation.jsonl", resume_step=self.start)
+        if self.resumed_metrics is not None:
+            self.metrics.load_state_dict(self.resumed_metrics)
+        if distributed.is_main():
+            config.save(self.cfg, self.run_dir / "config.json")
+
+    # --------------------------------------------------------------------------------------------------- data
+
+    def _batches(self, start: int, end: int) -> Iterator[dict[str, Any]]:
+        """This rank's micro-batches of steps [start, end), `gradient_accumulation_steps` of them per step."""
+        sampler = StepSampler(
+            len(self.train_set), self.cfg.global_batch_size, seed=self.cfg.global_seed, start_step=start, end_step=end,
+            rank=distributed.rank(), world=distributed.world_size(), micro_batches=self.cfg.gradient_accumulation_steps,
+        )
+        pin = self.device.type == "cuda"
+        for batch in make_loader(self.train_set, sampler, num_workers=self.cfg.num_workers, pin_memory=pin):
+            self._count_bad(batch)
+            yield batch
+
+    def _val_batches(self) -> Iterator[dict[str, Any]]:
+        mine = list(range(distributed.rank(), len(self.val_set), distributed.world_size()))
+        size = max(1, self.cfg.global_batch_size // distributed.world_size() // self.cfg.gradient_accumulation_steps)
+        batches = [mine[i : i + size] for i in range(0, len(mine), size)]
+        for batch in make_loader(self.val_set, batches, num_workers=self.cfg.num_workers):
+            self._count_bad(batch)
+            yield batch
+
+    def _count_bad(self, batch: dict[str, Any]) -> None:
+        new = set(batch["bad"]) - self.bad.names
+        for name in sorted(new):
+            print(f"skipped an image that cannot be read: {name}", file=sys.stderr)  # noqa: T201
+        if new:
+            self.bad.add(new)
+
+    # --------------------------------------------------------------------------------------------------- steps
+
+    def _autocast(self) -> torch.autocast:
+        dtype = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.cfg.mixed_precision]
+        return torch.autocast(self.device.type, dtype=dtype, enabled=self.cfg.mixed_precision != "none")
+
+    def train_step(self, batches: Iterator[dict[str, Any]], step: int) -> dict[str, Tensor]:
+        """Step the tokenizer, then the discriminator -> unweighted terms, means over the micro-batches."""
+        cfg, parts = self.cfg, self.cfg.gradient_accumulation_steps
+        adversarial = self.disc is not None and losses.disc_active(step, cfg.disc_start)
+        totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
+        pairs = []
+        for part in range(parts):
+            x = next(batches)["image"].to(self.device, non_blocking=True)
+            with _no_sync(self.model, part < parts - 1):
+                with self._autocast():
+                    x_hat, out = self.model(x)
+                    generator = losses.generator_loss(
+                        x, x_hat, reconstruction=cfg.reconstruction_loss,
+                        reconstruction_weight=cfg.reconstruction_weight, perceptual=self.lpips,
+                        perceptual_weight=cfg.perceptual_weight, discriminator=self.disc if adversarial else None,
+                        adversarial=cfg.disc_loss, disc_weight=cfg.disc_weight,
+                        adaptive_layer=self.raw.last_layer if cfg.disc_adaptive_weight else None,
+                    )
+                loss = generator.total + out.loss
+                self.scaler.scale(loss / parts).backward()
+            if adversarial:
+                pairs.append((x, x_hat.detach()))
+            terms = {LOGGED[k]: v for k, v in generator.terms.items()} | {"loss": loss.detach()}
+            terms |= {f"{k}_loss": out.losses.get(k, loss.new_zeros(())) for k in ("codebook", "commit")}
+            for name, value in terms.items():
+                totals[name] = totals[name] + value / parts
+        totals["grad_norm"] = self._update(self.opt_g, self.raw)
+        if self.ema:
+            self.ema.update(self.raw)
+        if adversarial:
+            # On the reconstructions from before the update, as LlamaGen does.
+            for part, (x, x_hat) in enumerate(pairs):
+                with _no_sync(self.disc_ddp, part < parts - 1):
+                    with self._autocast():
+                        d = losses.discriminator_loss(self.disc_ddp, x, x_hat, kind=cfg.disc_loss,
+                                                      weight=cfg.disc_weight)
+                    self.scaler.scale(d.total / parts).backward()
+                totals["disc_loss"] = totals["disc_loss"] + d.terms["discriminator"] / parts
+            self._update(self.opt_d, self.disc)
+        self.scaler.update()
+        return dict(totals)
+
+    def _update(self, optimizer: torch.optim.Optimizer, module: nn.Module) -> Tensor:
+        """Clip, step, clear -> gradient norm before clipping."""
+        self.scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(module.parameters(), self.cfg.max_grad_norm or math.inf)
+        self.scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def maybe_init_codebook(self, step: int) -> None:
+        """Once, when stage 1 is over: cluster the latents of the batches that come next (section 4.1)."""
+        cfg, quantize = self.cfg, self.quantize
+        wanted = uses_kmeans(cfg)
+        from_start = wanted and step == 0 and quantize.stage > 1  # k-means without a warm-up
+        if not (quantize.needs_init or from_start):
+            return
+        latents, order = self._collect_latents(step) if wanted else (None, None)
+        info = quantize.init_codebook(latents, iters=cfg.kmeans_iters, start=cfg.kmeans_start, seed=cfg.global_seed,
+                                      order=order, optimizers=[self.opt_g])
+        if self.ema:
+            self.ema.copy_(self.raw, "quantize.")  # an average with codes from before k-means would mean nothing
+        distributed.print0(f"codebook initialised at step {step}: {info or 'kept as it was'}")
+        self._save_grid(step, "codebook_initialised")
+
+    @torch.no_grad()
+    def _collect_latents(self, step: int) -> tuple[Tensor, Tensor]:
+        """Latents (N_rank, D) of the next batches and the place of each among all ranks' (see provq.kmeans)."""
+        cfg = self.cfg
+        self.raw.eval()
+        latents, order = [], []
+        per_rank = cfg.global_batch_size // (distributed.world_size() * cfg.gradient_accumulation_steps)
+        for i, batch in enumerate(self._batches(step, step + cfg.kmeans_batches)):
+            with self._autocast():
+                z = self.raw.encode_latents(batch["image"].to(self.device))
+            tokens = channels_last(z).float()
+            latents.append(tokens)
+            # Micro-batch m of rank r holds rows [(m W + r) b, +b) of its global batch (StepSampler).
+            row = (i * distributed.world_size() + distributed.rank()) * per_rank
+            order.append(torch.arange(len(tokens), device=self.device) + row * (len(tokens) // per_rank))
+        self.raw.train()
+        return torch.cat(latents), torch.cat(order)
+
+    # ------------------------------------------------------------------------------------------------ outputs
+
+    def _evaluated(self) -> VQModel:
+        return self.ema.module if self.ema else self.raw
+
+    def validate(self, step: int) -> dict[str, float]:
+        """Collective. Appends to validation.jsonl, reports to the adaptive warm-up, keeps the best discrete model."""
+        model = self._evaluated()
+        result = validate(model, self._val_batches(), self.device, self.lpips)
+        probe = torch.stack([self.val_set[i]["image"] for i in range(min(64, len(self.val_set)))]).to(self.device)
+        with torch.no_grad():
+            latents = channels_last(model.encode_latents(probe))
+        result |= self.drift.update(code=self.quantize.codebook, latent=latents)
+        self.validations.write({"step": step, "stage": self.quantize.stage} | result)
+        numbers = " ".join(f"{k} {result[k]:.4g}" for k in ("psnr", "ssim", "usage", "perplexity"))
+        distributed.print0(f"validation at step {step}: {numbers}")
+        if self.quantize.adaptive and self.quantize.stage == 1 and self.quantize.observe(result["mse"]):
+            patience = self.cfg.adaptive_warmup_patience
+            distributed.print0(f"warm-up ends at step {step}: no lower error in {patience} validations")
+        # A continuous autoencoder always reconstructs better: only models with codes compete.
+        if self.quantize.has_codebook and result["psnr"] > self.best:
+            self.best = result["psnr"]
+            self.checkpoints.save_named("best", self._state(step))
+        return result
+
+    @torch.no_grad()
+    def _save_grid(self, step: int, name: str) -> None:
+        """RUN/images/STEP_name.png: validation images above their reconstructions. Rank 0."""
+        if not distributed.is_main():
+            return
+        model = self._evaluated()
+        was_training = model.training
+        model.eval()
+        x = torch.stack([self.val_set[i]["image"] for i in range(min(8, len(self.val_set)))]).to(self.device)
+        x_hat = model(x)[0]
+        model.train(was_training)
+        folder = self.run_dir / "images"
+        folder.mkdir(parents=True, exist_ok=True)
+        save_image((torch.cat([x, x_hat.float()]) + 1) / 2, folder / f"{step:07d}_{name}.png", nrow=len(x))
+
+    # ---------------------------------------------------------------------------------------------------- loop
+
+    def run(self) -> None:
+        """Train to max_steps; on SIGTERM save and return early."""
+        cfg, quantize = self.cfg, self.quantize
+        stop = _StopSignal()
+        self._open_logs()
+        batches = self._batches(self.start, cfg.max_steps)
+        self.raw.train()
+        began = time.monotonic()
+        for step in range(self.start, cfg.max_steps):
+            seed_step(cfg.global_seed, distributed.rank(), step)  # dropout and restarts depend on the step alone
+            quantize.set_step(step)
+            self.maybe_init_codebook(step)
+            stage, alpha, omega = quantize.stage, quantize.alpha, quantize.omega
+            terms = self.train_step(batches, step)
+            self.metrics.add(terms | {"code_counts": quantize.pop_counts()})
+            self.metrics.add_images(cfg.global_batch_size // distributed.world_size())
+            done = step + 1
+            quantize.set_step(done)
+            if done % cfg.log_every == 0 or done == cfg.max_steps:
+                self.metrics.flush(done, {"stage": stage, "alpha": alpha, "omega": omega}, derive=code_row)
+            if done % cfg.val_every == 0 or done == cfg.max_steps:
+                self.last_validation = self.validate(done)
+            if quantize.stage != stage:
+                self._save_grid(done, f"stage{stage}_end")
+            stopping = distributed.any_rank(stop.asked)
+            if done % cfg.ckpt_every == 0 or done == cfg.max_steps or stopping:
+                self.checkpoints.save(done, self._state(done))
+            if stopping and done < cfg.max_steps:
+                self.metrics.close()
+                distributed.print0(f"stopped by a signal at step {done}; the same command resumes")
+                return
+        self.metrics.close()
+        self._save_grid(cfg.max_steps, f"stage{quantize.stage}_final")
+        self._write_summary(time.monotonic() - began)
+
+    def _write_summary(self, seconds: float) -> None:
+        """RUN/summary.json: what the run ended with. Rank 0."""
+        if not distributed.is_main():
+            return
+        summary = {
+            "step": self.cfg.max_steps,
+            "stage": self.quantize.stage,
+            "warmup_steps": self.quantize.curriculum.warmup_steps,  # where an adaptive warm-up ended
+            "parameters": sum(p.numel() for p in self.raw.parameters()),
+            "training_images": len(self.train_set),
+            "unreadable_images": len(self.bad.names),
+            "best_psnr": self.best if self.best > -math.inf else None,
+            "seconds_since_start_or_resume": round(seconds, 1),
+            **self.last_validation,
+        }
+        atomic_write_text(self.run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
+        shown = " ".join(f"{k} {summary[k]:.4g}" for k in ("psnr", "ssim", "usage", "perplexity", "code_distance"))
+        distributed.print0(f"finished {self.run_dir} at step {self.cfg.max_steps}: {shown}")
+
+
+def code_row(row: dict[str, Any]) -> dict[str, float]:
+    """usage and perplexity of the codes looked up since the last row, by all ranks; 0 in stage 1, which uses none."""
+    return code_statistics(row["code_counts"])
+
+
+def _no_sync(module: nn.Module, active: bool) -> contextlib.AbstractContextManager:
+    """Gradients are all-reduced with the last micro-batch only."""
+    return module.no_sync() if active and isinstance(module, DistributedDataParallel) else contextlib.nullcontext()
+
+
+class _StopSignal:
+    """SIGTERM (a scheduler's warning, torchrun's shutdown) asks for a checkpoint at the end of the step."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, *_: Any) -> None:
+        self.asked = True
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        cfg = parse_config(argv, __doc__)
+        device = distributed.init(cfg.device)
+        check(cfg, distributed.world_size())
+        trainer = Trainer(cfg, device)
+    except (ValueError, FileNotFoundError) as error:  # a mistake in flags, files or data: once, without a traceback
+        raise SystemExit(f"train_provq.py: error: {error}" if distributed.is_main() else 2) from error
+    if cfg.dry_run:
+        distributed.print0(json.dumps(config.to_dict(trainer.cfg), indent=1))
+    else:
+        trainer.run()
+    distributed.finalize()  # after an exception just exit: torchrun then ends the other ranks
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Validation of an image tokenizer on held-out images: the same numbers for the trainer and for reconstruct.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evaluations import pixels
+from tokenizer.provq import code_statistics, drift, effective_rank, mean_pairwise_distance, second_moments
+from tokenizer.runtime import distributed
+from tokenizer.vq_model import VQModel
+
+
+def channels_last(z: Tensor) -> Tensor:
+    """(B, D, h, w) -> tokens (B h w, D) in the order of the codes."""
+    return z.movedim(1, -1).flatten(0, -2)
+
+
+class ReconstructionMeter:
+    """Exact means over all images of all ranks, whatever their batches.
+
+    Pictures follow LlamaGen's protocol: the reconstruction is rounded to bytes, the reference is not; both in [0, 1].
+    SSIM is scikit-image's with data range 1 (LlamaGen passes 2 and reads higher).
+    """
+
+    def __init__(self, num_codes: int, dim: int, device: torch.device, lpips: nn.Module | None = None):
+        self.lpips = lpips
+        self.sums = torch.zeros(6, dtype=torch.float64, device=device)  # images, mse, psnr, ssim, lpips, |z - code|^2
+        self.counts = torch.zeros(num_codes, dtype=torch.int64, device=device)
+        self.moments = torch.zeros(dim + 1, dim + 1, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def add(self, x: Tensor, x_hat: Tensor, latents: Tensor, codes: Tensor | None, indices: Tensor | None) -> None:
+        """x, x_hat (B, C, H, W) in [-1, 1]; latents, codes (N, D); indices int64, any shape. None: no codebook yet."""
+        reference = (x.float() + 1) / 2
+        picture = pixels.to_uint8(x_hat).float() / 255
+        per_image = [
+            torch.ones(len(x), dtype=torch.float64, device=x.device),
+            pixels.mse(x, x_hat.float()),
+            pixels.psnr(picture, reference, 1.0),
+            pixels.ssim(picture, reference, 1.0),
+            torch.zeros(len(x), device=x.device) if self.lpips is None else self.lpips(x, x_hat).flatten(),
+        ]
+        error = torch.zeros((), device=x.device) if codes is None else (latents.float() - codes.float()).square().sum()
+        self.sums += torch.stack([v.sum(dtype=torch.float64) for v in per_image] + [error.double()])
+        self.moments += second_moments(latents)
+        if indices is not None:
+            self.counts += torch.bincount(indices.flatten(), minlength=len(self.counts))
+
+    def result(self, codebook: Tensor | None) -> dict[str, float]:
+        """Collective. Without a codebook (warm-up) the code statistics are 0: no code is in use.
+
+        images; mse (of images in [-1, 1]); psnr (dB); ssim; lpips if a network was given; usage in [0, 1]; perplexity
+        (codes); code_distance (mean pairwise, Euclidean); effective_rank of the latents (dimensions);
+        quantization_error: mean |z - code|^2 as a fraction of the latents' variance.
+        """
+        for tensor in (self.sums, self.counts, self.moments):
+            distributed.all_reduce_(tensor)
+        images, *sums = self.sums.tolist()
+        names = ("mse", "psnr", "ssim", "lpips")
+        out = {"images": int(images), **{n: s / images for n, s in zip(names, sums[:4], strict=True)}}
+        if self.lpips is None:
+            del out["lpips"]
+        tokens = self.moments[0, 0]
+        mean = self.moments[0, 1:] / tokens
+        variance = (self.moments[1:, 1:].diagonal() / tokens - mean.square()).sum().item()
+        return out | code_statistics(self.counts) | {
+            "code_distance": 0.0 if codebook is None else mean_pairwise_distance(codebook),
+            "effective_rank": effective_rank(self.moments),
+            "quantization_error": self.sums[-1].item() / tokens.item() / max(variance, 1e-12),
+        }
+
+
+@torch.no_grad()
+def validate(
+    model: VQModel, batches: Iterable[dict[str, Any]], device: torch.device, lpips: nn.Module | None = None
+) -> dict[str, float]:
+    """Reconstruct this rank's share of the images; numbers of ReconstructionMeter over all ranks. Collective."""
+    was_training = model.training
+    model.eval()
+    meter = ReconstructionMeter(model.quantize.num_codes, model.quantize.dim, device, lpips)
+    for batch in batches:
+        x = batch["image"].to(device)
+        z = model.encode_latents(x)
+        out = model.quantize(z)
+        latents = model.quantize.quantizer.latent(channels_last(z))
+        codes = None if out.indices is None else channels_last(out.quantized)
+        meter.add(x, model.decode_latents(out.quantized), latents, codes, out.indices)
+    model.train(was_training)
+    return meter.result(model.quantize.codebook if model.quantize.has_codebook else None)
+
+
+class DriftMeter:
+    """How far the codes, and the latents of a few fixed images, moved since the last call (see provq.drift).
+
+    The paper's deadlock (section 3) is codes that stand still while latents crowd around them. The points of the last
+    call are state, so that a resumed run reports the same numbers.
+    """
+
+    def __init__(self) -> None:
+        self.before: dict[str, Tensor] = {}
+
+    def update(self, **points: Tensor) -> dict[str, float]:
+        """points: name -> (N, D). Returns name_drift each; 0 at the first call for a name."""
+        out = {f"{k}_drift": drift(self.before[k], v) if k in self.before else 0.0 for k, v in points.items()}
+        self.before = {k: v.detach().float().clone() for k, v in points.items()}
+        return out
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.before
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.before = dict(state)
