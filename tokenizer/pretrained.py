@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenizer.provq import Curriculum
 from tokenizer.runtime import checkpoint
 from tokenizer.vq_model import ARCHITECTURES, VQModel, VQModelConfig
 
@@ -28,7 +27,6 @@ _CODEBOOK = "quantize.embedding.weight"
 _OWN_CODEBOOK = "quantize.quantizer.embedding.weight"
 _USAGE = "quantize.codebook_used"  # FIFO of recent indices that LlamaGen needs for strict loading; training state only
 _USAGE_SIZE = 65536
-_ADAPTIVE_STATE = ("quantize.best_score", "quantize.stale_checks")  # when to end a warm-up: nothing an evaluation needs
 
 
 def to_llamagen_state_dict(model: VQModel) -> dict[str, Tensor]:
@@ -176,10 +174,7 @@ def _from_llamagen(path: Path, saved: Mapping[str, Any], weights: str, l2_norm: 
 
 def _from_checkpoint(path: Path, saved: Mapping[str, Any], weights: str) -> VQModel:
     state, source = _choose(path, saved, weights)
-    state = {key: value for key, value in state.items() if key not in _ADAPTIVE_STATE}
-    # Only whether there was a warm-up matters here: ProVQ then takes "has a codebook" from the stored state.
-    warmup = int(state.get("quantize.warmup_end", 0))
-    model = VQModel(VQModelConfig.from_dict(saved["config"]), Curriculum(warmup, 0))
+    model = VQModel(VQModelConfig.from_dict(saved["config"]))  # the state says whether its warm-up has ended
     _check(state, model.state_dict(), source)
     model.load_state_dict(state)
     return model

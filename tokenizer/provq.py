@@ -40,6 +40,9 @@ from torch import Tensor, nn
 
 __version__ = "0.1.0"
 
+# Public since torch 2.3, there since 2.1.
+_is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling
+
 # Elements of the N x K distance matrix that exist at a time. 2 MiB of float32 stays in a CPU core's cache (3x faster
 # than one large matrix, see evaluations/benchmarks/code_search.py); a GPU wants fewer, larger launches (128 MiB).
 CPU_SEARCH_ELEMENTS, GPU_SEARCH_ELEMENTS = 2**19, 2**25
@@ -52,9 +55,9 @@ def _world() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _all_reduce(t: Tensor, op: str = "SUM") -> Tensor:
+def _all_reduce(t: Tensor) -> Tensor:
     if _world() > 1:
-        dist.all_reduce(t, op=getattr(dist.ReduceOp, op))
+        dist.all_reduce(t)
     return t
 
 
@@ -80,8 +83,8 @@ class Curriculum:
     """When to be continuous and when discrete: pure functions of the optimizer step (Eq. 3 and 4), no state.
 
     A stage of length 0 is skipped: (0, 0) is the plain quantizer, (0, T) "+ soft transition", (W, 0) "+ manifold
-    warm-up" and (W, T) ProVQ, the rows of Table 5. ValueError: negative length, loss_floor outside [0, 1], unknown
-    schedule, schedule value outside [0, 1].
+    warm-up" and (W, T) ProVQ, the rows of Table 5. ValueError: a length that is no int >= 0, loss_floor outside
+    [0, 1], unknown schedule, schedule value outside [0, 1].
     """
 
     warmup_steps: int  # stage 1 in optimizer steps (paper: 50,000 on ImageNet, 20,000 on proteins)
@@ -91,8 +94,8 @@ class Curriculum:
 
     def __post_init__(self) -> None:
         for name in ("warmup_steps", "transition_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be >= 0 optimizer steps, got {getattr(self, name)}")
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
+                raise ValueError(f"{name} must be an int >= 0, in optimizer steps, got {getattr(self, name)!r}")
         if not 0.0 <= self.loss_floor <= 1.0:
             raise ValueError(f"loss_floor (lambda of Eq. 4) must lie in [0, 1], got {self.loss_floor}")
         if not callable(self.schedule) and self.schedule not in SCHEDULES:
@@ -143,7 +146,7 @@ class AdaptiveWarmup:
 def _search(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     """Nearest row of codes (K, D) for each row of x (N, D): squared distances (N,), indices (N,) int64."""
     # Inside a compiled region the process-wide precision is the host's: changing it there would break the graph.
-    if not x.is_cuda or torch.compiler.is_compiling():
+    if not x.is_cuda or _is_compiling():
         return _search_blocks(x, codes)
     matmul = torch.backends.cuda.matmul  # torch 2.9 renamed the switch, and refuses a mixture of both names
     switch, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
@@ -156,25 +159,30 @@ def _search(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _search_blocks(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-    centre = codes.mean(0)  # distances do not change, but a common offset would cancel catastrophically in |e|^2 - 2xe
+    # Distances do not change, but a common offset would cancel catastrophically in |e|^2 - 2xe. (Not the mean: one code
+    # far out would drag it along.)
+    centre = codes.median(0).values
     x, codes = x - centre, codes - centre
     sq = codes.square().sum(1)
     rows = max(1, (CPU_SEARCH_ELEMENTS if x.device.type == "cpu" else GPU_SEARCH_ELEMENTS) // max(1, len(codes)))
-    found = [torch.addmm(sq, part, codes.t(), alpha=-2.0).min(1) for part in torch.split(x, rows)]
-    value, index = torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found])
+    # Results go into two allocated tensors: small ones that outlive their block would pin its freed memory behind them.
+    value, index = x.new_empty(len(x)), torch.empty(len(x), dtype=torch.int64, device=x.device)
+    with torch.autocast(x.device.type, enabled=False):
+        for start in range(0, len(x), rows):
+            part = slice(start, start + rows)
+            value[part], index[part] = torch.addmm(sq, x[part], codes.t(), alpha=-2.0).min(1)
     return (value + x.square().sum(1)).clamp_min_(0.0), index
 
 
 @torch.no_grad()
 def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the Euclidean nearest code: x (N, D), codebook (K, D) -> (N,) int64; a tie goes to the lower index.
+    """Index of the Euclidean nearest code: x (N, D), codebook (K, D) -> (N,) int64; of equal distances the lower index.
 
     Computed in float32 (float64 if given) outside autocast and, in eager mode, outside TF32, in blocks: the N x K
     matrix never exists whole.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
-        return _search(x.to(dtype), codebook.to(dtype))[1]
+    return _search(x.to(dtype), codebook.to(dtype))[1]
 
 
 class KMeansResult(NamedTuple):
@@ -189,7 +197,7 @@ def kmeans(
     x: Tensor, num_codes: int, *, iters: int = 20, start: str = "kmeans++", spherical: bool = False, seed: int = 0,
     order: Tensor | None = None,
 ) -> KMeansResult:
-    """Lloyd's k-means over the tokens of all ranks. Collective; exact: how tokens are spread over ranks is irrelevant.
+    """Lloyd's k-means over the tokens of all ranks. Collective; how they are spread is irrelevant but for rounding.
 
     x (N_rank, D) float, this rank's tokens. order (N_rank,) int64: each token's position among the tokens of all ranks,
     by which seeds are drawn (default: rank 0's tokens first), so that 1 and 8 processes start from the same points.
@@ -217,13 +225,15 @@ def kmeans(
         x = F.normalize(x, dim=1)
     if order is None:
         order = torch.arange(len(x), device=x.device) + sum(per_rank[:rank])
+    order = order.to(x.device)
 
     generator = torch.Generator().manual_seed(seed)
     sample = num_codes if start == "random" else min(total, max(4 * num_codes, 4096))
     picks = torch.randperm(total, generator=generator)[:sample].to(x.device)
     slot = torch.full((total,), -1, dtype=torch.int64, device=x.device)
     slot[picks] = torch.arange(sample, device=x.device)
-    mine = slot[order.to(x.device)]
+    valid = order.shape == x.shape[:1] and bool(((order >= 0) & (order < total)).all())
+    mine = slot[order] if valid else slot.new_full((len(x),), -1)  # then all ranks raise below, not this one alone
     points = torch.zeros(sample, x.shape[1] + 1, device=x.device)  # each row is filled by the one rank that has it
     points[mine[mine >= 0]] = F.pad(x, (0, 1), value=1.0)[mine >= 0]
     _all_reduce(points)
@@ -282,7 +292,8 @@ def _reseed_empty(centroids: Tensor, counts: Tensor, x: Tensor, far: Tensor, ord
     empty = (counts == 0).nonzero()[:, 0]  # equal on every rank, and so is its length: no rank waits alone
     if not len(empty):
         return centroids
-    top = far.topk(min(len(empty), len(x))).indices
+    by_order = order.argsort()  # a stable sort then breaks ties alike, however the tokens are stored
+    top = by_order[far[by_order].argsort(descending=True, stable=True)][: len(empty)]
     # Each rank offers its farthest tokens as rows (distance, order, token); float64 holds an order exactly.
     offers = torch.zeros(_world(), len(empty), x.shape[1] + 2, dtype=torch.float64, device=x.device)
     offers[rank, : len(top)] = torch.cat([far[top, None].double(), order[top, None].double(), x[top].double()], 1)
@@ -361,8 +372,9 @@ class Quantized(NamedTuple):
 
 
 def _recomputing() -> bool:
-    # Activation checkpointing runs forward again inside backward; statistics must count each token once.
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    # Activation checkpointing runs forward again inside backward; statistics must count each token once. A compiled
+    # graph cannot ask: there usage counts double (the same fractions) when the checkpoint is around compiled code.
+    return not _is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class VectorQuantizer(nn.Module):
@@ -448,8 +460,9 @@ class VectorQuantizer(nn.Module):
 class LinearVectorQuantizer(VectorQuantizer):
     """Frozen table times one trained linear map: codes = table W^T + b, so that every code moves in every step.
 
-    SimVQ (Zhu et al. 2025): table ~ N(0, 1/D), never data. AminoAseed (Yuan et al. 2025): the table is set from data by
-    `set_codebook_` (map reset to the identity, so the codes start as the centroids) and then stays.
+    SimVQ (Zhu et al. 2025) keeps the table of the constructor, ~ N(0, 1/D). AminoAseed (Yuan et al. 2025) sets it from
+    data, once, by `set_codebook_`, which makes the map the identity: codes start as centroids. One class does both;
+    ProVQ's k-means turns the first into the second.
     """
 
     table: Tensor  # (K, D)
@@ -460,7 +473,8 @@ class LinearVectorQuantizer(VectorQuantizer):
         self.map = nn.Linear(self.dim, self.dim)
 
     def _table(self) -> Tensor:
-        return self.map(self.table)
+        with torch.autocast(self.table.device.type, enabled=False):
+            return self.map(self.table)
 
     @torch.no_grad()
     def set_codebook_(self, centroids: Tensor, counts: Tensor | None = None) -> None:  # noqa: ARG002
@@ -475,8 +489,8 @@ class EMAVectorQuantizer(VectorQuantizer):
 
     A training forward only gathers sums; `update_()` applies them, once per optimizer step (ProVQ.set_step calls it),
     so that accumulated micro-batches and recomputed activations give the update of one large batch. Counts are
-    Laplace-smoothed by eps. restart_below > 0: a code whose running count is under that fraction of the mean count
-    restarts at a random latent of the last batch (Jukebox; relative, so that it does not depend on the batch size).
+    relative, with mean 1 whatever the batch size, and Laplace-smoothed by eps. restart_below > 0: a code whose running
+    count is under that restarts at a random latent of the last batch (Jukebox, whose threshold is absolute).
     """
 
     codes: Tensor  # (K, D)
@@ -509,7 +523,7 @@ class EMAVectorQuantizer(VectorQuantizer):
         self.codes.copy_(self._checked(centroids))
         weight = torch.ones_like(self.ema_counts) if counts is None else counts / counts.float().mean()
         self.ema_counts.copy_(weight.clamp_min(max(self.restart_below, 1e-3)))
-        self.ema_sums.copy_(self.codes * self.ema_counts[:, None])
+        self.ema_sums.copy_(self.codes * self._smoothed()[:, None])
         self._pending.zero_()
 
     def _losses(self, latent: Tensor, code: Tensor) -> dict[str, Tensor]:
@@ -527,7 +541,8 @@ class EMAVectorQuantizer(VectorQuantizer):
     def update_(self) -> None:
         """Fold what the training forwards since the last call gathered, over all ranks, into the codes. Collective."""
         device = self.codes.device
-        stats = _all_reduce(self._pending.to(device)).float()
+        stats = _all_reduce(self._pending.to(device))
+        stats = (stats * (self.num_codes / stats[:, -1].sum().clamp_min(1))).float()  # mean count 1, as at the start
         sums, counts = stats[:, :-1], stats[:, -1]
         decay = torch.where(counts.sum() > 0, self.decay, 1.0)  # without tokens nothing decays; decided on the device
         self.ema_sums.mul_(decay).add_(sums * (1.0 - decay))
@@ -540,9 +555,15 @@ class EMAVectorQuantizer(VectorQuantizer):
             dead = ((self.ema_counts < floor) & (counts.sum() > 0))[:, None]
             self.ema_counts.copy_(torch.where(dead[:, 0], floor, self.ema_counts))
             self.ema_sums.copy_(torch.where(dead, rows * floor, self.ema_sums))
+        self.codes.copy_(self.ema_sums / self._smoothed()[:, None])
+
+    def _smoothed(self) -> Tensor:
         total = self.ema_counts.sum()
-        smooth = (self.ema_counts + self.eps) * total / (total + self.num_codes * self.eps)
-        self.codes.copy_(self.ema_sums / smooth[:, None])
+        return (self.ema_counts + self.eps) * total / (total + self.num_codes * self.eps)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._pending.zero_()
 
 
 QUANTIZERS: dict[str, type[VectorQuantizer]] = {
@@ -563,8 +584,8 @@ def make_quantizer(name: str, num_codes: int, dim: int, **options: Any) -> Vecto
 class ProVQOutput(NamedTuple):
     quantized: Tensor  # z~ of Eq. 2, shape and dtype of z; 0 where masked
     indices: Tensor | None  # int64, z's shape without channels; -1 where masked; None in stage 1
-    loss: Tensor  # float32 []: omega x the quantizer's losses; add as it is
-    losses: dict[str, Tensor]  # float32 [] each, unweighted and detached, for logging; empty in stage 1
+    loss: Tensor  # float32 []: omega x the quantizer's losses (in eval() without omega); add as it is
+    losses: dict[str, Tensor]  # float32 [] each, unweighted and detached, for logging; empty in stage 1, without tokens
 
 
 class ProVQ(nn.Module):
@@ -575,7 +596,9 @@ class ProVQ(nn.Module):
     step. A (0, 0) curriculum is the bare quantizer bit for bit, and after training `provq.quantizer` alone suffices.
 
     Call `set_step(step)` before the forwards of a step and, so that a checkpoint holds all of it, `set_step(step + 1)`
-    after the optimizer's. The state dict adds step, initialised, warmup_end and (adaptive) best_score, stale_checks.
+    after the optimizer's. The state dict adds step, initialised, warmup_end, best_score and stale_checks; a loaded
+    warmup_end, where an adaptive warm-up ended, overrides the constructor's. Keep the module in float32 (use autocast):
+    in half precision alpha and running means would lose their small changes.
     """
 
     quantizer: Any  # typed by its methods
@@ -600,6 +623,8 @@ class ProVQ(nn.Module):
             raise TypeError(f"{type(quantizer).__name__} lacks {', '.join(missing)}, which ProVQ needs of a quantizer")
         if channel_dim not in (1, -1):
             raise ValueError(f"channel_dim must be 1 (B, D, ...) or -1 (B, ..., D), got {channel_dim}")
+        if adaptive and curriculum.warmup_steps == 0:
+            raise ValueError("adaptive needs a warm-up to end: give the curriculum warmup_steps > 0")
         if adaptive and adaptive.min_steps > curriculum.warmup_steps:
             raise ValueError(f"adaptive min_steps {adaptive.min_steps} > warmup_steps {curriculum.warmup_steps}, "
                              "which is its upper bound")
@@ -608,9 +633,8 @@ class ProVQ(nn.Module):
         self.register_buffer("step", torch.tensor(0))
         self.register_buffer("initialised", torch.tensor(False))
         self.register_buffer("warmup_end", torch.tensor(curriculum.warmup_steps))
-        if adaptive:
-            self.register_buffer("best_score", torch.tensor(math.inf, dtype=torch.float64))
-            self.register_buffer("stale_checks", torch.tensor(0))
+        self.register_buffer("best_score", torch.tensor(math.inf, dtype=torch.float64))
+        self.register_buffer("stale_checks", torch.tensor(0))
         # 0-d tensors, not floats: torch.compile makes one graph per stage, not one per value of alpha.
         self.register_buffer("_alpha", torch.tensor(0.0), persistent=False)
         self.register_buffer("_omega", torch.tensor(0.0), persistent=False)
@@ -662,7 +686,7 @@ class ProVQ(nn.Module):
     @property
     def has_codebook(self) -> bool:
         """Whether codes mean anything yet: initialised from data, or trained from the start (no warm-up)."""
-        return self._initialised or self._full_curriculum.warmup_steps == 0
+        return self._initialised or self._full_curriculum.warmup_steps == self._curriculum.warmup_steps == 0
 
     @property
     def needs_init(self) -> bool:
@@ -788,8 +812,9 @@ class ProVQ(nn.Module):
         mixed, loss = out.codes, torch.stack([v.float() for v in out.losses.values()]).sum()
         if self.training:
             if self._stage == 2:
-                mixed = self._alpha * self.quantizer.latent(tokens) + (1.0 - self._alpha) * out.codes  # Eq. 2
-                loss = self._omega * loss  # Eq. 4
+                alpha = self._alpha.clone()  # backward needs it, and set_step may come before backward
+                mixed = alpha * self.quantizer.latent(tokens) + (1.0 - alpha) * out.codes  # Eq. 2
+                loss = self._omega.clone() * loss  # Eq. 4
             if not _recomputing():
                 if self._counts.device != out.indices.device:
                     self._counts = self._counts.to(out.indices.device)
@@ -810,14 +835,17 @@ class ProVQ(nn.Module):
         return self._restore_indices(nearest_code(self.quantizer.latent(tokens), self.codebook), shape, mask)
 
     def decode(self, indices: Tensor) -> Tensor:
-        """Codes of int64 indices (B, ...) in z's layout; 0 where an index is negative (masked)."""
+        """Codes of int64 indices (B, ...) in z's layout; 0 where negative (masked). RuntimeError: no codebook yet."""
+        if not self.has_codebook:
+            raise RuntimeError("decode() before init_codebook(): the warm-up has not ended, there are no codes yet")
         codes = self.quantizer.lookup(indices.clamp_min(0))
         return torch.where((indices >= 0)[..., None], codes, 0.0).movedim(-1, self.channel_dim)
 
     @torch.no_grad()
     def pop_counts(self) -> Tensor:
         """This rank's code counts (K,) int64 of the training forwards since the last call, and start over."""
-        counts, self._counts = self._counts, torch.zeros_like(self._counts)
+        counts = self._counts.clone()
+        self._counts.zero_()
         return counts
 
     def usage(self) -> dict[str, Any]:

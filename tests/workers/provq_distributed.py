@@ -1,0 +1,294 @@
+"""What test_provq_distributed.py runs under torchrun: every scenario alone and then over all ranks, compared.
+
+A scenario is `scenario(rank, world) -> dict of tensors and texts`: it gives each rank its share of the same data. The
+result must agree between the ranks bit for bit and with the one-process result within rounding (`LOOSE`: not at all).
+Usage: torchrun --nproc-per-node 2 provq_distributed.py RESULTS_FOLDER; rank r writes RESULTS_FOLDER/r.json, scenario ->
+None or what went wrong.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from provq_cases import RECIPES, quantizer
+
+from tokenizer.provq import AdaptiveWarmup, Curriculum, EMAVectorQuantizer, ProVQ, kmeans
+
+SCENARIOS: dict[str, Callable[[int, int], dict[str, Any]]] = {}
+LOOSE = {"ema_restart"}  # draws from the process's random generator: only the ranks have to agree
+
+
+def scenario(function: Callable) -> Callable:
+    SCENARIOS[function.__name__] = function
+    return function
+
+
+def _normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _share(x: torch.Tensor, rank: int, world: int, first: float = 0.8) -> torch.Tensor:
+    """Rows of this rank: an uneven contiguous split, `first` of them on rank 0."""
+    if world == 1:
+        return x
+    cut = round(first * len(x))
+    return x[:cut] if rank == 0 else x[cut:]
+
+
+def _as_dict(result: Any) -> dict[str, Any]:
+    return {"centroids": result.centroids, "counts": result.counts, "inertia": torch.tensor(result.inertia),
+            "iterations": torch.tensor(result.iterations)}
+
+
+# ----------------------------------------------------------------------------------------------------- k-means
+
+@scenario
+def kmeans_contiguous(rank: int, world: int) -> dict[str, Any]:
+    return _as_dict(kmeans(_share(_normal(400, 3), rank, world), 24))
+
+
+@scenario
+def kmeans_by_order(rank: int, world: int) -> dict[str, Any]:
+    x = _normal(400, 3)
+    if world == 1:
+        return _as_dict(kmeans(x, 24))
+    shuffled = torch.randperm(400, generator=torch.Generator().manual_seed(5))
+    mine = shuffled[:130] if rank == 0 else shuffled[130:]
+    return _as_dict(kmeans(x[mine], 24, order=mine))
+
+
+@scenario
+def kmeans_by_order_random_start(rank: int, world: int) -> dict[str, Any]:
+    return _as_dict(kmeans(_normal(401, 3)[rank::world], 24, start="random", order=torch.arange(rank, 401, world)))
+
+
+@scenario
+def kmeans_one_rank_without_tokens(rank: int, world: int) -> dict[str, Any]:
+    return _as_dict(kmeans(_share(_normal(200, 3), rank, world, first=1.0), 16))
+
+
+@scenario
+def kmeans_reseeds_empty_clusters(rank: int, world: int) -> dict[str, Any]:
+    x = torch.cat([torch.zeros(300, 3), 10 * _normal(30, 3)])  # a random start leaves most clusters empty
+    result = kmeans(x[rank::world], 12, start="random", order=torch.arange(rank, 330, world))
+    assert (result.counts > 0).all(), result.counts
+    return _as_dict(result)
+
+
+@scenario
+def kmeans_spherical(rank: int, world: int) -> dict[str, Any]:
+    return _as_dict(kmeans(_share(_normal(300, 4), rank, world), 16, spherical=True))
+
+
+def _error(call: Callable[[], Any]) -> dict[str, Any]:
+    try:
+        call()
+    except ValueError as error:
+        return {"error": str(error)}
+    raise AssertionError("no ValueError")
+
+
+@scenario
+def too_few_tokens_raise_on_all_ranks(rank: int, world: int) -> dict[str, Any]:
+    x = _share(_normal(10, 3), rank, world, first=0.9)
+    found = _error(lambda: kmeans(x, 11))
+    assert "got 10" in found["error"], found
+    kmeans(x, 10)  # neither rank has ten, both together do
+    return found
+
+
+@scenario
+def one_rank_with_nan_raises_on_all_ranks(rank: int, world: int) -> dict[str, Any]:
+    x = _normal(40, 3)
+    x[-1, 0] = torch.nan  # the last rank's
+    found = _error(lambda: kmeans(_share(x, rank, world), 4))
+    assert "1 non-finite" in found["error"], found
+    return found
+
+
+@scenario
+def a_wrong_order_raises_on_all_ranks(rank: int, world: int) -> dict[str, Any]:
+    return _error(lambda: kmeans(_normal(20, 3), 8, order=torch.zeros(20, dtype=torch.int64) + 0 * rank * world))
+
+
+@scenario
+def init_codebook_errors_on_all_ranks(rank: int, world: int) -> dict[str, Any]:
+    model = ProVQ(quantizer("vq"), Curriculum(1, 1))
+    model.set_step(1)
+    x = _normal(40, 4)
+    found = _error(lambda: model.init_codebook(_share(x[:12], rank, world)))
+    assert model.needs_init, "a failed call must not pass for done"
+    model.init_codebook(_share(x, rank, world))
+    return {**found, "codebook": model.codebook.detach()}
+
+
+# ----------------------------------------------------------------------------------------- usage, EMA, observe
+
+@scenario
+def usage_sums_over_ranks(rank: int, world: int) -> dict[str, Any]:
+    model = ProVQ(quantizer("vq"), Curriculum(0, 0))
+    for seed in range(2):
+        model(_share(_normal(50, 4, seed=seed), rank, world))
+    usage = model.usage()
+    assert usage["counts"].sum() == 100
+    assert model.usage()["counts"].sum() == 0
+    return {"counts": usage["counts"], "usage": torch.tensor(usage["usage"]),
+            "perplexity": torch.tensor(usage["perplexity"])}
+
+
+def _ema(recipe: str, rank: int, world: int) -> dict[str, Any]:
+    model = ProVQ(quantizer(recipe), Curriculum(0, 3))
+    codes = []
+    for step in range(5):
+        model.set_step(step)
+        for part in _normal(60, 4, seed=step).split(20):
+            model(_share(part, rank, world))
+        model.set_step(step + 1)
+        codes.append(model.codebook)
+    return {"codes": torch.stack(codes)}
+
+
+@scenario
+def ema_update(rank: int, world: int) -> dict[str, Any]:
+    return _ema("ema", rank, world)
+
+
+@scenario
+def ema_l2_update(rank: int, world: int) -> dict[str, Any]:
+    return _ema("ema-l2", rank, world)
+
+
+@scenario
+def ema_restart(rank: int, world: int) -> dict[str, Any]:
+    torch.manual_seed(rank)  # ranks draw different numbers and must still take the same codes
+    bare = EMAVectorQuantizer(16, 4, decay=0.5, restart_below=0.9)
+    bare.set_codebook_(100 + _normal(16, 4))
+    for seed in range(3):
+        bare(_share(_normal(60, 4, seed=seed), rank, world, first=0.5))
+        bare.update_()
+    assert (bare.codebook().norm(dim=1) < 20).sum() > 8, "dead codes restarted"
+    return {"codes": bare.codebook()}
+
+
+@scenario
+def observe_decides_alike(rank: int, world: int) -> dict[str, Any]:  # noqa: ARG001
+    # Rank 1 sees scores that never stop improving: rank 0's decide.
+    model = ProVQ(quantizer("vq"), Curriculum(100, 5), adaptive=AdaptiveWarmup(patience=2))
+    ended = []
+    for step, score in enumerate([5.0, 4.0, 4.5, 4.6, 4.7]):
+        model.set_step(step)
+        ended.append(model.observe(score if rank == 0 else -float(step)))
+    return {"ended": torch.tensor(ended), "warmup_end": model.warmup_end, "step": model.step}
+
+
+@scenario
+def observe_nan_raises_on_all_ranks(rank: int, world: int) -> dict[str, Any]:
+    model = ProVQ(quantizer("vq"), Curriculum(100, 5), adaptive=AdaptiveWarmup())
+    return _error(lambda: model.observe(torch.nan if rank == 0 else float(world)))
+
+
+# ----------------------------------------------------------------------------------- DistributedDataParallel
+
+class _Tokenizer(nn.Module):
+    def __init__(self, recipe: str):
+        super().__init__()
+        torch.manual_seed(1)
+        self.encoder = nn.Conv2d(3, 4, 4, 4)
+        self.provq = ProVQ(quantizer(recipe), Curriculum(2, 2, loss_floor=0.5))
+        self.decoder = nn.ConvTranspose2d(4, 3, 4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.provq(self.encoder(x))
+        return (self.decoder(out.quantized) - x).square().mean() + out.loss
+
+
+def _ddp(recipe: str, rank: int, world: int) -> dict[str, Any]:
+    """Six steps through all stages, without find_unused_parameters; gradients of every step and the last codes."""
+    inner = _Tokenizer(recipe)
+    model = inner if world == 1 else DistributedDataParallel(inner)
+    optimizer = torch.optim.SGD(inner.parameters(), lr=0.1)
+    gradients = []
+    for step in range(6):
+        inner.provq.set_step(step)
+        x = _share(_normal(4, 3, 16, 16, seed=step), rank, world, first=0.5)  # equal shares: a mean of means
+        if inner.provq.needs_init:
+            with torch.no_grad():
+                inner.provq.init_codebook(inner.encoder(x).movedim(1, -1).reshape(-1, 4), optimizers=[optimizer])
+        optimizer.zero_grad()
+        model(x).backward()
+        assert all(p.grad is not None for p in inner.parameters())
+        gradients.append(torch.cat([p.grad.flatten() for p in inner.parameters()]))
+        optimizer.step()
+    inner.provq.set_step(6)
+    usage = inner.provq.usage()
+    assert usage["counts"].sum() == 4 * 4 * 16, "four discrete steps of four images of 16 tokens"
+    return {"gradients": torch.stack(gradients), "codes": inner.provq.codebook.detach(), "counts": usage["counts"]}
+
+
+for _recipe in RECIPES:
+    SCENARIOS[f"ddp_{_recipe}"] = lambda rank, world, recipe=_recipe: _ddp(recipe, rank, world)
+
+
+# ------------------------------------------------------------------------------------------------------- runner
+
+def _compare(name: str, alone: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
+    for key, value in ranks[0].items():
+        for other in ranks[1:]:
+            same = torch.equal(other[key], value) if isinstance(value, torch.Tensor) else other[key] == value
+            assert same, f"{key} differs between ranks: {value} and {other[key]}"
+        if name in LOOSE:
+            continue
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(value, alone[key], rtol=1e-4, atol=2e-6, msg=lambda m, k=key: f"{k}: {m}")
+        else:
+            assert value == alone[key], (value, alone[key])
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    alone: dict[str, Any] = {}
+    results: dict[str, str | None] = {}
+    for name, run in SCENARIOS.items():
+        try:
+            alone[name] = run(0, 1)
+        except Exception:
+            results[name] = f"alone: {traceback.format_exc()}"
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=20))  # a rank that waits alone is an error
+    rank, world = dist.get_rank(), dist.get_world_size()
+    assert world == 2, world
+    for name, run in SCENARIOS.items():
+        if name in results:
+            continue
+        try:
+            mine: Any = run(rank, world)
+        except Exception:
+            mine = traceback.format_exc()
+        ranks: list[Any] = [None] * world
+        dist.all_gather_object(ranks, mine)
+        failed = [r for r in ranks if isinstance(r, str)]
+        try:
+            if failed:
+                results[name] = failed[0]
+            else:
+                _compare(name, alone[name], ranks)
+                results[name] = None
+        except AssertionError as error:
+            results[name] = str(error)
+    (Path(sys.argv[1]) / f"{rank}.json").write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
