@@ -112,11 +112,11 @@ def test_fingerprint_ignores_location_and_notices_changes(tree, tmp_path):
     first = data.open_images(str(tree)).fingerprint()
     moved = shutil.copytree(tree, tmp_path / "elsewhere" / "moved")
     assert data.open_images(str(moved)).fingerprint() == first
-    (moved / "a" / "z.png").write_bytes(encoded(picture(5, 21, 16)))
-    resized = data.open_images(str(moved)).fingerprint()
-    (moved / "a" / "z.png").rename(moved / "b" / "z.png")
+    (moved / "a" / "zz.png").write_bytes(encoded(picture(5, 21, 16)))
+    more = data.open_images(str(moved)).fingerprint()
+    (moved / "a" / "zz.png").rename(moved / "b" / "zz.png")
     renamed = data.open_images(str(moved)).fingerprint()
-    assert len({first, resized, renamed}) == 3
+    assert len({first, more, renamed}) == 3
 
 
 def test_flat_sources_are_one_class(tmp_path):

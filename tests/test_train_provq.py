@@ -272,7 +272,7 @@ def fails(words, capsys):
     ({"data_path": "/no/such/place", "preset": "cifar10"}, "/no/such/place"),
     ({"data_path": "/no/such/place"}, "--perceptual-weight 0"),  # the paper's preset wants LPIPS
     ({"perceptual_weight": 1, "lpips_vgg_weights": "/no/vgg.pth"}, "--perceptual-weight 0"),
-    ({"codebook_size": 4096}, "raise --kmeans-batches"),
+    ({"codebook_size": 4096, "kmeans_batches": 2}, "raise --kmeans-batches"),
     ({"augment": "flip"}, "digit"),
     ({"val_size": 1797}, "hold out"),
 ])

@@ -136,7 +136,7 @@ def decode_image(data: bytes, channels: int) -> Image.Image:
 
 
 class ImageSource:
-    """N images with a fixed order. Subclasses provide `_image` and `sizes`.
+    """N images with a fixed order. Subclasses provide `_image`.
 
     Attributes: labels (N,) int64; classes: names, indexed by label; channels 1, 3 or 4; flippable: whether the mirror
     image is still an example of its class.
@@ -172,18 +172,15 @@ class ImageSource:
             raise UnreadableImage(f"{self.name(i)}: {error or type(error).__name__}") from error
 
     def fingerprint(self) -> str:
-        """16 hex digits over names, labels and stored sizes in order; not over pixels, not over where the source lies.
+        """16 hex digits over names and labels in order; not over pixels, not over where the source lies.
 
-        A folder and a .tar or .zip of it give the same one.
+        A folder and a .tar or .zip of it give the same one. File sizes are left out: asking for a million of them takes
+        minutes on network storage.
         """
         digest = hashlib.sha256(self.names.blob)
-        for numbers in (self.names.ends, self.labels, self.sizes()):
+        for numbers in (self.names.ends, self.labels):
             digest.update(np.ascontiguousarray(numbers, dtype="<i8").tobytes())
         return digest.hexdigest()[:16]
-
-    def sizes(self) -> np.ndarray:
-        """(N,) int64 bytes of each image as stored (before archive compression)."""
-        raise NotImplementedError
 
     def _image(self, i: int) -> Image.Image:
         raise NotImplementedError
@@ -195,9 +192,6 @@ class FileImages(ImageSource):
     def __init__(self, root: Path, names: list[str], labels: np.ndarray, classes: list[str], channels: int):
         super().__init__(names, labels, classes, channels)
         self.root = os.path.abspath(root)
-
-    def sizes(self) -> np.ndarray:
-        return np.array([os.stat(os.path.join(self.root, name)).st_size for name in self.names], dtype=np.int64)
 
     def _image(self, i: int) -> Image.Image:
         return decode_image(Path(self.root, self.name(i)).read_bytes(), self.channels)
@@ -227,9 +221,6 @@ class TarImages(ImageSource):
         self.reader = PackedFiles(paths)
         self.where = np.array([(f, m.offset, m.size) for f, m in zip(files, members, strict=True)], dtype=np.int64)
 
-    def sizes(self) -> np.ndarray:
-        return self.where[:, 2]
-
     def _image(self, i: int) -> Image.Image:
         return decode_image(self.reader.read(*map(int, self.where[i])), self.channels)
 
@@ -241,9 +232,6 @@ class ZipImages(ImageSource):
         super().__init__(names, labels, classes, channels)
         self.reader = PackedFiles([path])
         self.where = where  # (N, 5) int64
-
-    def sizes(self) -> np.ndarray:
-        return self.where[:, 2]
 
     def _image(self, i: int) -> Image.Image:
         header, compressed, size, method, crc = map(int, self.where[i])
@@ -275,9 +263,6 @@ class ArrayImages(ImageSource):
         super().__init__((f"{stem}/{i:05d}" for i in range(len(pixels))), labels, classes, channels)
         self.pixels = pixels
         self.flippable = flippable
-
-    def sizes(self) -> np.ndarray:
-        return np.full(len(self), self.pixels[0].size, dtype=np.int64)
 
     def _image(self, i: int) -> Image.Image:
         return to_channels(Image.fromarray(self.pixels[i]), self.channels)

@@ -63,7 +63,8 @@ class TrainConfig:
     adaptive_warmup_min_steps: int = arg(0, "adaptive warm-up: never end before this step")
     codebook_init: str = arg("auto", "when stage 1 is over: kmeans of latents, or none; auto: kmeans after a warm-up "
                                      "and for aminoaseed; paper: kmeans", choices=("auto", "kmeans", "none"))
-    kmeans_batches: int = arg(16, "global batches whose latents are clustered; paper: one")
+    kmeans_batches: int = arg(0, "global batches whose latents are clustered; 0: 32 latents per code, in at most 16 "
+                                 "batches if those give every code one; paper: one batch")
     kmeans_iters: int = arg(20, "Lloyd iterations at most")
     kmeans_start: str = arg("kmeans++", "first centroids of k-means", choices=("kmeans++", "random"))
     # losses
@@ -97,11 +98,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "digits": _SMALL | {
         "image_channels": 1, "codebook_size": 128, "global_batch_size": 64, "max_steps": 900, "warmup_steps": 300,
         "transition_steps": 300, "val_size": 297, "log_every": 25, "val_every": 150, "ckpt_every": 150,
-        "kmeans_batches": 8,
     },
     "cifar10": _SMALL | {
         "codebook_size": 512, "max_steps": 10_000, "warmup_steps": 2500, "transition_steps": 2500, "val_size": 2000,
-        "val_every": 1000, "ckpt_every": 1000,
+        "val_every": 1000, "ckpt_every": 1000, "kmeans_batches": 16,
     },
     "imagenet256": {"epochs": 40},
     "imagenet384": {"epochs": 40, "image_size": 384},
@@ -142,10 +142,10 @@ def parse_config(argv: list[str] | None = None, description: str = "") -> TrainC
 def check(cfg: TrainConfig, world_size: int) -> None:
     """Raise ValueError, naming flag, value and fix, for settings that cannot work. Reads no data."""
     for names, low in (
-        ("log_every ckpt_every val_every keep_checkpoints kmeans_batches global_batch_size codebook_size "
+        ("log_every ckpt_every val_every keep_checkpoints global_batch_size codebook_size "
          "codebook_embed_dim gradient_accumulation_steps max_steps epochs", 1),
-        ("val_size max_bad_images num_workers kmeans_iters reconstruction_weight perceptual_weight disc_weight "
-         "disc_start max_grad_norm adaptive_warmup_patience adaptive_warmup_min_steps global_seed", 0),
+        ("val_size max_bad_images num_workers kmeans_batches kmeans_iters reconstruction_weight perceptual_weight "
+         "disc_weight disc_start max_grad_norm adaptive_warmup_patience adaptive_warmup_min_steps global_seed", 0),
     ):
         for name in names.split():
             value = getattr(cfg, name)
@@ -174,11 +174,22 @@ def check(cfg: TrainConfig, world_size: int) -> None:
                          f"{cfg.warmup_steps}, the latest end")
     if not cfg.adaptive_warmup_patience and cfg.adaptive_warmup_min_steps:
         raise ValueError("--adaptive-warmup-min-steps needs --adaptive-warmup-patience above 0")
-    side = cfg.image_size // factor
-    tokens = cfg.kmeans_batches * cfg.global_batch_size * side * side
+    tokens = kmeans_batches(cfg) * _tokens_per_batch(cfg)
     if uses_kmeans(cfg) and tokens < cfg.codebook_size:
         raise ValueError(f"k-means would see {tokens} latents for --codebook-size {cfg.codebook_size}: raise "
                          f"--kmeans-batches {cfg.kmeans_batches}, or use fewer codes")
+
+
+def kmeans_batches(cfg: TrainConfig) -> int:
+    """Global batches that are clustered, --kmeans-batches or what its 0 stands for."""
+    def batches(latents: int) -> int:
+        return -(-latents // _tokens_per_batch(cfg))  # rounded up
+
+    return cfg.kmeans_batches or max(batches(cfg.codebook_size), min(16, batches(32 * cfg.codebook_size)))
+
+
+def _tokens_per_batch(cfg: TrainConfig) -> int:
+    return cfg.global_batch_size * (cfg.image_size // ARCHITECTURES[cfg.vq_model].downsample) ** 2
 
 
 def uses_kmeans(cfg: TrainConfig) -> bool:

@@ -31,7 +31,7 @@ from torchvision.utils import save_image
 from tokenizer import losses
 from tokenizer.data import BadImageCounter, ImageDataset, default_augment, make_loader, split_holdout
 from tokenizer.discriminator import NLayerDiscriminator
-from tokenizer.image_sources import ImageSource, open_images
+from tokenizer.image_sources import open_images
 from tokenizer.perceptual import LPIPS
 from tokenizer.provq import AdaptiveWarmup, Curriculum, code_statistics
 from tokenizer.runtime import config, distributed
@@ -39,7 +39,7 @@ from tokenizer.runtime.checkpoint import Checkpointer, atomic_write_text
 from tokenizer.runtime.ema import EMA
 from tokenizer.runtime.metrics import JsonlFile, MetricLogger
 from tokenizer.runtime.seeding import StepSampler, seed_step
-from tokenizer.train_config import RESUMABLE, TrainConfig, check, parse_config, uses_kmeans
+from tokenizer.train_config import RESUMABLE, TrainConfig, check, kmeans_batches, parse_config, uses_kmeans
 from tokenizer.validation import DriftMeter, channels_last, validate
 from tokenizer.vq_model import VQModel, VQModelConfig
 
@@ -107,7 +107,7 @@ class Trainer:
         self.train_set = ImageDataset(source, cfg.image_size, augment=augment, seed=cfg.global_seed, indices=train_idx)
         self.val_set = ImageDataset(val_source, cfg.image_size, indices=val_idx)
         self.bad = BadImageCounter(cfg.max_bad_images)
-        self.sources: dict[str, ImageSource] = {"data": source, "val": val_source}
+        self.fingerprints = {"data_fingerprint": source.fingerprint(), "val_fingerprint": val_source.fingerprint()}
 
     # -------------------------------------------------------------------------------------------------- state
 
@@ -125,19 +125,16 @@ class Trainer:
             "drift": self.drift.state_dict(),
             "best": self.best,
             "last_validation": self.last_validation,
-            "config": self._config(),
+            "config": config.to_dict(self.cfg) | self.fingerprints,
         }
-
-    def _config(self) -> dict[str, Any]:
-        prints = {f"{name}_fingerprint": source.fingerprint() for name, source in self.sources.items()}
-        return config.to_dict(self.cfg) | prints
 
     def _resume(self) -> int:
         """Load the newest checkpoint, if there is one -> the step it was saved at, 0 for a new run. Writes nothing."""
         state = self.checkpoints.load_latest(map_location=self.device)
         step = 0
         if state is not None:
-            changed = [d for d in config.diff(state["config"], self._config()) if d[0] not in RESUMABLE]
+            mine = config.to_dict(self.cfg) | self.fingerprints
+            changed = [d for d in config.diff(state["config"], mine) if d[0] not in RESUMABLE]
             if changed:
                 what = "; ".join(f"{name}: {old!r} there, {new!r} now" for name, old, new in changed)
                 raise ValueError(f"--results-dir {self.run_dir} holds a run with other settings ({what}). Use its "
@@ -275,7 +272,7 @@ class Trainer:
         self.raw.eval()
         latents, order = [], []
         per_rank = cfg.global_batch_size // (distributed.world_size() * cfg.gradient_accumulation_steps)
-        for i, batch in enumerate(self._batches(step, step + cfg.kmeans_batches)):
+        for i, batch in enumerate(self._batches(step, step + kmeans_batches(cfg))):
             with self._autocast():
                 z = self.raw.encode_latents(batch["image"].to(self.device))
             tokens = channels_last(z).float()
@@ -339,7 +336,8 @@ class Trainer:
         for step in range(self.start, cfg.max_steps):
             seed_step(cfg.global_seed, distributed.rank(), step)  # dropout and restarts depend on the step alone
             quantize.set_step(step)
-            self.maybe_init_codebook(step)
+            with self.metrics.untimed():
+                self.maybe_init_codebook(step)
             stage, alpha, omega = quantize.stage, quantize.alpha, quantize.omega
             terms = self.train_step(batches, step)
             self.metrics.add(terms | {"code_counts": quantize.pop_counts()})
@@ -348,13 +346,14 @@ class Trainer:
             quantize.set_step(done)
             if done % cfg.log_every == 0 or done == cfg.max_steps:
                 self.metrics.flush(done, {"stage": stage, "alpha": alpha, "omega": omega}, derive=code_row)
-            if done % cfg.val_every == 0 or done == cfg.max_steps:
-                self.last_validation = self.validate(done)
-            if quantize.stage != stage:
-                self._save_grid(done, f"stage{stage}_end")
             stopping = distributed.any_rank(stop.asked)
-            if done % cfg.ckpt_every == 0 or done == cfg.max_steps or stopping:
-                self.checkpoints.save(done, self._state(done))
+            with self.metrics.untimed():
+                if done % cfg.val_every == 0 or done == cfg.max_steps:
+                    self.last_validation = self.validate(done)
+                if quantize.stage != stage:
+                    self._save_grid(done, f"stage{stage}_end")
+                if done % cfg.ckpt_every == 0 or done == cfg.max_steps or stopping:
+                    self.checkpoints.save(done, self._state(done))
             if stopping and done < cfg.max_steps:
                 self.metrics.close()
                 distributed.print0(f"stopped by a signal at step {done}; the same command resumes")

@@ -11,7 +11,8 @@ import os
 import sys
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,13 @@ class MetricLogger:
                 if name != "step" and isinstance(value, (int, float)):
                     self._board.add_scalar(name, value, row["step"])
             self._board.flush()
+
+    @contextmanager
+    def untimed(self) -> Iterator[None]:
+        """What happens inside, such as a validation, does not count in images_per_second."""
+        began = time.perf_counter()
+        yield
+        self._window_start += time.perf_counter() - began
 
     def close(self) -> None:
         """End the progress bar and the TensorBoard file. Rows are on disk already."""
