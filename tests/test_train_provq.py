@@ -308,6 +308,7 @@ def test_unreadable_images_are_skipped_up_to_a_limit(tmp_path, capsys):
     words = {"data_path": folder, "preset": "cifar10", "val_size": 4, "max_steps": 8}
     train_provq.main(flags(tmp_path / "ok", max_bad_images=1, **words))
     assert "07.png" in capsys.readouterr().err
+    assert json.loads((tmp_path / "ok" / "summary.json").read_text())["unreadable_images"] == 1
     with pytest.raises(RuntimeError, match=r"07\.png"):
         train_provq.main(flags(tmp_path / "strict", max_bad_images=0, **words))
 

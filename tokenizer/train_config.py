@@ -24,7 +24,7 @@ class TrainConfig:
     data_path: str | None = arg(None, "training images: folder, .tar, .zip, shards-{000..099}.tar, list in .txt or "
                                       ".csv, or cifar10; none: scikit-learn's digits; paper: ImageNet")
     val_path: str | None = arg(None, "validation images; none: --val-size are held out of the training images")
-    val_size: int = arg(1000, "images held out (of --data-path at most a tenth), or read from --val-path, 0 there: all")
+    val_size: int = arg(1000, "images held out (of --data-path at most a tenth), or taken of --val-path; 0: all of it")
     image_size: int = arg(256, "side of the square images in pixels; paper: 256 and 384")
     image_channels: int = arg(3, "1 grey, 3 RGB, 4 RGBA; paper: 3", choices=(1, 3, 4))
     augment: str = arg("auto", "training augmentation; auto: none for digits, flip for images that are small already, "

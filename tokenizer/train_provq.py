@@ -64,6 +64,7 @@ class Trainer:
 
     def __init__(self, cfg: TrainConfig, device: torch.device):
         self.device, self.run_dir = device, Path(cfg.results_dir)
+        torch.backends.cudnn.benchmark = True  # all batches have one shape
         self.lpips = LPIPS(cfg.lpips_vgg_weights).to(device) if cfg.perceptual_weight else None  # fails first
         self._open_data(cfg)
         if cfg.max_steps is None:
@@ -96,7 +97,9 @@ class Trainer:
         source = open_images(cfg.data_path, channels=cfg.image_channels)
         if cfg.val_path:
             val_source = open_images(cfg.val_path, channels=cfg.image_channels)
-            train_idx, val_idx = range(len(source)), range(min(cfg.val_size or len(val_source), len(val_source)))
+            n = len(val_source)
+            size = min(cfg.val_size or n, n)
+            train_idx, val_idx = range(len(source)), [i * n // size for i in range(size)]  # spread over sorted classes
         else:
             val_source = source
             train_idx, val_idx = split_holdout(len(source), min(cfg.val_size, max(1, len(source) // 10))
@@ -125,6 +128,7 @@ class Trainer:
             "drift": self.drift.state_dict(),
             "best": self.best,
             "last_validation": self.last_validation,
+            "unreadable": sorted(set().union(*distributed.gather_objects(self.bad.names))),
             "config": config.to_dict(self.cfg) | self.fingerprints,
         }
 
@@ -150,6 +154,7 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
             self.drift.load_state_dict(state["drift"])
             self.best, self.last_validation = state["best"], state["last_validation"]
+            self.bad.names.update(state["unreadable"])
             distributed.print0(f"resuming {self.run_dir} at step {step}")
         elif (self.run_dir / "metrics.jsonl").exists() and not (self.run_dir / "config.json").exists():
             raise ValueError(f"--results-dir {self.run_dir} holds the metrics.jsonl of something else; use another")
@@ -330,6 +335,10 @@ class Trainer:
         cfg, quantize = self.cfg, self.quantize
         stop = _StopSignal()
         self._open_logs()
+        last = quantize.curriculum.stage(cfg.max_steps - 1)
+        if last < 3:
+            distributed.print0(f"note: these {cfg.max_steps} steps end in stage {last}; stage 3 would begin at step "
+                               f"{cfg.warmup_steps + cfg.transition_steps} (--warmup-steps + --transition-steps)")
         batches = self._batches(self.start, cfg.max_steps)
         self.raw.train()
         began = time.monotonic()
@@ -363,7 +372,8 @@ class Trainer:
         self._write_summary(time.monotonic() - began)
 
     def _write_summary(self, seconds: float) -> None:
-        """RUN/summary.json: what the run ended with. Rank 0."""
+        """RUN/summary.json: what the run ended with. Collective, written by rank 0."""
+        bad = set().union(*distributed.gather_objects(self.bad.names))
         if not distributed.is_main():
             return
         summary = {
@@ -372,7 +382,7 @@ class Trainer:
             "warmup_steps": self.quantize.curriculum.warmup_steps,  # where an adaptive warm-up ended
             "parameters": sum(p.numel() for p in self.raw.parameters()),
             "training_images": len(self.train_set),
-            "unreadable_images": len(self.bad.names),
+            "unreadable_images": len(bad),
             "best_psnr": self.best if self.best > -math.inf else None,
             "seconds_since_start_or_resume": round(seconds, 1),
             **self.last_validation,

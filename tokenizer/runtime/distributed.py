@@ -10,7 +10,7 @@ exceptions propagate and call `finalize()` on the normal way out only. `TIMEOUT`
 
 import os
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from torch import Tensor
 # Longer than rank 0 needs to write a checkpoint to slow storage, short enough to notice a lost node the same hour.
 TIMEOUT = timedelta(minutes=10)
 
+T = TypeVar("T")
 _REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 _TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
@@ -139,6 +140,14 @@ def gather_stack(tensor: Tensor) -> Tensor:
         parts = [torch.empty_like(tensor) for _ in range(world_size())]
         dist.all_gather(parts, tensor)
     return torch.stack(parts)  # (W, ...)
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every rank's value (anything that pickles), in the order of ranks, on every rank. For small things."""
+    values: list[T] = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def any_rank(flag: bool) -> bool:
