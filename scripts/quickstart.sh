@@ -7,10 +7,15 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 OUT="${OUT:-$ROOT/runs/quickstart}"
 
-"$PYTHON" "$ROOT/tokenizer/train_provq.py" --preset digits --results-dir "$OUT/vanilla" --warmup-steps 0 --transition-steps 0
-"$PYTHON" "$ROOT/tokenizer/train_provq.py" --preset digits --results-dir "$OUT/provq"
+train() {
+    echo
+    echo "== $1"
+    "$PYTHON" "$ROOT/tokenizer/train_provq.py" --preset digits --results-dir "$OUT/$1" "${@:2}"
+}
+
+train vanilla --warmup-steps 0 --transition-steps 0
+train provq
 echo
-"$PYTHON" "$ROOT/scripts/compare_runs.py" "$OUT/vanilla" "$OUT/provq"
-echo
-echo "Originals above reconstructions, at each stage boundary:"
+"$PYTHON" "$ROOT/scripts/compare_runs.py" "$OUT/vanilla" "$OUT/provq" --picture "$OUT/comparison.png"
+echo "originals above reconstructions at each stage boundary:"
 ls "$OUT"/*/images/*.png
