@@ -32,9 +32,9 @@ def draw(folders: list[Path], path: Path) -> None:
     above, below = figure.subfigures(2, 1, height_ratios=[2.6, 1.2 * len(folders)])
     axes = above.subplots(1, len(CURVES))
     for i, folder in enumerate(folders):
-        config, (_, validations) = json.loads((folder / "config.json").read_text()), read(folder)
+        config, (summary, validations) = json.loads((folder / "config.json").read_text()), read(folder)
         steps = [row["step"] for row in validations]
-        ends = {config["warmup_steps"], config["warmup_steps"] + config["transition_steps"]} - {0}
+        ends = {summary["warmup_steps"], summary["warmup_steps"] + config["transition_steps"]} - {0}
         for axis, key in zip(axes, CURVES, strict=True):
             axis.plot(steps, [row[key] for row in validations], f"C{i}.-", label=folder.name)
             for end in ends:

@@ -81,6 +81,13 @@ def test_discriminator_init():
     assert not module.main[3].bias.any()
 
 
+def test_generator_pass_also_stops_synchronised_statistics():
+    module = torch.nn.SyncBatchNorm.convert_sync_batchnorm(NLayerDiscriminator())
+    with module.generator_pass():
+        assert not any(m.track_running_stats for m in module.main if isinstance(m, torch.nn.SyncBatchNorm))
+    assert all(m.track_running_stats for m in module.main if isinstance(m, torch.nn.SyncBatchNorm))
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_generator_pass_leaves_the_discriminator_alone(arrays, discriminator, training):
     discriminator.train(training)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -43,6 +44,18 @@ def test_writes_pictures_codes_and_metrics(trained, tmp_path):
     written = np.asarray(Image.open(tmp_path / "pictures" / "000000_000.png").convert("L"))[:, 16:]
     expected = ((decoded[0, 0] + 1) / 2 * 255 + 0.5).clamp(0, 255).to(torch.uint8).numpy()
     np.testing.assert_array_equal(written, expected)
+
+
+def test_unreadable_images_are_left_out_of_everything(trained, tmp_path, capsys):
+    shutil.copytree(trained / "pictures", tmp_path / "some")
+    (tmp_path / "some" / "001.png").write_bytes(b"junk")
+    for images, out in ((trained / "pictures", "all"), (tmp_path / "some", "rest")):
+        reconstruct.main([str(trained / "run"), str(images), "--out", str(tmp_path / out)])
+    assert "left out an image that cannot be read: 001.png" in capsys.readouterr().out
+    whole = np.load(tmp_path / "all" / "codes.npy")
+    np.testing.assert_array_equal(np.load(tmp_path / "rest" / "codes.npy"), np.delete(whole, 1, axis=0))
+    assert "001.png" not in (tmp_path / "rest" / "names.txt").read_text()
+    assert json.loads((tmp_path / "rest" / "metrics.json").read_text())["images"] == COUNT - 1
 
 
 def test_batch_size_changes_nothing(trained, tmp_path):

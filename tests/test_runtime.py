@@ -228,7 +228,7 @@ def test_unreadable_newest_file_is_skipped_with_a_message(tmp_path, capsys, dama
     saver.save(1, {"step": 1})
     assert saver.load_latest()["step"] == 1
     (tmp_path / "0000001.pt").unlink()
-    with pytest.raises(RuntimeError, match=r"none of the 1 checkpoint\(s\) can be read"):
+    with pytest.raises(ValueError, match=r"none of the 1 checkpoint\(s\) can be read"):
         saver.load_latest()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+import signal
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -198,6 +199,11 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
+def _ignore_sigterm(_worker: int) -> None:
+    # Schedulers and torchrun signal the whole process group; the workers must outlive the checkpoint that follows.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def make_loader(
     dataset: Dataset, batch_sampler: Iterable[list], *, num_workers: int = 0, pin_memory: bool = False
 ) -> DataLoader:
@@ -220,7 +226,12 @@ def make_loader(
         multiprocessing_context="fork" if forks else None,
         # Otherwise opening an iterator would draw from the global generator, and a resumed run opens one more.
         generator=torch.Generator(),
+        worker_init_fn=_ignore_sigterm,
     )
+
+
+class TooManyBadImages(RuntimeError):
+    """More unreadable images than were tolerated."""
 
 
 class BadImageCounter:
@@ -236,14 +247,14 @@ class BadImageCounter:
         self.names: set[str] = set()
 
     def add(self, names: Iterable[str]) -> None:
-        """Count names (repeats count once). Raises RuntimeError listing up to 20 of them when they exceed the limit."""
+        """Count names (repeats count once). TooManyBadImages lists up to 20 of them when they exceed the limit."""
         self.names.update(names)
         if len(self.names) > self.limit:
             shown = sorted(self.names)[:20]
             more = f" and {len(self.names) - len(shown)} more" if len(self.names) > len(shown) else ""
-            raise RuntimeError(
+            raise TooManyBadImages(
                 f"{len(self.names)} unreadable images, {self.limit} are tolerated: {', '.join(shown)}{more}. Replace "
-                "or remove them, or raise the limit"
+                "or remove them, or raise --max-bad-images"
             )
 
 

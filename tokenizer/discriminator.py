@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm  # what SyncBatchNorm shares with BatchNorm2d
 
 
 class NLayerDiscriminator(nn.Module):
@@ -63,7 +64,7 @@ class NLayerDiscriminator(nn.Module):
         its DistributedDataParallel wrapper): nothing here needs a gradient all-reduce.
         """
         parameters = [p for p in self.parameters() if p.requires_grad]
-        norms = [m for m in self.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
+        norms = [m for m in self.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
         for p in parameters:
             p.requires_grad_(False)
         for norm in norms:

@@ -77,6 +77,7 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Ten
     """|d reconstruction / d last_layer| / (|d adversarial / d last_layer| + 1e-4) in [0, 1e4], detached float32 [].
 
     Balances the adversarial term against the reconstruction terms (VQGAN, Eq. 7). Both graphs stay alive for backward.
+    Under several processes each uses the gradients of its own images, as VQGAN does.
     """
     norms = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float().norm()
              for loss in (reconstruction, adversarial)]

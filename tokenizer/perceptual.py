@@ -97,7 +97,7 @@ def _trunk_state(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is not a readable weight file: {error}") from error
+        raise ValueError(f"{path} is not a readable weight file; expected torchvision's {VGG16_FILE}") from error
     state, wrong = {}, []
     for key, tensor in expected.items():
         name = "features." + key.split(".", 1)[1]

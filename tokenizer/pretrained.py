@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenizer.runtime import checkpoint
+from tokenizer.runtime import checkpoint, config
 from tokenizer.vq_model import ARCHITECTURES, VQModel, VQModelConfig
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"  # an exported folder
@@ -157,11 +157,15 @@ def _from_export(path: Path, weights: str) -> VQModel:
 
     if weights == "ema":
         raise ValueError(f"weights='ema': the export {path} holds a single set of weights, use 'auto' or 'model'")
-    description = json.loads((path / CONFIG_FILE).read_text())
+    description = config.load(path / CONFIG_FILE)
     if description.get("format") != EXPORT_FORMAT:
         raise ValueError(f"{path / CONFIG_FILE} has format {description.get('format')!r}, expected {EXPORT_FORMAT!r}")
     model = VQModel(VQModelConfig.from_dict(description["tokenizer"]))
-    load_llamagen_state_dict(model, safetensors.torch.load_file(path / WEIGHTS_FILE), source=str(path / WEIGHTS_FILE))
+    try:
+        weights_of_file = safetensors.torch.load_file(path / WEIGHTS_FILE)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path / WEIGHTS_FILE} is damaged or no safetensors file: {error}") from error
+    load_llamagen_state_dict(model, weights_of_file, source=str(path / WEIGHTS_FILE))
     return model
 
 
@@ -186,6 +190,8 @@ def _choose(path: Path, saved: Mapping[str, Any], weights: str) -> tuple[Mapping
     name = weights if weights != "auto" else next(iter(found), "model")
     if name not in found:
         raise ValueError(f"{path} has no weights {name!r}; it holds {', '.join(map(str, saved))}")
+    if not isinstance(saved[name], Mapping) or not all(isinstance(v, Tensor) for v in saved[name].values()):
+        raise ValueError(f"{path} [{name}] is no state dict of tensors")
     return saved[name], f"{path} [{name}]"
 
 

@@ -4,8 +4,8 @@
     python tokenizer/reconstruct.py vq_ds16_c2i.pt images/ --out out/   # LlamaGen's weights
     python tokenizer/reconstruct.py runs/digits --export-hf my_tokenizer/
 
-Writes, for images in the order of the source: OUT/pictures/*.png (original left, reconstruction right), OUT/codes.npy
-(N, h, w) in the smallest unsigned type that holds the codebook, OUT/names.txt, OUT/metrics.json.
+Writes, for the readable images in the order of the source: OUT/pictures/*.png (original left, reconstruction right),
+OUT/codes.npy (N, h, w) in the smallest unsigned type that holds the codebook, OUT/names.txt, OUT/metrics.json.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from tokenizer import pretrained
-from tokenizer.data import BadImageCounter, ImageDataset, make_loader
+from tokenizer.data import BadImageCounter, ImageDataset, TooManyBadImages, make_loader
 from tokenizer.image_sources import open_images
 from tokenizer.perceptual import LPIPS
 from tokenizer.runtime import distributed
@@ -88,25 +88,33 @@ def reconstruct(model: VQModel, args: argparse.Namespace, device: torch.device) 
     lpips = LPIPS(args.lpips_vgg_weights).to(device) if args.lpips_vgg_weights else None
     meter = ReconstructionMeter(model.quantize.num_codes, model.quantize.dim, device, lpips)
     bad = BadImageCounter(args.max_bad_images)
-    codes = np.empty((count, size // factor, size // factor), np.min_scalar_type(model.quantize.num_codes - 1))
+    codes, names = [], []
     pictures = args.out / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
     for batch in tqdm(make_loader(dataset, batches, num_workers=args.num_workers), unit="batch", disable=None):
         bad.add(batch["bad"])
-        x = batch["image"].to(device)
+        # The loader puts another image in an unreadable one's place, which is for training: here it is left out.
+        keep = [source.name(i) not in bad.names for i in batch["index"].tolist()]
+        if not any(keep):
+            continue
+        x = batch["image"][keep].to(device)
         z = model.encode_latents(x)
         indices = model.quantize.encode(z)
         quantized = model.quantize.decode(indices)  # from the codes alone, as a reader of codes.npy would
         x_hat = model.decode_latents(quantized)
         meter.add(x, x_hat, model.quantize.quantizer.latent(channels_last(z)), channels_last(quantized), indices)
-        for row, i in enumerate(batch["index"].tolist()):
-            codes[i] = indices[row].cpu().numpy()
-            if i < args.max_pictures:
+        codes.append(indices.cpu().numpy())
+        for row, i in enumerate(batch["index"][keep].tolist()):
+            names.append(source.name(i))
+            if len(names) <= args.max_pictures:
                 name = f"{i:06d}_{Path(source.name(i)).stem}.png"
                 save_image((torch.stack([x[row], x_hat[row]]) + 1) / 2, pictures / name, padding=0)
     metrics = meter.result(model.quantize.codebook) | {"image_size": size, "unreadable_images": len(bad.names)}
-    atomic_write(args.out / "codes.npy", lambda file: np.save(file, codes))
-    atomic_write_text(args.out / "names.txt", "".join(f"{source.name(i)}\n" for i in range(count)))
+    smallest = np.min_scalar_type(model.quantize.num_codes - 1)
+    atomic_write(args.out / "codes.npy", lambda file: np.save(file, np.concatenate(codes).astype(smallest)))
+    atomic_write_text(args.out / "names.txt", "".join(f"{name}\n" for name in names))
+    for name in sorted(bad.names):
+        distributed.print0(f"left out an image that cannot be read: {name}")
     atomic_write_text(args.out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     return metrics
 
@@ -123,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
             metrics = reconstruct(model, args, device)
             distributed.print0(" ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
             distributed.print0(f"wrote {args.out}")
-    except (ValueError, FileNotFoundError) as error:  # a mistake in flags or files: said without a traceback
+    except (ValueError, OSError, TooManyBadImages) as error:  # a mistake in flags or files: without a traceback
         raise SystemExit(f"reconstruct.py: error: {error}") from error
 
 

@@ -6,6 +6,7 @@ The defaults are the paper's ImageNet recipe (section 5.1.2, and LlamaGen's wher
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from tokenizer.data import AUGMENTATIONS
@@ -24,7 +25,8 @@ class TrainConfig:
     data_path: str | None = arg(None, "training images: folder, .tar, .zip, shards-{000..099}.tar, list in .txt or "
                                       ".csv, or cifar10; none: scikit-learn's digits; paper: ImageNet")
     val_path: str | None = arg(None, "validation images; none: --val-size are held out of the training images")
-    val_size: int = arg(1000, "images held out (of --data-path at most a tenth), or taken of --val-path; 0: all of it")
+    val_size: int = arg(1000, "images held out (of --data-path at most a tenth), or taken of --val-path; 0: all of "
+                              "it; paper: ImageNet's 50000")
     image_size: int = arg(256, "side of the square images in pixels; paper: 256 and 384")
     image_channels: int = arg(3, "1 grey, 3 RGB, 4 RGBA; paper: 3", choices=(1, 3, 4))
     augment: str = arg("auto", "training augmentation; auto: none for digits, flip for images that are small already, "
@@ -49,7 +51,7 @@ class TrainConfig:
     quantizer: str = arg("vq", "vq: trained table; simvq, aminoaseed: frozen table, trained linear map; ema: running "
                                "means; paper: vq", choices=tuple(QUANTIZERS))
     rotation: bool = arg(False, "rotation trick instead of straight-through gradients; paper: no")
-    codebook_ema_decay: float = arg(0.99, "ema quantizer: decay of the running means per step")
+    codebook_ema_decay: float = arg(0.99, "ema quantizer: decay of the running means per step; VQ-VAE-2: 0.99")
     codebook_restart_below: float = arg(0.0, "ema quantizer: restart codes used less than this fraction of the mean")
     commit_loss_beta: float = arg(0.25, "weight of the commitment loss, beta; LlamaGen: 0.25")
     dropout_p: float = arg(0.0, "dropout in residual blocks; LlamaGen: 0")
@@ -65,8 +67,8 @@ class TrainConfig:
                                      "and for aminoaseed; paper: kmeans", choices=("auto", "kmeans", "none"))
     kmeans_batches: int = arg(0, "global batches whose latents are clustered; 0: 32 latents per code, in at most 16 "
                                  "batches if those give every code one; paper: one batch")
-    kmeans_iters: int = arg(20, "Lloyd iterations at most")
-    kmeans_start: str = arg("kmeans++", "first centroids of k-means", choices=("kmeans++", "random"))
+    kmeans_iters: int = arg(20, "Lloyd iterations at most; paper: not given")
+    kmeans_start: str = arg("kmeans++", "first centroids of k-means; paper: not given", choices=("kmeans++", "random"))
     # losses
     reconstruction_loss: str = arg("l2", "pixel loss; LlamaGen: l2", choices=tuple(RECONSTRUCTION_LOSSES))
     reconstruction_weight: float = arg(1.0, "weight of the pixel loss; LlamaGen: 1")
@@ -78,7 +80,7 @@ class TrainConfig:
     disc_adaptive_weight: bool = arg(False, "scale the adversarial loss by the ratio of gradient norms; LlamaGen: no")
     # optimization
     global_batch_size: int = arg(128, "images per optimizer step over all ranks; paper: 128")
-    gradient_accumulation_steps: int = arg(1, "micro-batches that a global batch is computed in")
+    gradient_accumulation_steps: int = arg(1, "micro-batches that a global batch is computed in; LlamaGen: 1")
     max_steps: int | None = arg(None, "optimizer steps; excludes --epochs")
     epochs: int | None = arg(None, "passes over the training images; excludes --max-steps; LlamaGen: 40")
     lr: float = arg(1e-4, "learning rate of both Adams, constant; LlamaGen: 1e-4")
@@ -95,9 +97,9 @@ class TrainConfig:
 _SMALL = {"vq_model": "VQ-4", "image_size": 32, "perceptual_weight": 0.0, "disc_weight": 0.0, "mixed_precision": "none",
           "lr": 1e-3, "num_workers": 0}
 PRESETS: dict[str, dict[str, Any]] = {
-    "digits": _SMALL | {
-        "image_channels": 1, "codebook_size": 128, "global_batch_size": 64, "max_steps": 900, "warmup_steps": 300,
-        "transition_steps": 300, "val_size": 297, "log_every": 25, "val_every": 150, "ckpt_every": 150,
+    "digits": _SMALL | {  # 48 images can be split over 1, 2, 3, 4, 6, 8, 12 and 16 processes
+        "image_channels": 1, "codebook_size": 128, "global_batch_size": 48, "max_steps": 450, "warmup_steps": 150,
+        "transition_steps": 150, "val_size": 297, "log_every": 25, "val_every": 75, "ckpt_every": 75,
     },
     "cifar10": _SMALL | {
         "codebook_size": 512, "max_steps": 10_000, "warmup_steps": 2500, "transition_steps": 2500, "val_size": 2000,
@@ -110,7 +112,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 # What may differ when a run is resumed: its length, its cadence, its machine. Anything else would be another
 # experiment. Data may move: the sources' fingerprints are compared, not their paths.
 RESUMABLE = frozenset({
-    "preset", "data_path", "val_path", "results_dir", "max_steps", "epochs", "log_every", "ckpt_every", "val_every",
+    "preset", "data_path", "val_path", "results_dir", "gradient_accumulation_steps", "max_steps", "epochs", "log_every",
+    "ckpt_every", "val_every",
     "keep_checkpoints", "dry_run", "num_workers", "device", "compile", "max_bad_images", "lpips_vgg_weights",
 })
 
@@ -145,21 +148,34 @@ def check(cfg: TrainConfig, world_size: int) -> None:
         ("log_every ckpt_every val_every keep_checkpoints global_batch_size codebook_size "
          "codebook_embed_dim gradient_accumulation_steps max_steps epochs", 1),
         ("val_size max_bad_images num_workers kmeans_batches kmeans_iters reconstruction_weight perceptual_weight "
-         "disc_weight disc_start max_grad_norm adaptive_warmup_patience adaptive_warmup_min_steps global_seed", 0),
+         "disc_weight disc_start max_grad_norm adaptive_warmup_patience adaptive_warmup_min_steps global_seed "
+         "commit_loss_beta codebook_restart_below warmup_steps transition_steps", 0),
     ):
         for name in names.split():
             value = getattr(cfg, name)
             if value is not None and value < low:
                 raise ValueError(f"{_flag(name)} is {value}; it must be at least {low}")
-    for name in ("beta1", "beta2", "ema_decay"):
+    for name in ("beta1", "beta2", "ema_decay", "codebook_ema_decay", "dropout_p"):
         if not 0 <= getattr(cfg, name) < 1:
             raise ValueError(f"{_flag(name)} is {getattr(cfg, name)}; it must lie in [0, 1)")
+    if not 0 <= cfg.loss_lambda <= 1:
+        raise ValueError(f"--loss-lambda is {cfg.loss_lambda}; it must lie in [0, 1]")
     if cfg.lr <= 0:
         raise ValueError(f"--lr is {cfg.lr}; it must be positive")
     if (cfg.max_steps is None) == (cfg.epochs is None):
         raise ValueError(f"give one of --max-steps and --epochs; got {cfg.max_steps} and {cfg.epochs}")
     if cfg.reconstruction_weight == cfg.perceptual_weight == 0:
         raise ValueError("--reconstruction-weight and --perceptual-weight are both 0: nothing would be learned")
+    if cfg.preset.startswith("imagenet") and not cfg.data_path:
+        raise ValueError(f"--preset {cfg.preset} needs --data-path")
+    if Path(cfg.results_dir).exists() and not Path(cfg.results_dir).is_dir():
+        raise ValueError(f"--results-dir {cfg.results_dir} is a file; name a folder")
+    if cfg.disc_adaptive_weight and cfg.mixed_precision == "fp16":
+        raise ValueError("--disc-adaptive-weight compares gradients that vanish in --mixed-precision fp16; use bf16")
+    for name, low in (("disc_weight", 24), ("perceptual_weight", 16), ("image_size", 7)):
+        if getattr(cfg, name) and cfg.image_size < low:
+            why = "SSIM" if name == "image_size" else f"{_flag(name)} above 0"
+            raise ValueError(f"--image-size {cfg.image_size} is too small: {why} needs at least {low}")
     if cfg.perceptual_weight and cfg.image_channels == 4:
         raise ValueError("--perceptual-weight: LPIPS takes 1 or 3 channels, not --image-channels 4; pass 0")
     factor = ARCHITECTURES[cfg.vq_model].downsample

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import signal
@@ -29,9 +30,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import save_image
 
 from tokenizer import losses
-from tokenizer.data import BadImageCounter, ImageDataset, default_augment, make_loader, split_holdout
+from tokenizer.data import BadImageCounter, ImageDataset, TooManyBadImages, default_augment, make_loader, split_holdout
 from tokenizer.discriminator import NLayerDiscriminator
-from tokenizer.image_sources import open_images
+from tokenizer.image_sources import ImageSource, open_images
 from tokenizer.perceptual import LPIPS
 from tokenizer.provq import AdaptiveWarmup, Curriculum, code_statistics
 from tokenizer.runtime import config, distributed
@@ -64,7 +65,7 @@ class Trainer:
 
     def __init__(self, cfg: TrainConfig, device: torch.device):
         self.device, self.run_dir = device, Path(cfg.results_dir)
-        torch.backends.cudnn.benchmark = True  # all batches have one shape
+        torch.backends.cudnn.benchmark = True  # training batches have one shape
         self.lpips = LPIPS(cfg.lpips_vgg_weights).to(device) if cfg.perceptual_weight else None  # fails first
         self._open_data(cfg)
         if cfg.max_steps is None:
@@ -82,7 +83,7 @@ class Trainer:
         self.start = self._resume()
         # Only training is worth the compile time; everything else goes through self.raw, under its own names.
         core = torch.compile(self.raw) if cfg.compile else self.raw
-        # Buffers are equal by construction, and only GroupNorm normalises: nothing to broadcast.
+        # The tokenizer's buffers are equal on all ranks by construction, the discriminator's never used: no broadcast.
         wrap = {"device_ids": [device.index] if device.type == "cuda" else None, "broadcast_buffers": False}
         parallel = distributed.world_size() > 1
         self.model: nn.Module = DistributedDataParallel(core, **wrap) if parallel else core
@@ -94,9 +95,9 @@ class Trainer:
             self.disc_ddp = self.disc
 
     def _open_data(self, cfg: TrainConfig) -> None:
-        source = open_images(cfg.data_path, channels=cfg.image_channels)
+        source = _open("--data-path", cfg.data_path, cfg.image_channels)
         if cfg.val_path:
-            val_source = open_images(cfg.val_path, channels=cfg.image_channels)
+            val_source = _open("--val-path", cfg.val_path, cfg.image_channels)
             n = len(val_source)
             size = min(cfg.val_size or n, n)
             train_idx, val_idx = range(len(source)), [i * n // size for i in range(size)]  # spread over sorted classes
@@ -134,7 +135,7 @@ class Trainer:
 
     def _resume(self) -> int:
         """Load the newest checkpoint, if there is one -> the step it was saved at, 0 for a new run. Writes nothing."""
-        state = self.checkpoints.load_latest(map_location=self.device)
+        state = self.checkpoints.load_latest()  # on the CPU: there Adam's step counts stay, and cost no device sync
         step = 0
         if state is not None:
             mine = config.to_dict(self.cfg) | self.fingerprints
@@ -144,6 +145,9 @@ class Trainer:
                 raise ValueError(f"--results-dir {self.run_dir} holds a run with other settings ({what}). Use its "
                                  "settings to resume it, or another --results-dir")
             step = state["step"]
+            if step > self.cfg.max_steps:
+                raise ValueError(f"--results-dir {self.run_dir} is at step {step}, beyond --max-steps "
+                                 f"{self.cfg.max_steps}")
             self.raw.load_state_dict(state["model"])
             self.opt_g.load_state_dict(state["optimizer"])
             if self.ema:
@@ -170,6 +174,8 @@ class Trainer:
             self.metrics.load_state_dict(self.resumed_metrics)
         if distributed.is_main():
             config.save(self.cfg, self.run_dir / "config.json")
+            if self.start < self.cfg.max_steps:
+                (self.run_dir / "summary.json").unlink(missing_ok=True)  # of a shorter run that is now extended
 
     # --------------------------------------------------------------------------------------------------- data
 
@@ -184,9 +190,13 @@ class Trainer:
             self._count_bad(batch)
             yield batch
 
+    def _micro_batch(self) -> int:
+        """Images of one forward on one rank."""
+        return self.cfg.global_batch_size // (distributed.world_size() * self.cfg.gradient_accumulation_steps)
+
     def _val_batches(self) -> Iterator[dict[str, Any]]:
         mine = list(range(distributed.rank(), len(self.val_set), distributed.world_size()))
-        size = max(1, self.cfg.global_batch_size // distributed.world_size() // self.cfg.gradient_accumulation_steps)
+        size = self._micro_batch()
         batches = [mine[i : i + size] for i in range(0, len(mine), size)]
         for batch in make_loader(self.val_set, batches, num_workers=self.cfg.num_workers):
             self._count_bad(batch)
@@ -232,8 +242,6 @@ class Trainer:
             for name, value in terms.items():
                 totals[name] = totals[name] + value / parts
         totals["grad_norm"] = self._update(self.opt_g, self.raw)
-        if self.ema:
-            self.ema.update(self.raw)
         if adversarial:
             # On the reconstructions from before the update, as LlamaGen does.
             for part, (x, x_hat) in enumerate(pairs):
@@ -244,16 +252,18 @@ class Trainer:
                     self.scaler.scale(d.total / parts).backward()
                 totals["disc_loss"] = totals["disc_loss"] + d.terms["discriminator"] / parts
             self._update(self.opt_d, self.disc)
-        self.scaler.update()
+        if self.scaler.is_enabled():
+            totals["loss_scale"] = torch.tensor(self.scaler.get_scale(), device=self.device)
+            self.scaler.update()
         return dict(totals)
 
     def _update(self, optimizer: torch.optim.Optimizer, module: nn.Module) -> Tensor:
-        """Clip, step, clear -> gradient norm before clipping."""
+        """Clip, step, clear -> gradient norm before clipping; 0 for a step that fp16's loss scaling skips."""
         self.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(module.parameters(), self.cfg.max_grad_norm or math.inf)
         self.scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
-        return norm
+        return torch.where(norm.isfinite(), norm, 0.0) if self.scaler.is_enabled() else norm
 
     def maybe_init_codebook(self, step: int) -> None:
         """Once, when stage 1 is over: cluster the latents of the batches that come next (section 4.1)."""
@@ -276,7 +286,7 @@ class Trainer:
         cfg = self.cfg
         self.raw.eval()
         latents, order = [], []
-        per_rank = cfg.global_batch_size // (distributed.world_size() * cfg.gradient_accumulation_steps)
+        per_rank = self._micro_batch()
         for i, batch in enumerate(self._batches(step, step + kmeans_batches(cfg))):
             with self._autocast():
                 z = self.raw.encode_latents(batch["image"].to(self.device))
@@ -297,10 +307,7 @@ class Trainer:
         """Collective. Appends to validation.jsonl, reports to the adaptive warm-up, keeps the best discrete model."""
         model = self._evaluated()
         result = validate(model, self._val_batches(), self.device, self.lpips)
-        probe = torch.stack([self.val_set[i]["image"] for i in range(min(64, len(self.val_set)))]).to(self.device)
-        with torch.no_grad():
-            latents = channels_last(model.encode_latents(probe))
-        result |= self.drift.update(code=self.quantize.codebook, latent=latents)
+        result |= self.drift.update(code=self.quantize.codebook, latent=self._probe(model))
         self.validations.write({"step": step, "stage": self.quantize.stage} | result)
         numbers = " ".join(f"{k} {result[k]:.4g}" for k in ("psnr", "ssim", "usage", "perplexity"))
         distributed.print0(f"validation at step {step}: {numbers}")
@@ -310,8 +317,21 @@ class Trainer:
         # A continuous autoencoder always reconstructs better: only models with codes compete.
         if self.quantize.has_codebook and result["psnr"] > self.best:
             self.best = result["psnr"]
-            self.checkpoints.save_named("best", self._state(step))
+            self.checkpoints.save_named("best", {  # to use, not to resume
+                "step": step,
+                "model": self.raw.state_dict(),
+                "ema": self.ema and self.ema.state_dict(),
+                "validation": result,
+                "config": config.to_dict(self.cfg) | self.fingerprints,
+            })
         return result
+
+    @torch.no_grad()
+    def _probe(self, model: VQModel) -> Tensor:
+        """Latents (N, D) of the first 64 validation images, whose drift is watched."""
+        images = (self.val_set[i]["image"] for i in range(min(64, len(self.val_set))))
+        parts = iter(lambda: list(itertools.islice(images, self._micro_batch())), [])
+        return torch.cat([channels_last(model.encode_latents(torch.stack(part).to(self.device))) for part in parts])
 
     @torch.no_grad()
     def _save_grid(self, step: int, name: str) -> None:
@@ -353,7 +373,10 @@ class Trainer:
             self.metrics.add_images(cfg.global_batch_size // distributed.world_size())
             done = step + 1
             quantize.set_step(done)
+            if self.ema:
+                self.ema.update(self.raw, done)  # after set_step, which updates the codes of an ema quantizer
             if done % cfg.log_every == 0 or done == cfg.max_steps:
+                self.bad.add(set().union(*distributed.gather_objects(self.bad.names)))  # all ranks stop together
                 self.metrics.flush(done, {"stage": stage, "alpha": alpha, "omega": omega}, derive=code_row)
             stopping = distributed.any_rank(stop.asked)
             with self.metrics.untimed():
@@ -392,6 +415,13 @@ class Trainer:
         distributed.print0(f"finished {self.run_dir} at step {self.cfg.max_steps}: {shown}")
 
 
+def _open(flag: str, path: str | None, channels: int) -> ImageSource:
+    try:
+        return open_images(path, channels=channels)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{flag}: {error}") from error
+
+
 def code_row(row: dict[str, Any]) -> dict[str, float]:
     """usage and perplexity of the codes looked up since the last row, by all ranks; 0 in stage 1, which uses none."""
     return code_statistics(row["code_counts"])
@@ -419,12 +449,15 @@ def main(argv: list[str] | None = None) -> None:
         device = distributed.init(cfg.device)
         check(cfg, distributed.world_size())
         trainer = Trainer(cfg, device)
-    except (ValueError, FileNotFoundError) as error:  # a mistake in flags, files or data: once, without a traceback
+        if cfg.dry_run:
+            distributed.print0(json.dumps(config.to_dict(trainer.cfg), indent=1))
+    except (ValueError, OSError) as error:  # a mistake in flags, files or data: once, without a traceback
         raise SystemExit(f"train_provq.py: error: {error}" if distributed.is_main() else 2) from error
-    if cfg.dry_run:
-        distributed.print0(json.dumps(config.to_dict(trainer.cfg), indent=1))
-    else:
-        trainer.run()
+    try:
+        if not cfg.dry_run:
+            trainer.run()
+    except TooManyBadImages as error:
+        raise SystemExit(f"train_provq.py: error: {error}") from error
     distributed.finalize()  # after an exception just exit: torchrun then ends the other ranks
 
 

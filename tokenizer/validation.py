@@ -13,6 +13,8 @@ from tokenizer.provq import code_statistics, drift, effective_rank, mean_pairwis
 from tokenizer.runtime import distributed
 from tokenizer.vq_model import VQModel
 
+MAX_PSNR = 100.0  # dB, of a picture that is reproduced exactly: its infinity would swallow the mean
+
 
 def channels_last(z: Tensor) -> Tensor:
     """(B, D, h, w) -> tokens (B h w, D) in the order of the codes."""
@@ -40,7 +42,7 @@ class ReconstructionMeter:
         per_image = [
             torch.ones(len(x), dtype=torch.float64, device=x.device),
             pixels.mse(x, x_hat.float()),
-            pixels.psnr(picture, reference, 1.0),
+            pixels.psnr(picture, reference, 1.0).clamp(max=MAX_PSNR),
             pixels.ssim(picture, reference, 1.0),
             torch.zeros(len(x), device=x.device) if self.lpips is None else self.lpips(x, x_hat).flatten(),
         ]
@@ -53,9 +55,9 @@ class ReconstructionMeter:
     def result(self, codebook: Tensor | None) -> dict[str, float]:
         """Collective. Without a codebook (warm-up) the code statistics are 0: no code is in use.
 
-        images; mse (of images in [-1, 1]); psnr (dB); ssim; lpips if a network was given; usage in [0, 1]; perplexity
-        (codes); code_distance (mean pairwise, Euclidean); effective_rank of the latents (dimensions);
-        quantization_error: mean |z - code|^2 as a fraction of the latents' variance.
+        images; mse (of images in [-1, 1]); psnr (dB, at most MAX_PSNR per image); ssim; lpips if a network was given;
+        usage in [0, 1]; perplexity (codes); code_distance (mean pairwise, Euclidean); effective_rank of the latents
+        (dimensions); quantization_error: mean |z - code|^2 as a fraction of the latents' variance.
         """
         for tensor in (self.sums, self.counts, self.moments):
             distributed.all_reduce_(tensor)
@@ -105,8 +107,9 @@ class DriftMeter:
 
     def update(self, **points: Tensor) -> dict[str, float]:
         """points: name -> (N, D). Returns name_drift each; 0 at the first call for a name."""
+        points = {k: v.detach().float().cpu().clone() for k, v in points.items()}
         out = {f"{k}_drift": drift(self.before[k], v) if k in self.before else 0.0 for k, v in points.items()}
-        self.before = {k: v.detach().float().clone() for k, v in points.items()}
+        self.before = points
         return out
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -128,8 +128,8 @@ class Checkpointer:
     def load_latest(self, map_location: str | torch.device = "cpu") -> dict[str, Any] | None:
         """State of the newest readable numbered file; None when there is no file.
 
-        An unreadable file is skipped with a message. Raises RuntimeError when files exist and none can be read
-        (starting over would overwrite the run), or when the ranks do not find the same file.
+        An unreadable file is skipped with a message. Raises ValueError when files exist and none can be read
+        (starting over would overwrite the run), RuntimeError when the ranks do not find the same file.
         """
         steps = self.steps()
         state, found = None, -1
@@ -145,7 +145,7 @@ class Checkpointer:
         lowest = int(distributed.all_reduce_(torch.tensor(found), op="min"))
         highest = int(distributed.all_reduce_(torch.tensor(found), op="max"))
         if lowest == highest == -2:
-            raise RuntimeError(
+            raise ValueError(
                 f"{self.folder}: none of the {len(steps)} checkpoint(s) can be read; "
                 "move them away to start this run from the beginning"
             )

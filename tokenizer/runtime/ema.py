@@ -45,11 +45,16 @@ class EMA:
         return self._module
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Move towards the model after an optimizer step."""
+    def update(self, model: nn.Module, step: int | None = None) -> None:
+        """Move towards the model after an optimizer step.
+
+        step: steps done. Given, the decay is at most (1 + step) / (10 + step), so that a young average does not consist
+        of initial weights: it spans a tenth of the run until `decay` takes over.
+        """
+        decay = self.decay if step is None else min(self.decay, (1 + step) / (10 + step))
         averages, values = _matched(dict(self._module.named_parameters()), dict(model.named_parameters()))
         for average, value in zip(averages, values, strict=True):
-            average.lerp_(value, 1.0 - self.decay)
+            average.lerp_(value, 1.0 - decay)
         self._copy(dict(self._module.named_buffers()), dict(model.named_buffers()))
 
     @torch.no_grad()

@@ -269,8 +269,14 @@ class MetricLogger:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What has been added since the last flush, of every rank: accumulators float64 (W, n). Identical on all."""
+        """What has been added since the last flush, of every rank: accumulators float64 (W, n). Identical on all.
+
+        FloatingPointError when something of it is not finite: a diverged run must not replace its good checkpoints.
+        """
         messages = distributed.gather_stack(self._message())  # (W, n)
+        if not bool(messages.isfinite().all()):
+            names = [name for name, total in self._sums.items() if not bool(total.isfinite().all())]
+            raise FloatingPointError(f"{', '.join(names) or 'another rank'} not finite: the run has diverged")
         if (messages[:, 0] != messages[0, 0]).any():
             raise RuntimeError(f"ranks added different metrics; this rank: {self._layout()}")
         now = time.perf_counter()
