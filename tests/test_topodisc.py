@@ -228,17 +228,7 @@ def test_seeds_side_by_side_train_as_one_by_one(method):
 
 
 @pytest.fixture
-def _float64(monkeypatch):
-    kmeans = provq.kmeans
-
-    def kmeans_in_float32(*args, **kwargs):  # it computes in float32 and takes that for the default
-        torch.set_default_dtype(torch.float32)
-        try:
-            return kmeans(*args, **kwargs)
-        finally:
-            torch.set_default_dtype(torch.float64)
-
-    monkeypatch.setattr(provq, "kmeans", kmeans_in_float32)
+def _float64():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)

@@ -11,7 +11,7 @@ and moves it along a curriculum (arXiv 2603.22304, section 4): (1) a plain autoe
 
     encoder, decoder = torch.nn.Conv2d(3, 8, 4, 4), torch.nn.ConvTranspose2d(8, 3, 4, 4)
     provq = ProVQ(VectorQuantizer(num_codes=64, dim=8), Curriculum(warmup_steps=20, transition_steps=20))
-    opt = torch.optim.Adam([*encoder.parameters(), *decoder.parameters(), *provq.parameters()], 1e-3)
+    opt = torch.optim.Adam([*encoder.parameters(), *decoder.parameters(), *provq.parameters()], 1e-2)
     for step in range(60):
         provq.set_step(step)                                        # 1. the loop owns the step count
         x = torch.rand(16, 3, 32, 32)
@@ -234,7 +234,7 @@ def kmeans(
     slot[picks] = torch.arange(sample, device=x.device)
     valid = order.shape == x.shape[:1] and bool(((order >= 0) & (order < total)).all())
     mine = slot[order] if valid else slot.new_full((len(x),), -1)  # then all ranks raise below, not this one alone
-    points = torch.zeros(sample, x.shape[1] + 1, device=x.device)  # each row is filled by the one rank that has it
+    points = x.new_zeros(sample, x.shape[1] + 1)  # each row is filled by the one rank that has it
     points[mine[mine >= 0]] = F.pad(x, (0, 1), value=1.0)[mine >= 0]
     _all_reduce(points)
     if not bool((points[:, -1] == 1).all()):
@@ -264,7 +264,7 @@ def _kmeans_plus_plus(points: Tensor, num_codes: int, generator: torch.Generator
     # Each next seed is drawn with probability proportional to its squared distance from the seeds so far.
     draws = torch.rand(num_codes, generator=generator, dtype=torch.float64).to(points.device)
     seeds = torch.zeros(num_codes, dtype=torch.int64, device=points.device)
-    nearest = torch.full((len(points),), math.inf, device=points.device)
+    nearest = points.new_full((len(points),), math.inf)
     for k in range(num_codes):
         if k == 0:
             seeds[0] = (draws[0] * len(points)).long()

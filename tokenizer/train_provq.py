@@ -98,9 +98,8 @@ class Trainer:
         source = _open("--data-path", cfg.data_path, cfg.image_channels)
         if cfg.val_path:
             val_source = _open("--val-path", cfg.val_path, cfg.image_channels)
-            n = len(val_source)
-            size = min(cfg.val_size or n, n)
-            train_idx, val_idx = range(len(source)), [i * n // size for i in range(size)]  # spread over sorted classes
+            train_idx = range(len(source))
+            val_idx = _spread(len(val_source), cfg.val_size or len(val_source))
         else:
             val_source = source
             train_idx, val_idx = split_holdout(len(source), min(cfg.val_size, max(1, len(source) // 10))
@@ -328,8 +327,8 @@ class Trainer:
 
     @torch.no_grad()
     def _probe(self, model: VQModel) -> Tensor:
-        """Latents (N, D) of the first 64 validation images, whose drift is watched."""
-        images = (self.val_set[i]["image"] for i in range(min(64, len(self.val_set))))
+        """Latents (N, D) of 64 fixed validation images, whose drift is watched."""
+        images = (self.val_set[i]["image"] for i in _spread(len(self.val_set), 64))
         parts = iter(lambda: list(itertools.islice(images, self._micro_batch())), [])
         return torch.cat([channels_last(model.encode_latents(torch.stack(part).to(self.device))) for part in parts])
 
@@ -341,7 +340,7 @@ class Trainer:
         model = self._evaluated()
         was_training = model.training
         model.eval()
-        x = torch.stack([self.val_set[i]["image"] for i in range(min(8, len(self.val_set)))]).to(self.device)
+        x = torch.stack([self.val_set[i]["image"] for i in _spread(len(self.val_set), 8)]).to(self.device)
         x_hat = model(x)[0]
         model.train(was_training)
         folder = self.run_dir / "images"
@@ -413,6 +412,12 @@ class Trainer:
         atomic_write_text(self.run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
         shown = " ".join(f"{k} {summary[k]:.4g}" for k in ("psnr", "ssim", "usage", "perplexity", "code_distance"))
         distributed.print0(f"finished {self.run_dir} at step {self.cfg.max_steps}: {shown}")
+
+
+def _spread(n: int, count: int) -> list[int]:
+    """At most count of range(n), evenly spaced: images are often sorted by class."""
+    count = min(n, count)
+    return [i * n // count for i in range(count)]
 
 
 def _open(flag: str, path: str | None, channels: int) -> ImageSource:
