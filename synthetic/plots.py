@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +197,7 @@ def curves(runs: Mapping[str, Run], path: Path) -> None:
     figure = _figure(4.4)
     grid = figure.subplots(2, 3)
     for axes, (title, (names, log)) in zip(grid.flat, PANELS.items(), strict=True):
-        for colour, (method, run) in zip(COLOURS, runs.items(), strict=False):
+        for colour, (method, run) in zip(cycle(COLOURS), runs.items()):
             for meter, line in zip(names, ("-", "--"), strict=False):
                 values = run.meters[meter].numpy()
                 if meter in ("contraction", "pursuit"):
@@ -249,7 +250,7 @@ def learning_rates(cells: Sequence[Cell], methods: Sequence[str], num_codes: int
     lrs = sorted({cell["lr"] for cell in cells})
     figure = _figure(3.1)
     errors, gap, bend = figure.subplots(1, 3)
-    for colour, method in zip(COLOURS, methods, strict=False):
+    for colour, method in zip(cycle(COLOURS), methods):
         best = [min(error(cell) for cell in cells if cell["method"] == method and cell["lr"] == lr) for lr in lrs]
         errors.plot(lrs, best, color=colour, marker="o", ms=3.5, lw=1.6, label=method)
     errors.set_xscale("log")

@@ -13,6 +13,7 @@ import os
 import struct
 import zipfile
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -135,7 +136,7 @@ def decode_image(data: bytes, channels: int) -> Image.Image:
 # sources
 
 
-class ImageSource:
+class ImageSource(ABC):
     """N images with a fixed order. Subclasses provide `_image`.
 
     Attributes: labels (N,) int64; classes: names, indexed by label; channels 1, 3 or 4; flippable: whether the mirror
@@ -182,8 +183,9 @@ class ImageSource:
             digest.update(np.ascontiguousarray(numbers, dtype="<i8").tobytes())
         return digest.hexdigest()[:16]
 
+    @abstractmethod
     def _image(self, i: int) -> Image.Image:
-        raise NotImplementedError
+        """Image i as it is stored, decoded."""
 
 
 class FileImages(ImageSource):
