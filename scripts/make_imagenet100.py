@@ -1,0 +1,115 @@
+"""Writes the paper's ImageNet-100 split (section 5.1.2) as lists of images; see make_imagenet100.sh.
+
+The paper's test set is 15,000 images "uniformly" sampled from the training classes plus the 5,000 validation images,
+for a stable FID. Here each class gives the same number (150 of 100 classes), chosen by a hash of class and file name,
+so that the split depends on the seed and the names only. The paper does not say whether these images are also trained on;
+by default they are not (--keep-in-train leaves them in).
+
+A list has one `path<TAB>label` per line, paths relative to the list; labels count the sorted WordNet ids, as
+torchvision's ImageFolder would on the 100 folders.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from tokenizer.image_sources import EXTENSIONS
+from tokenizer.runtime.checkpoint import atomic_write_text
+
+
+def read_classes(path: Path) -> list[str]:
+    """WordNet ids of a class list: the first words of its lines, sorted. ValueError: none, repeated, no folder names."""
+    lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
+    names = [words[0] for words in lines if words and not words[0].startswith("#")]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if not names or repeated:
+        raise ValueError(f"--classes {path}: " + (f"{repeated[0]} occurs twice" if repeated else "no class in it"))
+    wrong = [name for name in names if name != Path(name).name]
+    if wrong:
+        raise ValueError(f"--classes {path}: {wrong[0]!r} is no folder name; write one WordNet id per line")
+    return sorted(names)
+
+
+def list_images(folder: Path, classes: list[str], flag: str) -> dict[str, list[Path]]:
+    """Class -> its image files, sorted. ValueError: a class without a folder or without images."""
+    absent = [name for name in classes if not (folder / name).is_dir()]
+    if absent:
+        raise ValueError(
+            f"{flag}: {len(absent)} of {len(classes)} classes have no folder in {folder}, such as {absent[0]}; it must "
+            "hold one folder per class (sort ImageNet's flat validation images into such folders first)"
+        )
+    found = {c: sorted(p for p in (folder / c).iterdir() if p.suffix.lower() in EXTENSIONS) for c in classes}
+    empty = [name for name, images in found.items() if not images]
+    if empty:
+        raise ValueError(f"{flag}: no images in {folder / empty[0]}")
+    return found
+
+
+def hold_out(images: dict[str, list[Path]], total: int, seed: int) -> dict[str, set[Path]]:
+    """Class -> total / classes of its images. ValueError: not divisible, negative, or a class with too few images.
+
+    The images whose SHA-256 of "seed/class/name" is smallest: the same on any machine, whatever else the folder holds.
+    """
+    each, rest = divmod(total, len(images))
+    if rest or total < 0:
+        raise ValueError(f"--test-images {total} must be a multiple of the {len(images)} classes, at least 0")
+    small = [name for name, files in images.items() if len(files) <= each]
+    if small:
+        raise ValueError(f"--test-images {total}: {each} per class, but {small[0]} has {len(images[small[0]])} images")
+    return {
+        name: set(sorted(files, key=lambda p: hashlib.sha256(f"{seed}/{name}/{p.name}".encode()).digest())[:each])
+        for name, files in images.items()
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="scripts/make_imagenet100.sh", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--imagenet", type=Path, required=True, help="folder with train/CLASS/ and val/CLASS/")
+    parser.add_argument("--classes", type=Path, required=True, help="text file, one WordNet id per line")
+    parser.add_argument("--out", type=Path, default=Path("data/imagenet100"), help="(default: data/imagenet100)")
+    parser.add_argument("--test-images", type=int, default=15_000, help="held out of train for the test set; paper: 15000")
+    parser.add_argument("--keep-in-train", action="store_true", help="train on those images as well")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice (default: 0)")
+    args = parser.parse_args(argv)
+    try:
+        classes = read_classes(args.classes)
+        train = list_images(args.imagenet / "train", classes, "--imagenet")
+        val = list_images(args.imagenet / "val", classes, "--imagenet")
+        test = hold_out(train, args.test_images, args.seed)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"make_imagenet100: error: {error}") from error
+
+    def lines(images: dict[str, list[Path]], keep) -> list[str]:
+        return [
+            f"{os.path.relpath(path, args.out)}\t{label}\n"
+            for label, name in enumerate(classes) for path in images[name] if keep(name, path)
+        ]
+
+    lists = {
+        "train": lines(train, lambda name, path: args.keep_in_train or path not in test[name]),
+        "val": lines(val, lambda *_: True),
+    }
+    lists["test"] = lines(train, lambda name, path: path in test[name]) + lists["val"]
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, rows in lists.items():
+        atomic_write_text(args.out / f"{name}.txt", "".join(rows))
+    protocol = {
+        "classes": classes, "seed": args.seed, "test_images_are_trained_on": args.keep_in_train,
+        "images": {name: len(rows) for name, rows in lists.items()},
+        "sha256": {name: hashlib.sha256("".join(rows).encode()).hexdigest() for name, rows in lists.items()},
+    }
+    atomic_write_text(args.out / "protocol.json", json.dumps(protocol, indent=1) + "\n")
+    print(f"wrote {args.out}: " + ", ".join(f"{name}.txt {len(rows)} images" for name, rows in lists.items()))
+
+
+if __name__ == "__main__":
+    main()
