@@ -2,8 +2,8 @@
 
 The paper's test set is 15,000 images "uniformly" sampled from the training classes plus the 5,000 validation images,
 for a stable FID. Here each class gives the same number (150 of 100 classes), chosen by a hash of class and file name,
-so that the split depends on the seed and the names only. The paper does not say whether these images are also trained on;
-by default they are not (--keep-in-train leaves them in).
+so that the split depends on the seed and the names only. The paper does not say whether they are also trained
+on; by default they are not (--keep-in-train leaves them in).
 
 A list has one `path<TAB>label` per line, paths relative to the list; labels count the sorted WordNet ids, as
 torchvision's ImageFolder would on the 100 folders.
@@ -26,7 +26,7 @@ from tokenizer.runtime.checkpoint import atomic_write_text
 
 
 def read_classes(path: Path) -> list[str]:
-    """WordNet ids of a class list: the first words of its lines, sorted. ValueError: none, repeated, no folder names."""
+    """WordNet ids of a class list, the first words of its lines, sorted. ValueError: none, repeated, no names."""
     lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
     names = [words[0] for words in lines if words and not words[0].startswith("#")]
     repeated = sorted({name for name in names if names.count(name) > 1})
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--imagenet", type=Path, required=True, help="folder with train/CLASS/ and val/CLASS/")
     parser.add_argument("--classes", type=Path, required=True, help="text file, one WordNet id per line")
     parser.add_argument("--out", type=Path, default=Path("data/imagenet100"), help="(default: data/imagenet100)")
-    parser.add_argument("--test-images", type=int, default=15_000, help="held out of train for the test set; paper: 15000")
+    parser.add_argument("--test-images", type=int, default=15_000, help="held out of train for the test; paper: 15000")
     parser.add_argument("--keep-in-train", action="store_true", help="train on those images as well")
     parser.add_argument("--seed", type=int, default=0, help="of the choice (default: 0)")
     args = parser.parse_args(argv)
