@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from tokenizer.image_readers import ImageSource, UnreadableImage
 from tokenizer.image_sources import open_images
 from tokenizer.runtime.seeding import fold
+from tokenizer.runtime.training import CannotContinue
 
 __all__ = [
     "AUGMENTATIONS",
@@ -230,7 +231,7 @@ def make_loader(
     )
 
 
-class TooManyBadImages(RuntimeError):
+class TooManyBadImages(CannotContinue):
     """More unreadable images than were tolerated."""
 
 

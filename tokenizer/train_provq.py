@@ -8,15 +8,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import json
 import math
-import signal
 import sys
-import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,16 +26,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import save_image
 
 from tokenizer import losses
-from tokenizer.data import BadImageCounter, ImageDataset, TooManyBadImages, default_augment, make_loader, split_holdout
+from tokenizer.data import BadImageCounter, ImageDataset, default_augment, make_loader, split_holdout
 from tokenizer.discriminator import NLayerDiscriminator
 from tokenizer.image_sources import ImageSource, open_images
 from tokenizer.perceptual import LPIPS
 from tokenizer.provq import AdaptiveWarmup, Curriculum, code_statistics
 from tokenizer.runtime import config, distributed
-from tokenizer.runtime.checkpoint import Checkpointer, atomic_write_text
 from tokenizer.runtime.ema import EMA
-from tokenizer.runtime.metrics import JsonlFile, MetricLogger
-from tokenizer.runtime.seeding import StepSampler, seed_step
+from tokenizer.runtime.training import Stateful, TrainingRun, accumulating, launch
 from tokenizer.train_config import RESUMABLE, TrainConfig, check, kmeans_batches, parse_config, uses_kmeans
 from tokenizer.validation import DriftMeter, channels_last, validate
 from tokenizer.vq_model import VQModel, VQModelConfig
@@ -60,17 +54,16 @@ def build_model(cfg: TrainConfig) -> VQModel:
 
 # ------------------------------------------------------------------------------------------------------- training
 
-class Trainer:
+class Trainer(TrainingRun):
     """Everything that one run holds. Built from a checked configuration; `run` trains it to the end."""
 
     def __init__(self, cfg: TrainConfig, device: torch.device):
-        self.device, self.run_dir = device, Path(cfg.results_dir)
         torch.backends.cudnn.benchmark = True  # training batches have one shape
         self.lpips = LPIPS(cfg.lpips_vgg_weights).to(device) if cfg.perceptual_weight else None  # fails first
-        self._open_data(cfg)
+        fingerprints = self._open_data(cfg)
         if cfg.max_steps is None:
             cfg = replace(cfg, max_steps=math.ceil(cfg.epochs * len(self.train_set) / cfg.global_batch_size))
-        self.cfg = cfg
+        super().__init__(cfg, device, resumable=RESUMABLE, inputs=fingerprints)
         self.raw = build_model(cfg).to(device)
         self.quantize = self.raw.quantize
         self.disc = NLayerDiscriminator(cfg.image_channels).to(device) if cfg.disc_weight else None
@@ -78,9 +71,8 @@ class Trainer:
         self.opt_d = self.disc and torch.optim.Adam(self.disc.parameters(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))
         self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.mixed_precision == "fp16")
         self.ema = EMA(self.raw, cfg.ema_decay) if cfg.ema else None
-        self.drift, self.best, self.last_validation = DriftMeter(), -math.inf, {}
-        self.checkpoints = Checkpointer(self.run_dir / "checkpoints", keep_last=cfg.keep_checkpoints)
-        self.start = self._resume()
+        self.drift, self.best = DriftMeter(), -math.inf
+        self.resume()
         # Only training is worth the compile time; everything else goes through self.raw, under its own names.
         core = torch.compile(self.raw) if cfg.compile else self.raw
         # The tokenizer's buffers are equal on all ranks by construction, the discriminator's never used: no broadcast.
@@ -94,7 +86,7 @@ class Trainer:
         else:
             self.disc_ddp = self.disc
 
-    def _open_data(self, cfg: TrainConfig) -> None:
+    def _open_data(self, cfg: TrainConfig) -> dict[str, str]:
         source = _open("--data-path", cfg.data_path, cfg.image_channels)
         if cfg.val_path:
             val_source = _open("--val-path", cfg.val_path, cfg.image_channels)
@@ -110,92 +102,36 @@ class Trainer:
         self.train_set = ImageDataset(source, cfg.image_size, augment=augment, seed=cfg.global_seed, indices=train_idx)
         self.val_set = ImageDataset(val_source, cfg.image_size, indices=val_idx)
         self.bad = BadImageCounter(cfg.max_bad_images)
-        self.fingerprints = {"data_fingerprint": source.fingerprint(), "val_fingerprint": val_source.fingerprint()}
+        return {"data_fingerprint": source.fingerprint(), "val_fingerprint": val_source.fingerprint()}
 
     # -------------------------------------------------------------------------------------------------- state
 
-    def _state(self, step: int) -> dict[str, Any]:
-        """Collective. All that the steps from `step` on depend on; tensors and primitives only."""
-        return {
-            "step": step,
-            "model": self.raw.state_dict(),
-            "ema": self.ema and self.ema.state_dict(),
-            "optimizer": self.opt_g.state_dict(),
-            "discriminator": self.disc and self.disc.state_dict(),
-            "optimizer_disc": self.opt_d and self.opt_d.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "metrics": self.metrics.state_dict(),
-            "drift": self.drift.state_dict(),
-            "best": self.best,
-            "last_validation": self.last_validation,
-            "unreadable": sorted(set().union(*distributed.gather_objects(self.bad.names))),
-            "config": config.to_dict(self.cfg) | self.fingerprints,
-        }
+    def stateful(self) -> dict[str, Stateful | None]:
+        return {"model": self.raw, "ema": self.ema, "optimizer": self.opt_g, "discriminator": self.disc,
+                "optimizer_disc": self.opt_d, "scaler": self.scaler, "drift": self.drift}
 
-    def _resume(self) -> int:
-        """Load the newest checkpoint, if there is one -> the step it was saved at, 0 for a new run. Writes nothing."""
-        state = self.checkpoints.load_latest()  # on the CPU: there Adam's step counts stay, and cost no device sync
-        step = 0
-        if state is not None:
-            mine = config.to_dict(self.cfg) | self.fingerprints
-            changed = [d for d in config.diff(state["config"], mine) if d[0] not in RESUMABLE]
-            if changed:
-                what = "; ".join(f"{name}: {old!r} there, {new!r} now" for name, old, new in changed)
-                raise ValueError(f"--results-dir {self.run_dir} holds a run with other settings ({what}). Use its "
-                                 "settings to resume it, or another --results-dir")
-            step = state["step"]
-            if step > self.cfg.max_steps:
-                raise ValueError(f"--results-dir {self.run_dir} is at step {step}, beyond --max-steps "
-                                 f"{self.cfg.max_steps}")
-            self.raw.load_state_dict(state["model"])
-            self.opt_g.load_state_dict(state["optimizer"])
-            if self.ema:
-                self.ema.load_state_dict(state["ema"])
-            if self.disc is not None:
-                self.disc.load_state_dict(state["discriminator"])
-                self.opt_d.load_state_dict(state["optimizer_disc"])
-            self.scaler.load_state_dict(state["scaler"])
-            self.drift.load_state_dict(state["drift"])
-            self.best, self.last_validation = state["best"], state["last_validation"]
-            self.bad.names.update(state["unreadable"])
-            distributed.print0(f"resuming {self.run_dir} at step {step}")
-        elif (self.run_dir / "metrics.jsonl").exists() and not (self.run_dir / "config.json").exists():
-            raise ValueError(f"--results-dir {self.run_dir} holds the metrics.jsonl of something else; use another")
-        self.resumed_metrics = state and state["metrics"]
-        return step
+    def values(self) -> dict[str, Any]:
+        return {"best": self.best, "unreadable": sorted(self._all_bad_names())}
 
-    def _open_logs(self) -> None:
-        """Rows of steps that will be done again go; sums since the last row come back."""
-        self.metrics = MetricLogger(self.run_dir, total_steps=self.cfg.max_steps, device=self.device,
-                                    resume_step=self.start)
-        self.validations = JsonlFile(self.run_dir / "validation.jsonl", resume_step=self.start)
-        if self.resumed_metrics is not None:
-            self.metrics.load_state_dict(self.resumed_metrics)
-        if distributed.is_main():
-            config.save(self.cfg, self.run_dir / "config.json")
-            if self.start < self.cfg.max_steps:
-                (self.run_dir / "summary.json").unlink(missing_ok=True)  # of a shorter run that is now extended
+    def load_values(self, state: Mapping[str, Any]) -> None:
+        self.best = state["best"]
+        self.bad.names.update(state["unreadable"])
+
+    def _all_bad_names(self) -> set[str]:
+        return set().union(*distributed.gather_objects(self.bad.names))
 
     # --------------------------------------------------------------------------------------------------- data
 
-    def _batches(self, start: int, end: int) -> Iterator[dict[str, Any]]:
-        """This rank's micro-batches of steps [start, end), `gradient_accumulation_steps` of them per step."""
-        sampler = StepSampler(
-            len(self.train_set), self.cfg.global_batch_size, seed=self.cfg.global_seed, start_step=start, end_step=end,
-            rank=distributed.rank(), world=distributed.world_size(), micro_batches=self.cfg.gradient_accumulation_steps,
-        )
+    def batches(self, start: int, end: int) -> Iterator[dict[str, Any]]:
+        sampler = self.sampler(len(self.train_set), start, end)
         pin = self.device.type == "cuda"
         for batch in make_loader(self.train_set, sampler, num_workers=self.cfg.num_workers, pin_memory=pin):
             self._count_bad(batch)
             yield batch
 
-    def _micro_batch(self) -> int:
-        """Images of one forward on one rank."""
-        return self.cfg.global_batch_size // (distributed.world_size() * self.cfg.gradient_accumulation_steps)
-
     def _val_batches(self) -> Iterator[dict[str, Any]]:
         mine = list(range(distributed.rank(), len(self.val_set), distributed.world_size()))
-        size = self._micro_batch()
+        size = self.micro_batch()
         batches = [mine[i : i + size] for i in range(0, len(mine), size)]
         for batch in make_loader(self.val_set, batches, num_workers=self.cfg.num_workers):
             self._count_bad(batch)
@@ -210,20 +146,16 @@ class Trainer:
 
     # --------------------------------------------------------------------------------------------------- steps
 
-    def _autocast(self) -> torch.autocast:
-        dtype = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.cfg.mixed_precision]
-        return torch.autocast(self.device.type, dtype=dtype, enabled=self.cfg.mixed_precision != "none")
-
     def train_step(self, batches: Iterator[dict[str, Any]], step: int) -> dict[str, Tensor]:
-        """Step the tokenizer, then the discriminator -> unweighted terms, means over the micro-batches."""
+        """Step the tokenizer, then the discriminator -> unweighted terms, means over the micro-batches; code_counts."""
         cfg, parts = self.cfg, self.cfg.gradient_accumulation_steps
         adversarial = self.disc is not None and losses.disc_active(step, cfg.disc_start)
         totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         pairs = []
         for part in range(parts):
             x = next(batches)["image"].to(self.device, non_blocking=True)
-            with _no_sync(self.model, part < parts - 1):
-                with self._autocast():
+            with accumulating(self.model, part < parts - 1):
+                with self.autocast():
                     x_hat, out = self.model(x)
                     generator = losses.generator_loss(
                         x, x_hat, reconstruction=cfg.reconstruction_loss,
@@ -240,29 +172,21 @@ class Trainer:
             terms |= {f"{k}_loss": out.losses.get(k, loss.new_zeros(())) for k in ("codebook", "commit")}
             for name, value in terms.items():
                 totals[name] = totals[name] + value / parts
-        totals["grad_norm"] = self._update(self.opt_g, self.raw)
+        totals["grad_norm"] = self.update(self.opt_g, self.raw, self.scaler)
         if adversarial:
             # On the reconstructions from before the update, as LlamaGen does.
             for part, (x, x_hat) in enumerate(pairs):
-                with _no_sync(self.disc_ddp, part < parts - 1):
-                    with self._autocast():
+                with accumulating(self.disc_ddp, part < parts - 1):
+                    with self.autocast():
                         d = losses.discriminator_loss(self.disc_ddp, x, x_hat, kind=cfg.disc_loss,
                                                       weight=cfg.disc_weight)
                     self.scaler.scale(d.total / parts).backward()
                 totals["disc_loss"] = totals["disc_loss"] + d.terms["discriminator"] / parts
-            self._update(self.opt_d, self.disc)
+            self.update(self.opt_d, self.disc, self.scaler)
         if self.scaler.is_enabled():
             totals["loss_scale"] = torch.tensor(self.scaler.get_scale(), device=self.device)
             self.scaler.update()
-        return dict(totals)
-
-    def _update(self, optimizer: torch.optim.Optimizer, module: nn.Module) -> Tensor:
-        """Clip, step, clear -> gradient norm before clipping; 0 for a step that fp16's loss scaling skips."""
-        self.scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(module.parameters(), self.cfg.max_grad_norm or math.inf)
-        self.scaler.step(optimizer)
-        optimizer.zero_grad(set_to_none=True)
-        return torch.where(norm.isfinite(), norm, 0.0) if self.scaler.is_enabled() else norm
+        return totals | {"code_counts": self.quantize.pop_counts()}
 
     def maybe_init_codebook(self, step: int) -> None:
         """Once, when stage 1 is over: cluster the latents of the batches that come next (section 4.1)."""
@@ -285,9 +209,9 @@ class Trainer:
         cfg = self.cfg
         self.raw.eval()
         latents, order = [], []
-        per_rank = self._micro_batch()
-        for i, batch in enumerate(self._batches(step, step + kmeans_batches(cfg))):
-            with self._autocast():
+        per_rank = self.micro_batch()
+        for i, batch in enumerate(self.batches(step, step + kmeans_batches(cfg))):
+            with self.autocast():
                 z = self.raw.encode_latents(batch["image"].to(self.device))
             tokens = channels_last(z).float()
             latents.append(tokens)
@@ -321,7 +245,7 @@ class Trainer:
                 "model": self.raw.state_dict(),
                 "ema": self.ema and self.ema.state_dict(),
                 "validation": result,
-                "config": config.to_dict(self.cfg) | self.fingerprints,
+                "config": self.identity(),
             })
         return result
 
@@ -329,7 +253,7 @@ class Trainer:
     def _probe(self, model: VQModel) -> Tensor:
         """Latents (N, D) of 64 fixed validation images, whose drift is watched."""
         images = (self.val_set[i]["image"] for i in _spread(len(self.val_set), 64))
-        parts = iter(lambda: list(itertools.islice(images, self._micro_batch())), [])
+        parts = iter(lambda: list(itertools.islice(images, self.micro_batch())), [])
         return torch.cat([channels_last(model.encode_latents(torch.stack(part).to(self.device))) for part in parts])
 
     @torch.no_grad()
@@ -347,71 +271,52 @@ class Trainer:
         folder.mkdir(parents=True, exist_ok=True)
         save_image((torch.cat([x, x_hat.float()]) + 1) / 2, folder / f"{step:07d}_{name}.png", nrow=len(x))
 
-    # ---------------------------------------------------------------------------------------------------- loop
+    # --------------------------------------------------------------------------------------------------- hooks
 
     def run(self) -> None:
-        """Train to max_steps; on SIGTERM save and return early."""
-        cfg, quantize = self.cfg, self.quantize
-        stop = _StopSignal()
-        self._open_logs()
-        last = quantize.curriculum.stage(cfg.max_steps - 1)
+        cfg = self.cfg
+        last = self.quantize.curriculum.stage(cfg.max_steps - 1)
         if last < 3:
             distributed.print0(f"note: these {cfg.max_steps} steps end in stage {last}; stage 3 would begin at step "
                                f"{cfg.warmup_steps + cfg.transition_steps} (--warmup-steps + --transition-steps)")
-        batches = self._batches(self.start, cfg.max_steps)
         self.raw.train()
-        began = time.monotonic()
-        for step in range(self.start, cfg.max_steps):
-            seed_step(cfg.global_seed, distributed.rank(), step)  # dropout and restarts depend on the step alone
-            quantize.set_step(step)
-            with self.metrics.untimed():
-                self.maybe_init_codebook(step)
-            stage, alpha, omega = quantize.stage, quantize.alpha, quantize.omega
-            terms = self.train_step(batches, step)
-            self.metrics.add(terms | {"code_counts": quantize.pop_counts()})
-            self.metrics.add_images(cfg.global_batch_size // distributed.world_size())
-            done = step + 1
-            quantize.set_step(done)
-            if self.ema:
-                self.ema.update(self.raw, done)  # after set_step, which updates the codes of an ema quantizer
-            if done % cfg.log_every == 0 or done == cfg.max_steps:
-                self.bad.add(set().union(*distributed.gather_objects(self.bad.names)))  # all ranks stop together
-                self.metrics.flush(done, {"stage": stage, "alpha": alpha, "omega": omega}, derive=code_row)
-            stopping = distributed.any_rank(stop.asked)
-            with self.metrics.untimed():
-                if done % cfg.val_every == 0 or done == cfg.max_steps:
-                    self.last_validation = self.validate(done)
-                if quantize.stage != stage:
-                    self._save_grid(done, f"stage{stage}_end")
-                if done % cfg.ckpt_every == 0 or done == cfg.max_steps or stopping:
-                    self.checkpoints.save(done, self._state(done))
-            if stopping and done < cfg.max_steps:
-                self.metrics.close()
-                distributed.print0(f"stopped by a signal at step {done}; the same command resumes")
-                return
-        self.metrics.close()
-        self._save_grid(cfg.max_steps, f"stage{quantize.stage}_final")
-        self._write_summary(time.monotonic() - began)
+        super().run()
 
-    def _write_summary(self, seconds: float) -> None:
-        """RUN/summary.json: what the run ended with. Collective, written by rank 0."""
-        bad = set().union(*distributed.gather_objects(self.bad.names))
-        if not distributed.is_main():
-            return
-        summary = {
-            "step": self.cfg.max_steps,
+    def before_step(self, step: int) -> None:
+        self.quantize.set_step(step)
+        self.maybe_init_codebook(step)
+        self.stage = self.quantize.stage
+
+    def labels(self) -> dict[str, Any]:
+        return {"stage": self.stage, "alpha": self.quantize.alpha, "omega": self.quantize.omega}
+
+    def after_step(self, done: int) -> None:
+        self.quantize.set_step(done)
+        if self.ema:
+            self.ema.update(self.raw, done)  # after set_step, which updates the codes of an ema quantizer
+
+    def before_flush(self) -> None:
+        self.bad.add(self._all_bad_names())  # all ranks stop together
+
+    def derive(self, row: dict[str, Any]) -> dict[str, float]:
+        """usage and perplexity of the codes looked up since the last row, by all ranks; 0 in stage 1: none are."""
+        return code_statistics(row["code_counts"])
+
+    def after_validation(self, done: int) -> None:
+        if self.quantize.stage != self.stage:
+            self._save_grid(done, f"stage{self.stage}_end")
+        if done == self.cfg.max_steps:
+            self._save_grid(done, f"stage{self.quantize.stage}_final")
+
+    def summary(self) -> dict[str, Any]:
+        return {
             "stage": self.quantize.stage,
             "warmup_steps": self.quantize.curriculum.warmup_steps,  # where an adaptive warm-up ended
             "parameters": sum(p.numel() for p in self.raw.parameters()),
             "training_images": len(self.train_set),
-            "unreadable_images": len(bad),
+            "unreadable_images": len(self._all_bad_names()),
             "best_psnr": self.best if self.best > -math.inf else None,
-            "seconds_since_start_or_resume": round(seconds, 1),
-            **self.last_validation,
         }
-        atomic_write_text(self.run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
-        shown = " ".join(f"{k} {summary[k]:.4g}" for k in ("psnr", "ssim", "usage", "perplexity", "code_distance"))
-        distributed.print0(f"finished {self.run_dir} at step {self.cfg.max_steps}: {shown}")
 
 
 def _spread(n: int, count: int) -> list[int]:
@@ -427,43 +332,14 @@ def _open(flag: str, path: str | None, channels: int) -> ImageSource:
         raise ValueError(f"{flag}: {error}") from error
 
 
-def code_row(row: dict[str, Any]) -> dict[str, float]:
-    """usage and perplexity of the codes looked up since the last row, by all ranks; 0 in stage 1, which uses none."""
-    return code_statistics(row["code_counts"])
-
-
-def _no_sync(module: nn.Module, active: bool) -> contextlib.AbstractContextManager:
-    """Gradients are all-reduced with the last micro-batch only."""
-    return module.no_sync() if active and isinstance(module, DistributedDataParallel) else contextlib.nullcontext()
-
-
-class _StopSignal:
-    """SIGTERM (a scheduler's warning, torchrun's shutdown) asks for a checkpoint at the end of the step."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        signal.signal(signal.SIGTERM, self._note)
-
-    def _note(self, *_: Any) -> None:
-        self.asked = True
-
-
 def main(argv: list[str] | None = None) -> None:
-    try:
+    def build() -> Trainer:
         cfg = parse_config(argv, __doc__)
         device = distributed.init(cfg.device)
         check(cfg, distributed.world_size())
-        trainer = Trainer(cfg, device)
-        if cfg.dry_run:
-            distributed.print0(json.dumps(config.to_dict(trainer.cfg), indent=1))
-    except (ValueError, OSError) as error:  # a mistake in flags, files or data: once, without a traceback
-        raise SystemExit(f"train_provq.py: error: {error}" if distributed.is_main() else 2) from error
-    try:
-        if not cfg.dry_run:
-            trainer.run()
-    except TooManyBadImages as error:
-        raise SystemExit(f"train_provq.py: error: {error}") from error
-    distributed.finalize()  # after an exception just exit: torchrun then ends the other ranks
+        return Trainer(cfg, device)
+
+    launch("train_provq.py", build)
 
 
 if __name__ == "__main__":

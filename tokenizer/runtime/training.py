@@ -1,0 +1,271 @@
+"""The loop that every training run of this project goes through: steps, logs, validation, checkpoints, exact resume.
+
+A run is a subclass of TrainingRun that says what one step is. The number of steps done is the only hidden state of the
+loop: data order, augmentation and random numbers are functions of it (see seeding.py), so a run that continues from a
+checkpoint repeats what an uninterrupted one would have done.
+"""
+
+import json
+import math
+import signal
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tokenizer.runtime import config, distributed
+from tokenizer.runtime.checkpoint import Checkpointer, atomic_write_text
+from tokenizer.runtime.metrics import JsonlFile, MetricLogger
+from tokenizer.runtime.seeding import StepSampler, seed_step
+
+DTYPES = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of --mixed-precision
+
+
+class CannotContinue(RuntimeError):
+    """A run met something that its user has to mend; the message says what. Shown without a traceback."""
+
+
+class Stateful(Protocol):
+    def state_dict(self) -> Mapping[str, Any]: ...
+    def load_state_dict(self, state: Any, /) -> object: ...
+
+
+class TrainingRun(ABC):
+    """One run in one folder. A subclass builds its parts in __init__, calls `resume`, and provides the methods below.
+
+    RUN/config.json, metrics.jsonl, validation.jsonl, tensorboard/, checkpoints/ and, at the end, summary.json.
+
+    cfg: a dataclass with results_dir, max_steps, global_batch_size, gradient_accumulation_steps, global_seed,
+        log_every, val_every, ckpt_every, keep_checkpoints, mixed_precision ("none", "bf16", "fp16"), max_grad_norm
+        (0: no clipping) and dry_run. Steps are optimizer updates.
+    resumable: names of the settings that may differ when a run is resumed.
+    inputs: what the run is fed with, such as fingerprints of data; must not differ either.
+    """
+
+    def __init__(
+        self, cfg: Any, device: torch.device, *, resumable: frozenset[str], inputs: Mapping[str, Any]
+    ) -> None:
+        self.cfg: Any = cfg
+        self.device = device
+        self.run_dir = Path(cfg.results_dir)
+        self.checkpoints = Checkpointer(self.run_dir / "checkpoints", keep_last=cfg.keep_checkpoints)
+        self.last_validation: dict[str, Any] = {}
+        self.start = 0
+        self._resumable, self._inputs = resumable, dict(inputs)
+        self._resumed_metrics: Mapping[str, Any] | None = None
+
+    # ------------------------------------------------------------------------------------- what a subclass provides
+
+    @abstractmethod
+    def stateful(self) -> dict[str, Stateful | None]:
+        """Name in the checkpoint -> what saves and loads itself; None for a part that this run does without."""
+
+    @abstractmethod
+    def batches(self, start: int, end: int) -> Iterator[Any]:
+        """This rank's micro-batches of steps [start, end), cfg.gradient_accumulation_steps of them per step."""
+
+    @abstractmethod
+    def train_step(self, batches: Iterator[Any], step: int) -> dict[str, Tensor]:
+        """Take the micro-batches of `step` and update the model -> detached values to log."""
+
+    @abstractmethod
+    def validate(self, step: int) -> dict[str, Any]:
+        """Collective. Validate after `step` steps -> a row of validation.jsonl, without step."""
+
+    def values(self) -> dict[str, Any]:
+        """Collective. More state, of tensors and primitives."""
+        return {}
+
+    def load_values(self, state: Mapping[str, Any]) -> None:
+        """Take back what `values` gave."""
+
+    def before_step(self, step: int) -> None:
+        """Not timed; called with the random state of the step."""
+
+    def labels(self) -> dict[str, Any]:
+        """Entries of the log row that hold for the step about to be done."""
+        return {}
+
+    def after_step(self, done: int) -> None:
+        """After the update, when `done` steps are done."""
+
+    def before_flush(self) -> None:
+        """Collective. Before a row is written."""
+
+    def derive(self, row: dict[str, Any]) -> Mapping[str, Any]:  # noqa: ARG002
+        """More entries of a row, from its reduced entries (see MetricLogger.flush)."""
+        return {}
+
+    def after_validation(self, done: int) -> None:
+        """Not timed; called after every step, before a checkpoint."""
+
+    def summary(self) -> dict[str, Any]:
+        """Collective, at the end: entries of summary.json besides step, seconds and the last validation."""
+        return {}
+
+    # ---------------------------------------------------------------------------------------------------- state
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint records of the settings."""
+        return config.to_dict(self.cfg) | self._inputs
+
+    def state(self, step: int) -> dict[str, Any]:
+        """Collective. All that the steps from `step` on depend on."""
+        parts = {name: part and part.state_dict() for name, part in self.stateful().items()}
+        return {"step": step, **parts, "metrics": self.metrics.state_dict(), "last_validation": self.last_validation,
+                **self.values(), "config": self.identity()}
+
+    def resume(self) -> None:
+        """Load the newest checkpoint, if there is one, and set `start`. Writes nothing.
+
+        ValueError: the folder holds a run with other settings, one that is further than max_steps, or something else.
+        """
+        state = self.checkpoints.load_latest()  # on the CPU: there Adam's step counts stay, and cost no device sync
+        if state is None:
+            if (self.run_dir / "metrics.jsonl").exists() and not (self.run_dir / "config.json").exists():
+                raise ValueError(f"--results-dir {self.run_dir} holds the metrics.jsonl of something else; use another")
+            return
+        changed = [d for d in config.diff(state["config"], self.identity()) if d[0] not in self._resumable]
+        if changed:
+            what = "; ".join(f"{name}: {old!r} there, {new!r} now" for name, old, new in changed)
+            raise ValueError(f"--results-dir {self.run_dir} holds a run with other settings ({what}). Use its settings "
+                             "to resume it, or another --results-dir")
+        if state["step"] > self.cfg.max_steps:
+            raise ValueError(f"--results-dir {self.run_dir} is at step {state['step']}, beyond --max-steps "
+                             f"{self.cfg.max_steps}")
+        for name, part in self.stateful().items():
+            if part is not None:
+                part.load_state_dict(state[name])
+        self.load_values(state)
+        self.start, self.last_validation = state["step"], state["last_validation"]
+        self._resumed_metrics = state["metrics"]
+        distributed.print0(f"resuming {self.run_dir} at step {self.start}")
+
+    def _open_logs(self) -> None:
+        """Rows of steps that will be done again go; sums since the last row come back."""
+        self.metrics = MetricLogger(self.run_dir, total_steps=self.cfg.max_steps, device=self.device,
+                                    resume_step=self.start)
+        self.validations = JsonlFile(self.run_dir / "validation.jsonl", resume_step=self.start)
+        if self._resumed_metrics is not None:
+            self.metrics.load_state_dict(self._resumed_metrics)
+        if distributed.is_main():
+            config.save(self.cfg, self.run_dir / "config.json")
+            if self.start < self.cfg.max_steps:
+                (self.run_dir / "summary.json").unlink(missing_ok=True)  # of a shorter run that is now extended
+
+    # ----------------------------------------------------------------------------------------------------- loop
+
+    def run(self) -> None:
+        """Train to max_steps; on SIGTERM save and return early."""
+        cfg = self.cfg
+        stop = _StopSignal()
+        self._open_logs()
+        batches = self.batches(self.start, cfg.max_steps)
+        began = time.monotonic()
+        for step in range(self.start, cfg.max_steps):
+            seed_step(cfg.global_seed, distributed.rank(), step)  # what is drawn in a step depends on the step alone
+            with self.metrics.untimed():
+                self.before_step(step)
+            labels = self.labels()
+            self.metrics.add(self.train_step(batches, step))
+            self.metrics.add_images(cfg.global_batch_size // distributed.world_size())
+            done = step + 1
+            self.after_step(done)
+            if done % cfg.log_every == 0 or done == cfg.max_steps:
+                self.before_flush()
+                self.metrics.flush(done, labels, derive=self.derive)
+            stopping = distributed.any_rank(stop.asked)
+            with self.metrics.untimed():
+                if done % cfg.val_every == 0 or done == cfg.max_steps:
+                    self.last_validation = self.validate(done)
+                self.after_validation(done)
+                if done % cfg.ckpt_every == 0 or done == cfg.max_steps or stopping:
+                    self.checkpoints.save(done, self.state(done))
+            if stopping and done < cfg.max_steps:
+                self.metrics.close()
+                distributed.print0(f"stopped by a signal at step {done}; the same command resumes")
+                return
+        self.metrics.close()
+        summary = {"step": cfg.max_steps, **self.summary(),
+                   "seconds_since_start_or_resume": round(time.monotonic() - began, 1), **self.last_validation}
+        if distributed.is_main():
+            atomic_write_text(self.run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
+        shown = " ".join(f"{k} {v:.4g}" for k, v in self.last_validation.items() if isinstance(v, (int, float)))
+        distributed.print0(f"finished {self.run_dir} at step {cfg.max_steps}: {shown}")
+
+    # ------------------------------------------------------------------------------------------- for subclasses
+
+    def sampler(self, num_samples: int, start: int, end: int) -> StepSampler:
+        """This rank's micro-batches of steps [start, end) over a data set, as lists of (epoch, index)."""
+        return StepSampler(
+            num_samples, self.cfg.global_batch_size, seed=self.cfg.global_seed, start_step=start, end_step=end,
+            rank=distributed.rank(), world=distributed.world_size(),
+            micro_batches=self.cfg.gradient_accumulation_steps,
+        )
+
+    def micro_batch(self) -> int:
+        """Samples of one forward on one rank."""
+        return int(self.cfg.global_batch_size // (distributed.world_size() * self.cfg.gradient_accumulation_steps))
+
+    def autocast(self) -> torch.autocast:
+        """The context of --mixed-precision."""
+        return torch.autocast(self.device.type, dtype=DTYPES[self.cfg.mixed_precision],
+                              enabled=self.cfg.mixed_precision != "none")
+
+    def update(self, optimizer: torch.optim.Optimizer, module: nn.Module, scaler: torch.amp.GradScaler) -> Tensor:
+        """Clip to --max-grad-norm, step, clear -> gradient norm before clipping; 0 for a step that fp16 skips."""
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(module.parameters(), self.cfg.max_grad_norm or math.inf)
+        scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+        return torch.where(norm.isfinite(), norm, 0.0) if scaler.is_enabled() else norm
+
+
+@contextmanager
+def accumulating(module: nn.Module, more: bool) -> Iterator[None]:
+    """Gradients of DDP and FSDP modules are reduced with the last micro-batch only; `more`: this is not the last."""
+    if isinstance(module, DistributedDataParallel) and more:
+        with module.no_sync():
+            yield
+    else:
+        set_sync = getattr(module, "set_requires_gradient_sync", None)  # fully_shard adds it
+        if set_sync is not None:
+            set_sync(not more)
+        yield
+
+
+class _StopSignal:
+    """SIGTERM (a scheduler's warning, torchrun's shutdown) asks for a checkpoint at the end of the step."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, *_: Any) -> None:
+        self.asked = True
+
+
+def launch(prog: str, build: Callable[[], TrainingRun]) -> None:
+    """The main of a training script: build the run, then train, or with --dry-run print its configuration.
+
+    ValueError and OSError while building are mistakes in flags, files or data: rank 0 says so in one line, without a
+    traceback, and all ranks exit with a failure. So is CannotContinue while training.
+    """
+    try:
+        run = build()
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"{prog}: error: {error}" if distributed.is_main() else 2) from error
+    if run.cfg.dry_run:
+        distributed.print0(json.dumps(config.to_dict(run.cfg), indent=1))
+    else:
+        try:
+            run.run()
+        except CannotContinue as error:
+            raise SystemExit(f"{prog}: error: {error}") from error
+    distributed.finalize()  # after an exception just exit: torchrun then ends the other ranks
