@@ -110,3 +110,11 @@ def test_a_tokenizer_in_its_warmup_is_refused(trained, tmp_path):
     train_provq.main([*words, "--max-steps", "1", "--device", "cpu", "--results-dir", str(tmp_path / "early")])
     with pytest.raises(SystemExit, match="warm-up"):
         reconstruct.main([str(tmp_path / "early"), str(trained / "pictures"), "--out", str(tmp_path / "out")])
+
+
+def test_no_readable_image_is_an_error(trained, tmp_path):
+    (tmp_path / "junk").mkdir()
+    (tmp_path / "junk" / "a.png").write_bytes(b"junk")
+    with pytest.raises(SystemExit, match="cannot be read"):
+        reconstruct.main([str(trained / "run"), str(tmp_path / "junk"), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()

@@ -39,6 +39,7 @@ __all__ = [
     "open_images",
     "random_crop_arr",
     "split_holdout",
+    "spread",
 ]
 
 AUGMENTATIONS = {
@@ -166,7 +167,7 @@ class ImageDataset(Dataset):
         """image float32 (C, S, S) in [-1, 1], label int, index int (in the source), bad: names of unreadable images.
 
         An unreadable image is replaced by the next readable one of the subset, (position + 1) % n and so on, together
-        with its label; `index` stays the one asked for, so that every index occurs. Raises RuntimeError when 1,000
+        with its label; `index` stays the one asked for, so that every index occurs. TooManyBadImages when 1,000
         images in a row, or all, are unreadable.
         """
         epoch, position = key if isinstance(key, tuple) else (0, key)
@@ -181,7 +182,7 @@ class ImageDataset(Dataset):
                 bad.append(self.source.name(used))
                 continue
             return {"image": image_to_tensor(image), "label": self.source.label(used), "index": asked, "bad": bad}
-        raise RuntimeError(f"{len(bad)} images in a row cannot be read, from {bad[0]} to {bad[-1]}")
+        raise TooManyBadImages(f"{len(bad)} images in a row cannot be read, from {bad[0]} to {bad[-1]}")
 
     def _transform(self, image: Image.Image, rng: random.Random) -> Image.Image:
         if self.augment == "crop-flip":
@@ -270,3 +271,9 @@ def split_holdout(n: int, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]
     held_out = np.zeros(n, dtype=bool)
     held_out[np.argsort(np.random.Generator(np.random.PCG64(fold(seed, n))).random(n), kind="stable")[:size]] = True
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def spread(n: int, count: int) -> list[int]:
+    """At most count of range(n), evenly spaced: images are often sorted by class."""
+    count = min(n, count)
+    return [i * n // count for i in range(count)]

@@ -21,15 +21,14 @@ if not __package__:
 import numpy as np
 import torch
 from torchvision.utils import save_image
-from tqdm import tqdm
 
 from tokenizer import pretrained
-from tokenizer.data import BadImageCounter, ImageDataset, TooManyBadImages, make_loader
+from tokenizer.data import BadImageCounter, TooManyBadImages
 from tokenizer.image_sources import open_images
 from tokenizer.perceptual import LPIPS
 from tokenizer.runtime import distributed
 from tokenizer.runtime.checkpoint import atomic_write, atomic_write_text
-from tokenizer.validation import ReconstructionMeter, channels_last
+from tokenizer.validation import ReconstructionMeter, reconstructions
 from tokenizer.vq_model import VQModel
 
 
@@ -73,42 +72,26 @@ def export(model: VQModel, args: argparse.Namespace) -> None:
         distributed.print0(f"wrote {args.export_llamagen}; in LlamaGen set codebook_l2_norm={l2_norm}")
 
 
-@torch.no_grad()
 def reconstruct(model: VQModel, args: argparse.Namespace, device: torch.device) -> dict[str, float]:
     """Write everything for args.images -> metrics. ValueError: images or sizes that the tokenizer cannot take."""
-    if not model.quantize.has_codebook:
-        raise ValueError(f"{args.ckpt} is still in its continuous warm-up: it has no codes yet; train it further")
-    size, factor = args.image_size or model.config.image_size, model.downsample
-    if size % factor:
-        raise ValueError(f"--image-size {size} must be a multiple of {factor}, the tokenizer's factor")
+    size = args.image_size or model.config.image_size
     source = open_images(None if args.images == "digits" else args.images, channels=model.config.image_channels)
     count = min(args.max_images or len(source), len(source))
-    dataset = ImageDataset(source, size, indices=range(count))
-    batches = [list(range(i, min(i + args.batch_size, count))) for i in range(0, count, args.batch_size)]
     lpips = LPIPS(args.lpips_vgg_weights).to(device) if args.lpips_vgg_weights else None
     meter = ReconstructionMeter(model.quantize.num_codes, model.quantize.dim, device, lpips)
     bad = BadImageCounter(args.max_bad_images)
     codes, names = [], []
     pictures = args.out / "pictures"
-    pictures.mkdir(parents=True, exist_ok=True)
-    for batch in tqdm(make_loader(dataset, batches, num_workers=args.num_workers), unit="batch", disable=None):
-        bad.add(batch["bad"])
-        # The loader puts another image in an unreadable one's place, which is for training: here it is left out.
-        keep = [source.name(i) not in bad.names for i in batch["index"].tolist()]
-        if not any(keep):
-            continue
-        x = batch["image"][keep].to(device)
-        z = model.encode_latents(x)
-        indices = model.quantize.encode(z)
-        quantized = model.quantize.decode(indices)  # from the codes alone, as a reader of codes.npy would
-        x_hat = model.decode_latents(quantized)
-        meter.add(x, x_hat, model.quantize.quantizer.latent(channels_last(z)), channels_last(quantized), indices)
-        codes.append(indices.cpu().numpy())
-        for row, i in enumerate(batch["index"][keep].tolist()):
+    for batch in reconstructions(model, source, size, indices=range(count), batch_size=args.batch_size,
+                                 num_workers=args.num_workers, bad=bad, device=device):
+        meter.add(batch.x, batch.x_hat, batch.latents, batch.codes, batch.indices)
+        codes.append(batch.indices.cpu().numpy())
+        for i, original, decoded in zip(batch.images, batch.x, batch.x_hat, strict=True):
             names.append(source.name(i))
             if len(names) <= args.max_pictures:
+                pictures.mkdir(parents=True, exist_ok=True)
                 name = f"{i:06d}_{Path(source.name(i)).stem}.png"
-                save_image((torch.stack([x[row], x_hat[row]]) + 1) / 2, pictures / name, padding=0)
+                save_image((torch.stack([original, decoded]) + 1) / 2, pictures / name, padding=0)
     metrics = meter.result(model.quantize.codebook) | {"image_size": size, "unreadable_images": len(bad.names)}
     smallest = np.min_scalar_type(model.quantize.num_codes - 1)
     atomic_write(args.out / "codes.npy", lambda file: np.save(file, np.concatenate(codes).astype(smallest)))

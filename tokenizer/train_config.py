@@ -5,11 +5,14 @@ The defaults are the paper's ImageNet recipe (section 5.1.2, and LlamaGen's wher
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from tokenizer.data import AUGMENTATIONS
+import numpy as np
+
+from tokenizer.data import AUGMENTATIONS, ImageSource, open_images, split_holdout, spread
 from tokenizer.losses import GENERATOR_LOSSES, RECONSTRUCTION_LOSSES
 from tokenizer.provq import QUANTIZERS, SCHEDULES
 from tokenizer.runtime import config
@@ -194,6 +197,37 @@ def check(cfg: TrainConfig, world_size: int) -> None:
     if uses_kmeans(cfg) and tokens < cfg.codebook_size:
         raise ValueError(f"k-means would see {tokens} latents for --codebook-size {cfg.codebook_size}: raise "
                          f"--kmeans-batches {cfg.kmeans_batches}, or use fewer codes")
+
+
+class DataSplit(NamedTuple):
+    """What a run trains and validates on: two sources, often the same one, and indices into each, sorted."""
+
+    source: ImageSource
+    train_indices: Sequence[int] | np.ndarray
+    val_source: ImageSource
+    val_indices: Sequence[int] | np.ndarray
+
+
+def open_split(cfg: TrainConfig) -> DataSplit:
+    """Open --data-path and --val-path. ValueError names the flag: nothing there, unreadable, nothing to validate on."""
+    source = _open("--data-path", cfg.data_path, cfg.image_channels)
+    if cfg.val_path:
+        val_source = _open("--val-path", cfg.val_path, cfg.image_channels)
+        train = range(len(source))
+        val = spread(len(val_source), cfg.val_size or len(val_source))
+    else:
+        size = min(cfg.val_size, max(1, len(source) // 10)) if cfg.data_path else cfg.val_size
+        val_source, (train, val) = source, split_holdout(len(source), size, cfg.global_seed)
+    if not len(val):
+        raise ValueError("no image is held out for validation: give --val-path, or --val-size above 0")
+    return DataSplit(source, train, val_source, val)
+
+
+def _open(flag: str, path: str | None, channels: int) -> ImageSource:
+    try:
+        return open_images(path, channels=channels)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{flag}: {error}") from error
 
 
 def kmeans_batches(cfg: TrainConfig) -> int:

@@ -26,15 +26,22 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import save_image
 
 from tokenizer import losses
-from tokenizer.data import BadImageCounter, ImageDataset, default_augment, make_loader, split_holdout
+from tokenizer.data import BadImageCounter, ImageDataset, default_augment, make_loader, spread
 from tokenizer.discriminator import NLayerDiscriminator
-from tokenizer.image_sources import ImageSource, open_images
 from tokenizer.perceptual import LPIPS
 from tokenizer.provq import AdaptiveWarmup, Curriculum, code_statistics
 from tokenizer.runtime import config, distributed
 from tokenizer.runtime.ema import EMA
 from tokenizer.runtime.training import Stateful, TrainingRun, accumulating, launch
-from tokenizer.train_config import RESUMABLE, TrainConfig, check, kmeans_batches, parse_config, uses_kmeans
+from tokenizer.train_config import (
+    RESUMABLE,
+    TrainConfig,
+    check,
+    kmeans_batches,
+    open_split,
+    parse_config,
+    uses_kmeans,
+)
 from tokenizer.validation import DriftMeter, channels_last, validate
 from tokenizer.vq_model import VQModel, VQModelConfig
 
@@ -87,20 +94,12 @@ class Trainer(TrainingRun):
             self.disc_ddp = self.disc
 
     def _open_data(self, cfg: TrainConfig) -> dict[str, str]:
-        source = _open("--data-path", cfg.data_path, cfg.image_channels)
-        if cfg.val_path:
-            val_source = _open("--val-path", cfg.val_path, cfg.image_channels)
-            train_idx = range(len(source))
-            val_idx = _spread(len(val_source), cfg.val_size or len(val_source))
-        else:
-            val_source = source
-            train_idx, val_idx = split_holdout(len(source), min(cfg.val_size, max(1, len(source) // 10))
-                                               if cfg.data_path else cfg.val_size, cfg.global_seed)
-        if not len(val_idx):
-            raise ValueError("no image is held out for validation: give --val-path, or --val-size above 0")
+        split = open_split(cfg)
+        source, val_source = split.source, split.val_source
         augment = default_augment(source, cfg.image_size) if cfg.augment == "auto" else cfg.augment
-        self.train_set = ImageDataset(source, cfg.image_size, augment=augment, seed=cfg.global_seed, indices=train_idx)
-        self.val_set = ImageDataset(val_source, cfg.image_size, indices=val_idx)
+        self.train_set = ImageDataset(source, cfg.image_size, augment=augment, seed=cfg.global_seed,
+                                      indices=split.train_indices)
+        self.val_set = ImageDataset(val_source, cfg.image_size, indices=split.val_indices)
         self.bad = BadImageCounter(cfg.max_bad_images)
         return {"data_fingerprint": source.fingerprint(), "val_fingerprint": val_source.fingerprint()}
 
@@ -252,7 +251,7 @@ class Trainer(TrainingRun):
     @torch.no_grad()
     def _probe(self, model: VQModel) -> Tensor:
         """Latents (N, D) of 64 fixed validation images, whose drift is watched."""
-        images = (self.val_set[i]["image"] for i in _spread(len(self.val_set), 64))
+        images = (self.val_set[i]["image"] for i in spread(len(self.val_set), 64))
         parts = iter(lambda: list(itertools.islice(images, self.micro_batch())), [])
         return torch.cat([channels_last(model.encode_latents(torch.stack(part).to(self.device))) for part in parts])
 
@@ -264,7 +263,7 @@ class Trainer(TrainingRun):
         model = self._evaluated()
         was_training = model.training
         model.eval()
-        x = torch.stack([self.val_set[i]["image"] for i in _spread(len(self.val_set), 8)]).to(self.device)
+        x = torch.stack([self.val_set[i]["image"] for i in spread(len(self.val_set), 8)]).to(self.device)
         x_hat = model(x)[0]
         model.train(was_training)
         folder = self.run_dir / "images"
@@ -317,19 +316,6 @@ class Trainer(TrainingRun):
             "unreadable_images": len(self._all_bad_names()),
             "best_psnr": self.best if self.best > -math.inf else None,
         }
-
-
-def _spread(n: int, count: int) -> list[int]:
-    """At most count of range(n), evenly spaced: images are often sorted by class."""
-    count = min(n, count)
-    return [i * n // count for i in range(count)]
-
-
-def _open(flag: str, path: str | None, channels: int) -> ImageSource:
-    try:
-        return open_images(path, channels=channels)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{flag}: {error}") from error
 
 
 def main(argv: list[str] | None = None) -> None:

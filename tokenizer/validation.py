@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from evaluations import pixels
+from tokenizer.data import BadImageCounter, ImageDataset, ImageSource, make_loader
 from tokenizer.provq import code_statistics, drift, effective_rank, mean_pairwise_distance, second_moments
 from tokenizer.runtime import distributed
 from tokenizer.vq_model import VQModel
@@ -93,6 +95,49 @@ def validate(
         meter.add(x, model.decode_latents(out.quantized), latents, codes, out.indices)
     model.train(was_training)
     return meter.result(model.quantize.codebook if model.quantize.has_codebook else None)
+
+
+class Reconstruction(NamedTuple):
+    """One batch of images that could be read, through the codes."""
+
+    images: list[int]  # their places in the source
+    x: Tensor          # (B, C, S, S) float32 in [-1, 1], center crops
+    x_hat: Tensor      # (B, C, S, S), decoded from the codes alone
+    latents: Tensor    # (B h w, D), as compared with codes
+    codes: Tensor      # (B h w, D)
+    indices: Tensor    # (B, h, w) int64
+
+
+@torch.no_grad()
+def reconstructions(
+    model: VQModel, source: ImageSource, image_size: int, *, indices: Sequence[int], batch_size: int, num_workers: int,
+    bad: BadImageCounter, device: torch.device,
+) -> Iterator[Reconstruction]:
+    """Encode and decode images of a source in the given order; unreadable ones are left out and counted in `bad`.
+
+    model: in eval mode. indices: places in the source. ValueError: the tokenizer has no codes yet, or the size does
+    not fit it.
+    """
+    if not model.quantize.has_codebook:
+        raise ValueError("the tokenizer is still in its continuous warm-up: it has no codes yet; train it further")
+    if image_size % model.downsample:
+        raise ValueError(f"--image-size {image_size} must be a multiple of {model.downsample}, the tokenizer's factor")
+    dataset = ImageDataset(source, image_size, indices=indices)
+    batches = [list(range(i, min(i + batch_size, len(dataset)))) for i in range(0, len(dataset), batch_size)]
+    for batch in tqdm(make_loader(dataset, batches, num_workers=num_workers), unit="batch", disable=None):
+        bad.add(batch["bad"])
+        # The loader puts another image in an unreadable one's place, which is for training: here it is left out.
+        keep = [source.name(i) not in bad.names for i in batch["index"].tolist()]
+        if not any(keep):
+            continue
+        x = batch["image"][keep].to(device)
+        z = model.encode_latents(x)
+        codes = model.quantize.encode(z)
+        quantized = model.quantize.decode(codes)  # from the codes alone, as their reader would
+        yield Reconstruction(
+            batch["index"][keep].tolist(), x, model.decode_latents(quantized),
+            model.quantize.quantizer.latent(channels_last(z)), channels_last(quantized), codes,
+        )
 
 
 class DriftMeter:
