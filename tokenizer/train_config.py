@@ -16,7 +16,7 @@ from tokenizer.data import AUGMENTATIONS, ImageSource, open_images, split_holdou
 from tokenizer.losses import GENERATOR_LOSSES, RECONSTRUCTION_LOSSES
 from tokenizer.provq import QUANTIZERS, SCHEDULES
 from tokenizer.runtime import config
-from tokenizer.runtime.config import arg
+from tokenizer.runtime.config import arg, flag_name
 from tokenizer.vq_model import ARCHITECTURES
 
 
@@ -130,16 +130,8 @@ def pick_preset(given: dict[str, Any]) -> str:
 
 def parse_config(argv: list[str] | None = None, description: str = "") -> TrainConfig:
     """Flags -> configuration with preset, data and folder decided. SystemExit(2) names the flag that is wrong."""
-    lengths: dict[str, Any] = {}
-
-    def pick(given: dict[str, Any]) -> str:
-        lengths.update({name: given[name] for name in ("max_steps", "epochs") if given.get(name) is not None})
-        return pick_preset(given)
-
-    cfg = config.parse(TrainConfig, argv, presets=PRESETS, pick_preset=pick, description=description,
-                       prog="tokenizer/train_provq.py")
-    if len(lengths) == 1:  # the user's choice of unit replaces the preset's
-        cfg = replace(cfg, **{"max_steps": None, "epochs": None} | lengths)
+    cfg = config.parse(TrainConfig, argv, presets=PRESETS, pick_preset=pick_preset, exclusive=("max_steps", "epochs"),
+                       description=description, prog="tokenizer/train_provq.py")
     preset = pick_preset({"preset": cfg.preset, "data_path": cfg.data_path})
     data = cfg.data_path or ("cifar10" if preset == "cifar10" else None)
     return replace(cfg, preset=preset, data_path=data, results_dir=cfg.results_dir or f"runs/{preset}")
@@ -147,20 +139,15 @@ def parse_config(argv: list[str] | None = None, description: str = "") -> TrainC
 
 def check(cfg: TrainConfig, world_size: int) -> None:
     """Raise ValueError, naming flag, value and fix, for settings that cannot work. Reads no data."""
-    for names, low in (
-        ("log_every ckpt_every val_every keep_checkpoints global_batch_size codebook_size "
-         "codebook_embed_dim gradient_accumulation_steps max_steps epochs", 1),
-        ("val_size max_bad_images num_workers kmeans_batches kmeans_iters reconstruction_weight perceptual_weight "
-         "disc_weight disc_start max_grad_norm adaptive_warmup_patience adaptive_warmup_min_steps global_seed "
-         "commit_loss_beta codebook_restart_below warmup_steps transition_steps", 0),
-    ):
-        for name in names.split():
-            value = getattr(cfg, name)
-            if value is not None and value < low:
-                raise ValueError(f"{_flag(name)} is {value}; it must be at least {low}")
+    config.require_at_least(cfg, 1, "log_every ckpt_every val_every keep_checkpoints global_batch_size codebook_size "
+                            "codebook_embed_dim gradient_accumulation_steps max_steps epochs")
+    config.require_at_least(cfg, 0, "val_size max_bad_images num_workers kmeans_batches kmeans_iters "
+                            "reconstruction_weight perceptual_weight disc_weight disc_start max_grad_norm "
+                            "adaptive_warmup_patience adaptive_warmup_min_steps global_seed commit_loss_beta "
+                            "codebook_restart_below warmup_steps transition_steps")
     for name in ("beta1", "beta2", "ema_decay", "codebook_ema_decay", "dropout_p"):
         if not 0 <= getattr(cfg, name) < 1:
-            raise ValueError(f"{_flag(name)} is {getattr(cfg, name)}; it must lie in [0, 1)")
+            raise ValueError(f"{flag_name(name)} is {getattr(cfg, name)}; it must lie in [0, 1)")
     if not 0 <= cfg.loss_lambda <= 1:
         raise ValueError(f"--loss-lambda is {cfg.loss_lambda}; it must lie in [0, 1]")
     if cfg.lr <= 0:
@@ -177,7 +164,7 @@ def check(cfg: TrainConfig, world_size: int) -> None:
         raise ValueError("--disc-adaptive-weight compares gradients that vanish in --mixed-precision fp16; use bf16")
     for name, low in (("disc_weight", 24), ("perceptual_weight", 16), ("image_size", 7)):
         if getattr(cfg, name) and cfg.image_size < low:
-            why = "SSIM" if name == "image_size" else f"{_flag(name)} above 0"
+            why = "SSIM" if name == "image_size" else f"{flag_name(name)} above 0"
             raise ValueError(f"--image-size {cfg.image_size} is too small: {why} needs at least {low}")
     if cfg.perceptual_weight and cfg.image_channels == 4:
         raise ValueError("--perceptual-weight: LPIPS takes 1 or 3 channels, not --image-channels 4; pass 0")
@@ -246,10 +233,6 @@ def uses_kmeans(cfg: TrainConfig) -> bool:
     """Whether the codebook starts from data (--codebook-init)."""
     auto = cfg.warmup_steps > 0 or cfg.quantizer == "aminoaseed"
     return cfg.codebook_init == "kmeans" or (cfg.codebook_init == "auto" and auto)
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 assert RESUMABLE <= {field.name for field in fields(TrainConfig)}

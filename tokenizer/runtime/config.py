@@ -51,6 +51,7 @@ def parse(
     *,
     presets: Mapping[str, Mapping[str, Any]] | None = None,
     pick_preset: Callable[[dict[str, Any]], str] | None = None,
+    exclusive: Sequence[str] = (),
     description: str = "",
     prog: str | None = None,
 ) -> Config:
@@ -59,6 +60,8 @@ def parse(
     argv:         words after the program's name; None for those of this process
     presets:      name -> {field: value}
     pick_preset:  gets what the user gave explicitly (file and flags) and returns the name of the preset to apply
+    exclusive:    fields that say one thing in different ways, such as max_steps and epochs: one that the user gives
+                  takes the place of the preset's
 
     User mistakes end the program with status 2 and a message that names the flag or key, the value, and the nearest
     valid name. So does a ValueError from the dataclass's __post_init__.
@@ -81,6 +84,8 @@ def parse(
             if name not in presets:
                 raise ValueError(f"unknown preset {name!r}{_nearest(name, presets)}; there are: {', '.join(presets)}")
             preset = _checked(flags, presets[name], f"preset {name}")
+            if any(explicit.get(field) is not None for field in exclusive):
+                preset = {field: value for field, value in preset.items() if field not in exclusive}
         values = {**preset, **explicit}
         for name, flag in flags.items():
             if flag.default is REQUIRED and name not in values:
@@ -88,6 +93,19 @@ def parse(
         return cls(**values)
     except ValueError as error:
         parser.error(str(error))
+
+
+def require_at_least(cfg: "DataclassInstance", low: float, names: str) -> None:
+    """ValueError, naming flag and value, for a setting among names (separated by spaces) below low. None passes."""
+    for name in names.split():
+        value = getattr(cfg, name)
+        if value is not None and value < low:
+            raise ValueError(f"{flag_name(name)} is {value}; it must be at least {low}")
+
+
+def flag_name(field: str) -> str:
+    """max_steps -> --max-steps"""
+    return "--" + field.replace("_", "-")
 
 
 def from_dict(cls: type[Config], values: Mapping[str, Any], source: str) -> Config:
@@ -146,7 +164,7 @@ class _Flag:
 
     @property
     def option(self) -> str:
-        return "--" + self.name.replace("_", "-")
+        return flag_name(self.name)
 
     def check(self, value: Any) -> Any:
         """The value as the field's type. ValueError saying what was expected."""
