@@ -33,6 +33,7 @@ __all__ = [
     "UnreadableImage",
     "center_crop_arr",
     "collate",
+    "consecutive",
     "default_augment",
     "image_to_tensor",
     "make_loader",
@@ -277,3 +278,8 @@ def spread(n: int, count: int) -> list[int]:
     """At most count of range(n), evenly spaced: images are often sorted by class."""
     count = min(n, count)
     return [i * n // count for i in range(count)]
+
+
+def consecutive(n: int, batch_size: int) -> list[list[int]]:
+    """range(n) in order, in batches; the last one may be smaller."""
+    return [list(range(i, min(i + batch_size, n))) for i in range(0, n, batch_size)]

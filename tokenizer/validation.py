@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from evaluations import pixels
-from tokenizer.data import BadImageCounter, ImageDataset, ImageSource, make_loader
+from tokenizer.data import BadImageCounter, ImageDataset, ImageSource, consecutive, make_loader
 from tokenizer.provq import code_statistics, drift, effective_rank, mean_pairwise_distance, second_moments
 from tokenizer.runtime import distributed
 from tokenizer.vq_model import VQModel
@@ -123,8 +123,8 @@ def reconstructions(
     if image_size % model.downsample:
         raise ValueError(f"--image-size {image_size} must be a multiple of {model.downsample}, the tokenizer's factor")
     dataset = ImageDataset(source, image_size, indices=indices)
-    batches = [list(range(i, min(i + batch_size, len(dataset)))) for i in range(0, len(dataset), batch_size)]
-    for batch in tqdm(make_loader(dataset, batches, num_workers=num_workers), unit="batch", disable=None):
+    loader = make_loader(dataset, consecutive(len(dataset), batch_size), num_workers=num_workers)
+    for batch in tqdm(loader, unit="batch", disable=None):
         bad.add(batch["bad"])
         # The loader puts another image in an unreadable one's place, which is for training: here it is left out.
         keep = [source.name(i) not in bad.names for i in batch["index"].tolist()]
