@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evaluations.image_sets import as_bytes
 from tokenizer.data import BadImageCounter, ImageDataset, consecutive, default_augment, make_loader, split_holdout
 from tokenizer.image_sources import open_images
 from tokenizer.runtime import distributed
@@ -91,11 +92,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def to_uint8(x: Tensor) -> Tensor:
-    """Crops in [-1, 1] (B, C, S, S) back to bytes (B, 3, S, S), exactly."""
-    return ((x + 1) * 127.5).round().to(torch.uint8).expand(-1, 3, -1, -1)
-
-
 def train(args: argparse.Namespace, device: torch.device) -> tuple[Extractor, float]:
     """-> the trained network in eval mode, and its accuracy on held-out images in [0, 1]."""
     source = open_images(args.data_path)
@@ -113,7 +109,7 @@ def train(args: argparse.Namespace, device: torch.device) -> tuple[Extractor, fl
     for step, batch in enumerate(make_loader(train_set, sampler, num_workers=args.num_workers)):
         bad.add(batch["bad"])
         optimizer.param_groups[0]["lr"] = args.lr * math.sin(math.pi * (step + 0.5) / args.max_steps)
-        logits = model(to_uint8(batch["image"]).to(device))[1]
+        logits = model(as_bytes(batch["image"]).to(device))[1]
         F.cross_entropy(logits, batch["label"].to(device), label_smoothing=0.1).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -124,7 +120,7 @@ def train(args: argparse.Namespace, device: torch.device) -> tuple[Extractor, fl
     with torch.no_grad():
         in_order = consecutive(len(val_set), args.batch_size)
         for batch in make_loader(val_set, in_order, num_workers=args.num_workers):
-            prediction = model(to_uint8(batch["image"]).to(device))[1].argmax(1).cpu()
+            prediction = model(as_bytes(batch["image"]).to(device))[1].argmax(1).cpu()
             right += int((prediction == batch["label"]).sum())
     return model, right / len(val_set)
 

@@ -3,7 +3,8 @@
     L0  tokenizer/provq.py | tokenizer/runtime/ | evaluations/*.py     groups that import nothing of ours but themselves
     L1  tokenizer/*.py                                                 imports L0, L1
     L2  autoregressive/ | protein/ | synthetic/                        imports L0, L1 and its own folder
-    L3  evaluations/benchmarks/ and the entry scripts of evaluations/  imports everything above
+    L3  evaluations/benchmarks/, the entry scripts of evaluations/     imports everything above
+        and image_sets.py, which those share
     L4  scripts/ | tests/                                              import everything
 
 Entry scripts (files with `if __name__ == "__main__"`) are imported by nobody but tests. Each check takes the repository
@@ -22,6 +23,7 @@ PACKAGES = ("tokenizer", "autoregressive", "protein", "synthetic", "evaluations"
 FOLDERS = (*PACKAGES, "scripts", "tests")
 MAX_LINES = 600
 PROVQ = Path("tokenizer/provq.py")
+IMAGE_SETS = Path("evaluations/image_sets.py")
 LONGER = {PROVQ: 900}  # one file on purpose: it is copied into other projects by itself
 GUARD = "if not __package__:\n    sys.path[0] = str(Path(__file__).resolve().parents[{depth}])"
 
@@ -70,7 +72,7 @@ def group(path, tree):
     if top == "tokenizer":
         return 1, top
     if top == "evaluations":
-        return (3, top) if is_entry(tree) or len(path.parts) > 2 else (0, str(path))
+        return (3, top) if is_entry(tree) or len(path.parts) > 2 or path == IMAGE_SETS else (0, str(path))
     return (2, top) if top in PACKAGES else (4, "")
 
 

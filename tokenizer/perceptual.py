@@ -85,9 +85,8 @@ def find_vgg_weights(path: str | Path | None) -> Path:
     found = Path(torch.hub.get_dir()) / "checkpoints" / VGG16_FILE if path is None else Path(path)
     if not found.is_file():
         raise FileNotFoundError(
-            f"the perceptual loss needs VGG16 ImageNet weights, and {found} does not exist. Put torchvision's "
-            f"{VGG16_FILE} there, or name another place with --lpips-vgg-weights PATH, or train without this loss: "
-            "--perceptual-weight 0"
+            f"LPIPS needs VGG16 ImageNet weights, and {found} does not exist. Put torchvision's {VGG16_FILE} there, or "
+            "name another place with --lpips-vgg-weights PATH"
         )
     return found
 

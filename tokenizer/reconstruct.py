@@ -23,7 +23,7 @@ import torch
 from torchvision.utils import save_image
 
 from tokenizer import pretrained
-from tokenizer.data import BadImageCounter, TooManyBadImages
+from tokenizer.data import BadImageCounter, TooManyBadImages, consecutive
 from tokenizer.image_sources import open_images
 from tokenizer.perceptual import LPIPS
 from tokenizer.runtime import distributed
@@ -82,7 +82,7 @@ def reconstruct(model: VQModel, args: argparse.Namespace, device: torch.device) 
     bad = BadImageCounter(args.max_bad_images)
     codes, names = [], []
     pictures = args.out / "pictures"
-    for batch in reconstructions(model, source, size, indices=range(count), batch_size=args.batch_size,
+    for batch in reconstructions(model, source, size, batches=consecutive(count, args.batch_size),
                                  num_workers=args.num_workers, bad=bad, device=device):
         meter.add(batch.x, batch.x_hat, batch.latents, batch.codes, batch.indices)
         codes.append(batch.indices.cpu().numpy())

@@ -33,6 +33,7 @@ from tokenizer.provq import AdaptiveWarmup, Curriculum, code_statistics
 from tokenizer.runtime import config, distributed
 from tokenizer.runtime.ema import EMA
 from tokenizer.runtime.training import Stateful, TrainingRun, accumulating, launch
+from tokenizer.snapshots import count_codes, save_snapshot
 from tokenizer.train_config import (
     RESUMABLE,
     TrainConfig,
@@ -59,6 +60,13 @@ def build_model(cfg: TrainConfig) -> VQModel:
     return VQModel(VQModelConfig.from_dict(config.to_dict(cfg)), curriculum, adaptive=adaptive)
 
 
+def _open_lpips(cfg: TrainConfig) -> LPIPS:
+    try:
+        return LPIPS(cfg.lpips_vgg_weights)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}, or train without this loss: --perceptual-weight 0") from error
+
+
 # ------------------------------------------------------------------------------------------------------- training
 
 class Trainer(TrainingRun):
@@ -66,7 +74,7 @@ class Trainer(TrainingRun):
 
     def __init__(self, cfg: TrainConfig, device: torch.device):
         torch.backends.cudnn.benchmark = True  # training batches have one shape
-        self.lpips = LPIPS(cfg.lpips_vgg_weights).to(device) if cfg.perceptual_weight else None  # fails first
+        self.lpips = _open_lpips(cfg).to(device) if cfg.perceptual_weight else None  # fails first
         fingerprints = self._open_data(cfg)
         if cfg.max_steps is None:
             cfg = replace(cfg, max_steps=math.ceil(cfg.epochs * len(self.train_set) / cfg.global_batch_size))
@@ -200,7 +208,7 @@ class Trainer(TrainingRun):
         if self.ema:
             self.ema.copy_(self.raw, "quantize.")  # an average with codes from before k-means would mean nothing
         distributed.print0(f"codebook initialised at step {step}: {info or 'kept as it was'}")
-        self._save_grid(step, "codebook_initialised")
+        self._save_boundary(step, "codebook_initialised", quantize.stage)
 
     @torch.no_grad()
     def _collect_latents(self, step: int) -> tuple[Tensor, Tensor]:
@@ -251,9 +259,22 @@ class Trainer(TrainingRun):
     @torch.no_grad()
     def _probe(self, model: VQModel) -> Tensor:
         """Latents (N, D) of 64 fixed validation images, whose drift is watched."""
+        was_training = model.training
+        model.eval()
         images = (self.val_set[i]["image"] for i in spread(len(self.val_set), 64))
         parts = iter(lambda: list(itertools.islice(images, self.micro_batch())), [])
-        return torch.cat([channels_last(model.encode_latents(torch.stack(part).to(self.device))) for part in parts])
+        latents = [channels_last(model.encode_latents(torch.stack(part).to(self.device))) for part in parts]
+        model.train(was_training)
+        return torch.cat(latents)
+
+    def _save_boundary(self, step: int, name: str, stage: int) -> None:
+        """Collective. RUN/images/STEP_name.png and RUN/latents/STEP_name.npz."""
+        self._save_grid(step, name)
+        model = self._evaluated()
+        counts = count_codes(model, self._val_batches(), self.device) if model.quantize.has_codebook else None
+        if distributed.is_main():
+            path = self.run_dir / "latents" / f"{step:07d}_{name}.npz"
+            save_snapshot(path, model, self._probe(model), counts, step=step, stage=stage)
 
     @torch.no_grad()
     def _save_grid(self, step: int, name: str) -> None:
@@ -303,9 +324,9 @@ class Trainer(TrainingRun):
 
     def after_validation(self, done: int) -> None:
         if self.quantize.stage != self.stage:
-            self._save_grid(done, f"stage{self.stage}_end")
+            self._save_boundary(done, f"stage{self.stage}_end", self.stage)
         if done == self.cfg.max_steps:
-            self._save_grid(done, f"stage{self.quantize.stage}_final")
+            self._save_boundary(done, f"stage{self.quantize.stage}_final", self.quantize.stage)
 
     def summary(self) -> dict[str, Any]:
         return {

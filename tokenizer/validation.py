@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from evaluations import pixels
-from tokenizer.data import BadImageCounter, ImageDataset, ImageSource, consecutive, make_loader
+from tokenizer.data import BadImageCounter, ImageDataset, ImageSource, make_loader
 from tokenizer.provq import code_statistics, drift, effective_rank, mean_pairwise_distance, second_moments
 from tokenizer.runtime import distributed
 from tokenizer.vq_model import VQModel
@@ -110,21 +110,20 @@ class Reconstruction(NamedTuple):
 
 @torch.no_grad()
 def reconstructions(
-    model: VQModel, source: ImageSource, image_size: int, *, indices: Sequence[int], batch_size: int, num_workers: int,
+    model: VQModel, source: ImageSource, image_size: int, *, batches: Sequence[Sequence[int]], num_workers: int,
     bad: BadImageCounter, device: torch.device,
 ) -> Iterator[Reconstruction]:
     """Encode and decode images of a source in the given order; unreadable ones are left out and counted in `bad`.
 
-    model: in eval mode. indices: places in the source. ValueError: the tokenizer has no codes yet, or the size does
+    model: in eval mode. batches: of places in the source. ValueError: the tokenizer has no codes yet, or the size does
     not fit it.
     """
     if not model.quantize.has_codebook:
         raise ValueError("the tokenizer is still in its continuous warm-up: it has no codes yet; train it further")
     if image_size % model.downsample:
         raise ValueError(f"--image-size {image_size} must be a multiple of {model.downsample}, the tokenizer's factor")
-    dataset = ImageDataset(source, image_size, indices=indices)
-    loader = make_loader(dataset, consecutive(len(dataset), batch_size), num_workers=num_workers)
-    for batch in tqdm(loader, unit="batch", disable=None):
+    loader = make_loader(ImageDataset(source, image_size), batches, num_workers=num_workers)
+    for batch in tqdm(loader, unit="batch", disable=None if distributed.is_main() else True):
         bad.add(batch["bad"])
         # The loader puts another image in an unreadable one's place, which is for training: here it is left out.
         keep = [source.name(i) not in bad.names for i in batch["index"].tolist()]

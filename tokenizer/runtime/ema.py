@@ -15,10 +15,12 @@ class EMA:
     model: the plain module, not a DDP or compiled wrapper (TypeError): wrappers prefix every name.
     decay: in [0, 1), per update (ValueError otherwise).
 
+    average: where to keep it, a second model with the same weights; None: a deep copy, which sharded models forbid.
+
     Parameters must be float32 or float64 (TypeError): 1e-4 of a difference is lost in half precision.
     """
 
-    def __init__(self, model: nn.Module, decay: float = 0.9999) -> None:
+    def __init__(self, model: nn.Module, decay: float = 0.9999, *, average: nn.Module | None = None) -> None:
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"EMA decay {decay} is outside [0, 1)")
         if isinstance(model, (DataParallel, DistributedDataParallel)):
@@ -29,7 +31,7 @@ class EMA:
             if parameter.dtype not in (torch.float32, torch.float64):
                 raise TypeError(f"EMA cannot average {name} in {parameter.dtype}: keep it in float32, use autocast")
         self.decay = decay
-        self._module = copy.deepcopy(model).eval().requires_grad_(False)
+        self._module = (copy.deepcopy(model) if average is None else average).eval().requires_grad_(False)
         self._hooks_due = False
 
     @property

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tokenizer.runtime import config, distributed
@@ -222,6 +223,8 @@ class TrainingRun(ABC):
         """Clip to --max-grad-norm, step, clear -> gradient norm before clipping; 0 for a step that fp16 skips."""
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(module.parameters(), self.cfg.max_grad_norm or math.inf)
+        if isinstance(norm, DTensor):  # of sharded parameters
+            norm = norm.full_tensor()
         scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
         return torch.where(norm.isfinite(), norm, 0.0) if scaler.is_enabled() else norm

@@ -1,0 +1,136 @@
+"""Features of images for distribution distances: the Inception-v3 of the field's tables, or any TorchScript module.
+
+Inception is the network of TensorFlow's 2015-12-05 graph, through torch-fidelity: resizing and arithmetic agree with
+the graph, so numbers agree with ADM's evaluator. Its weights are read from a file; nothing is ever downloaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # torch-fidelity's conversion of the TensorFlow graph
+SPATIAL_CHANNELS = 7  # sFID takes the first 7 channels of a 17 x 17 map: 2,023 numbers (Nash et al. 2021, as in ADM)
+
+
+class Features(NamedTuple):
+    """Of N images, float32."""
+
+    pooled: Tensor           # (N, D); Inception: pool_3, D = 2048. FID, KID, precision, recall
+    logits: Tensor | None    # (N, C); Inception: 1,008 classes, without bias as in ADM's evaluator. Inception Score
+    spatial: Tensor | None   # (N, S); Inception: 2,023. sFID
+
+
+class Extractor(nn.Module):
+    """uint8 images (N, 3, H, W) of any size -> Features. In eval mode, float32, TF32 off: features must not depend on
+    the batch or the GPU.
+
+    name: "inception" or "torchscript". sha256: of the weights' file, 64 hex digits, for protocols and caches.
+    """
+
+    def __init__(self, name: str, sha256: str, network: nn.Module, run: Callable[[Tensor], Features]):
+        super().__init__()
+        self.name, self.sha256, self.network, self._run = name, sha256, network, run
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Extractor:  # noqa: ARG002
+        """Stays in eval mode."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Features:
+        if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
+            raise ValueError(f"images must be uint8 (N, 3, H, W), got {images.dtype} {tuple(images.shape)}")
+        matmul = torch.backends.cuda.matmul.allow_tf32
+        try:
+            torch.backends.cuda.matmul.allow_tf32 = False
+            with torch.backends.cudnn.flags(allow_tf32=False):
+                return self._run(images)
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = matmul
+
+
+def open_extractor(spec: str, inception_weights: str | Path | None = None) -> Extractor:
+    """The extractor that --features names: "inception", or "torchscript:PATH".
+
+    inception_weights: torch-fidelity's file; None looks where torch.hub keeps it. A TorchScript module takes uint8
+    (N, 3, H, W) and returns pooled features (N, D), or a tuple of them, logits (N, C) and flattened spatial features
+    (N, S). FileNotFoundError: no such file, saying where to put it. ValueError: an unknown spec or a foreign file.
+    """
+    if spec == "inception":
+        return _open_inception(inception_weights)
+    if spec.startswith("torchscript:"):
+        return _open_torchscript(Path(spec.removeprefix("torchscript:")))
+    raise ValueError(f"--features {spec!r} is neither inception nor torchscript:PATH")
+
+
+def find_inception_weights(path: str | Path | None = None) -> Path:
+    """The weights' file: `path`, or torch.hub's cache when None. FileNotFoundError says where it belongs."""
+    found = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE if path is None else Path(path)
+    if not found.is_file():
+        raise FileNotFoundError(
+            f"Inception weights: {found} does not exist. Put torch-fidelity's {INCEPTION_FILE} (of its release v0.2.0) "
+            "there, or name another place with --inception-weights PATH"
+        )
+    return found
+
+
+def _open_inception(weights: str | Path | None) -> Extractor:
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    path = find_inception_weights(weights)
+    try:
+        # torch-fidelity unpickles the file unchecked. What this call accepts holds tensors only and is harmless there.
+        torch.load(path, map_location="cpu", weights_only=True)
+        network = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(path))
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"--inception-weights: {path} is not torch-fidelity's {INCEPTION_FILE} ({reason})") from error
+    kept: list[Tensor] = []
+    # TensorFlow's "mixed_6/conv", which sFID reads, is the third block of 17 x 17 (Mixed_6b is "mixed_4"), its branch
+    # of one 1 x 1 convolution, after batch norm and ReLU: in TensorFlow the tensor named like the scope is the last.
+    network.Mixed_6d.branch1x1.register_forward_hook(lambda _module, _args, out: kept.append(out[:, :SPATIAL_CHANNELS]))
+
+    def run(images: Tensor) -> Features:
+        kept.clear()
+        pooled, logits = network(images)
+        return Features(pooled, logits, kept.pop().flatten(1))
+
+    return Extractor("inception", _sha256(path), network, run)
+
+
+def _open_torchscript(path: Path) -> Extractor:
+    if not path.is_file():
+        raise FileNotFoundError(f"--features torchscript:{path}: no such file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that TorchScript is deprecated helps nobody here
+            network = torch.jit.load(str(path), map_location="cpu")
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"--features torchscript:{path}: not a TorchScript file") from error
+
+    def run(images: Tensor) -> Features:
+        out = network(images)
+        parts = list(out) if isinstance(out, tuple) else [out]
+        good = 1 <= len(parts) <= 3 and all(
+            isinstance(p, Tensor) and p.dim() == 2 and len(p) == len(images) and p.is_floating_point() for p in parts
+        )
+        if not good:
+            shapes = [tuple(p.shape) if isinstance(p, Tensor) else type(p).__name__ for p in parts]
+            raise ValueError(f"--features torchscript:{path} returned {shapes} for {len(images)} images; expected "
+                             "(N, D), or a tuple of (N, D), (N, C), (N, S)")
+        pooled, logits, spatial = [*(p.float() for p in parts), None, None][:3]
+        return Features(pooled, logits, spatial)
+
+    return Extractor("torchscript", _sha256(path), network, run)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

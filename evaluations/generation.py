@@ -1,0 +1,191 @@
+"""Scores generated images against a reference: FID, sFID, Inception Score, precision, recall, KID.
+
+    python evaluations/generation.py VIRTUAL_imagenet256_labeled.npz samples.npz --out metrics.json
+    python evaluations/generation.py data/imagenet/val runs/gpt/samples --image-size 256 --out metrics.json
+
+Either side is an ADM .npz (`arr_0` with images, `mu` and `sigma`, or both, as ADM's own references), a folder or
+archive of images, or "digits". Where a reference stores statistics, FID and sFID use those, as ADM's evaluator does;
+precision, recall and KID need its images. gFID of the tables is against VIRTUAL_imagenet256_labeled.npz, rFID against
+the validation images: the two are not comparable, and the report says which reference it used. torchrun spreads the
+images over processes; the numbers stay the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+
+from evaluations import distribution
+from evaluations.features import Extractor
+from evaluations.image_sets import (
+    FeatureCache,
+    ImageSet,
+    SetFeatures,
+    add_extractor_flags,
+    cache_of_flags,
+    extract,
+    extractor_of_flags,
+    open_set,
+)
+from evaluations.protocol import protocol_id
+from tokenizer.runtime import distributed
+from tokenizer.runtime.checkpoint import atomic_write_text
+from tokenizer.runtime.training import CannotContinue
+
+METRICS = ("fid", "sfid", "inception_score", "inception_score_std", "precision", "recall", "kid", "kid_std")
+SPLITS = 10
+CUSTOMARY = 50_000  # samples in the field's tables
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="evaluations/generation.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("reference", metavar="REF", help=".npz, or images: folder, .tar, .zip, list, digits")
+    add("samples", metavar="SAMPLES", help="the same kinds")
+    add("--out", type=Path, default=Path("metrics.json"), help="report to write (default: metrics.json)")
+    add("--image-size", type=int, help="center-crop images of folders and archives (default: all have one size)")
+    add_extractor_flags(parser)
+    add("--num-workers", type=int, default=0, help="image-reading processes per rank (default: 0)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    args = parser.parse_args(argv)
+    for name in ("image_size", "num_workers"):
+        value, low = getattr(args, name), int(name == "image_size")
+        if value is not None and value < low:
+            parser.error(f"--{name.replace('_', '-')} is {value}; it must be at least {low}")
+    return args
+
+
+def score(
+    reference: ImageSet, samples: ImageSet, extractor: Extractor, cache: FeatureCache, device: torch.device
+) -> tuple[dict[str, float | None], dict[str, str], dict[str, str]]:
+    """All METRICS (None where one cannot be had), why not, and the hashes of both sides. Collective."""
+    sides = {}
+    for name, side in (("reference", reference), ("samples", samples)):
+        sides[name] = (side, extract(side, extractor, device, cache) if side.count else None)
+    values: dict[str, float | None] = dict.fromkeys(METRICS)
+    why: dict[str, str] = {}
+
+    def gaussian(name: str, kind: str) -> distribution.Gaussian | None:
+        side, found = sides[name]
+        if kind in side.statistics:
+            return side.statistics[kind]
+        features = found and getattr(found.features, kind)
+        return None if features is None else cache.gaussian(extractor, found.sha256, kind, features)
+
+    for metric, kind in (("fid", "pooled"), ("sfid", "spatial")):
+        gaussians = {name: gaussian(name, kind) for name in sides}
+        absent = [name for name, found in gaussians.items() if found is None]
+        if absent:
+            why[metric] = f"no {kind} features or statistics of: {', '.join(absent)}"
+        else:
+            values[metric] = distribution.frechet_distance(gaussians["reference"], gaussians["samples"])
+    found_samples, found_reference = sides["samples"][1], sides["reference"][1]
+    logits = found_samples and found_samples.features.logits
+    if logits is None or len(logits) < SPLITS:
+        why["inception_score"] = f"needs class logits of at least {SPLITS} sample images"
+    else:
+        values["inception_score"], values["inception_score_std"] = distribution.inception_score(logits, SPLITS)
+    pair = [f.features.pooled for f in (found_reference, found_samples) if f is not None]
+    smallest = min((len(p) for p in pair), default=0) if len(pair) == 2 else 0
+    if smallest <= distribution.NEIGHBOURS:
+        why["precision"] = why["recall"] = f"needs more than {distribution.NEIGHBOURS} images on both sides"
+    else:
+        values["precision"], values["recall"] = distribution.precision_recall(*(p.to(device) for p in pair))
+    if smallest < distribution.KID_SUBSET_SIZE:
+        why["kid"] = f"needs {distribution.KID_SUBSET_SIZE} images on both sides"
+    else:
+        values["kid"], values["kid_std"] = distribution.kid(*pair)
+    return values, why, {name: _content_hash(side, found) for name, (side, found) in sides.items()}
+
+
+def _content_hash(side: ImageSet, found: SetFeatures | None) -> str:
+    """Over a side's pixels and stored statistics, 64 hex digits."""
+    digest = hashlib.sha256((found.sha256 if found else "").encode())
+    for kind in sorted(side.statistics):
+        for array in side.statistics[kind]:
+            digest.update(array.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """The whole report. ValueError, FileNotFoundError: inputs that cannot be scored, before anything is computed."""
+    reference, samples = (open_set(path, args.image_size, args.num_workers) for path in (args.reference, args.samples))
+    for name, side in (("reference", reference), ("samples", samples)):
+        for kind, gaussian in side.statistics.items():
+            if gaussian.sigma.shape != (len(gaussian.mu),) * 2:
+                raise ValueError(f"{name} {side.name}: {kind} mu {tuple(gaussian.mu.shape)} and sigma "
+                                 f"{tuple(gaussian.sigma.shape)} do not fit together")
+    extractor, reason = extractor_of_flags(args, device)
+    values: dict[str, float | None] = dict.fromkeys(METRICS)
+    hashes = {"reference": "", "samples": ""}
+    if extractor is None:
+        why = dict.fromkeys((m for m in METRICS if not m.endswith("_std")), reason)
+    else:
+        values, why, hashes = score(reference, samples, extractor, cache_of_flags(args), device)
+    protocol: dict[str, Any] = {
+        "task": "generation",
+        "reference": {"sha256": hashes["reference"], "count": reference.count,
+                      "stored_statistics": sorted(reference.statistics)},
+        "reference_name": reference.name,  # may differ: the hash decides
+        "samples": {"name": samples.name, "sha256": hashes["samples"], "count": samples.count},
+        "extractor": {"name": args.features.split(":")[0], "sha256": extractor.sha256 if extractor else ""},
+        "crop": "none" if args.image_size is None else f"center crop to {args.image_size} pixels (ADM's)",
+        "inception_score": f"{SPLITS} consecutive parts",
+        "precision_recall": f"k = {distribution.NEIGHBOURS}, squared distances in float64",
+        "kid": f"{distribution.KID_SUBSETS} subsets of {distribution.KID_SUBSET_SIZE}, seed {distribution.KID_SEED}",
+        "warnings": warnings_of(reference, samples, extractor),
+    }
+    protocol["id"] = protocol_id(protocol)
+    return {**values, "num_reference": reference.count, "num_samples": samples.count, "unavailable": why,
+            "protocol": protocol}
+
+
+def warnings_of(reference: ImageSet, samples: ImageSet, extractor: Extractor | None) -> list[str]:
+    """What a reader of the numbers should know."""
+    found = []
+    if samples.count and samples.count != CUSTOMARY:
+        found.append(f"{samples.count} samples; published numbers are of {CUSTOMARY}, and FID falls with the number")
+    if extractor is not None and extractor.name != "inception":
+        found.append("features are not Inception's: comparable with reports of the same extractor only")
+    sizes = [side.size for side in (reference, samples) if side.count]
+    if len(set(sizes)) > 1:
+        found.append(f"images of {sizes[0]} pixels are compared with images of {sizes[1]}")
+    if reference.count and "pooled" not in reference.statistics and reference.count < CUSTOMARY:
+        found.append(f"reference statistics of {reference.count} images only")
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    try:
+        device = distributed.init(args.device)
+        report = evaluate(args, device)
+    except (ValueError, OSError, CannotContinue) as error:
+        raise SystemExit(f"generation.py: error: {error}") from error
+    if distributed.is_main():
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(args.out, json.dumps(report, indent=1) + "\n")
+        for warning in report["protocol"]["warnings"]:
+            distributed.print0(f"note: {warning}")
+        for reason in dict.fromkeys(report["unavailable"].values()):
+            metrics = ", ".join(m for m, r in report["unavailable"].items() if r == reason)
+            distributed.print0(f"not measured: {metrics} ({reason})")
+        distributed.print0(" ".join(f"{m} {report[m]:.6g}" for m in METRICS if report[m] is not None))
+        distributed.print0(f"wrote {args.out}, protocol {report['protocol']['id']}")
+    distributed.finalize()
+    if all(report[m] is None for m in METRICS):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,275 @@
+"""Sets of images to score: ADM's .npz files and every image source of the trainers, their features, and a cache.
+
+A set is read in chunks of CHUNK images in a fixed order. Ranks take chunks in turn and every rank ends up with all
+features in the order of the set, so numbers do not depend on the number of processes. Chunks are cached by the hash of
+their pixels: what an interrupted evaluation has computed is not computed again, and a changed image is noticed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import sys
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from evaluations.distribution import Gaussian, gaussian_statistics
+from evaluations.features import INCEPTION_FILE, Extractor, Features, open_extractor
+from tokenizer.data import BadImageCounter, ImageDataset, consecutive, make_loader
+from tokenizer.image_readers import ImageSource, UnreadableImage
+from tokenizer.image_sources import open_images
+from tokenizer.runtime import distributed
+from tokenizer.runtime.checkpoint import atomic_write
+
+CHUNK = 250  # images; of 256 x 256 pixels 49 MB
+
+
+class ImageSet(ABC):
+    """Images of one size in a fixed order. name: the file's or folder's, without its path."""
+
+    name: str
+    count: int  # of images, may be 0
+    size: str   # of an image, "HEIGHTxWIDTH"
+    statistics: dict[str, Gaussian]  # "pooled" and "spatial" as stored beside the images; ADM's references have both
+
+    @abstractmethod
+    def chunks(self, mine: Callable[[int], bool]) -> Iterator[tuple[int, Tensor]]:
+        """(number, uint8 (n, 3, H, W)) of the chunks whose number is `mine`, n = CHUNK but for the last."""
+
+
+class NpzSet(ImageSet):
+    """ADM's layout: `arr_0` uint8 (N, H, W, 3), and/or `mu`, `sigma` and `mu_s`, `sigma_s`. Streamed, not loaded.
+
+    ValueError, naming file and key, for a file that is no .npz, is cut short, or holds something else.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.name, self.count, self.statistics = path, path.name, 0, {}
+        try:
+            with zipfile.ZipFile(path) as archive:
+                members = set(archive.namelist())
+                for kind, mu, sigma in (("pooled", "mu", "sigma"), ("spatial", "mu_s", "sigma_s")):
+                    if {f"{mu}.npy", f"{sigma}.npy"} <= members:
+                        self.statistics[kind] = Gaussian(*(self._array(archive, key) for key in (mu, sigma)))
+                if "arr_0.npy" in members:
+                    with archive.open("arr_0.npy") as file:
+                        self.shape, dtype, fortran = self._header(file)
+                    if dtype != np.uint8 or len(self.shape) != 4 or self.shape[3] != 3 or fortran:
+                        raise ValueError(f"{path}: arr_0 must be uint8 (N, H, W, 3), it is {dtype} {self.shape}")
+                    self.count, self.size = self.shape[0], "{}x{}".format(*self.shape[1:3])
+        except (zipfile.BadZipFile, EOFError) as error:
+            raise ValueError(f"{path}: not a readable .npz file ({error})") from error
+        if not self.count and "pooled" not in self.statistics:
+            found = ", ".join(sorted(members)) or "nothing"
+            raise ValueError(f"{path} holds {found}; expected arr_0 with images, or mu and sigma")
+
+    @staticmethod
+    def _header(file: zipfile.ZipExtFile) -> tuple[tuple[int, ...], np.dtype, bool]:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(file)
+        return shape, dtype, fortran
+
+    def _array(self, archive: zipfile.ZipFile, key: str) -> Tensor:
+        with archive.open(f"{key}.npy") as file:
+            array = np.lib.format.read_array(file, allow_pickle=False)
+        if array.dtype.kind != "f":
+            raise ValueError(f"{self.path}: {key} must hold floating-point numbers, it is {array.dtype}")
+        return torch.from_numpy(array.astype(np.float64))
+
+    def chunks(self, mine: Callable[[int], bool]) -> Iterator[tuple[int, Tensor]]:
+        size = int(np.prod(self.shape[1:]))  # bytes of an image
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
+                self._header(file)
+                for number, rows in enumerate(consecutive(self.count, CHUNK)):
+                    data = file.read(size * len(rows))
+                    if len(data) < size * len(rows):
+                        raise ValueError(f"{self.path}: arr_0 ends before image {rows[0] + len(data) // size}")
+                    if mine(number):
+                        pixels = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+                        yield number, pixels.view(-1, *self.shape[1:]).permute(0, 3, 1, 2).contiguous()
+        except (zipfile.BadZipFile, EOFError) as error:
+            raise ValueError(f"{self.path}: arr_0 is damaged ({error})") from error
+
+
+class SourceSet(ImageSet):
+    """An image source, center-cropped to image_size, or as it is when all its images have one size (None).
+
+    ValueError: images of other sizes. TooManyBadImages: one that cannot be read.
+    """
+
+    def __init__(self, source: ImageSource, name: str, image_size: int | None, num_workers: int = 0):
+        self.source, self.name, self.count, self.statistics = source, name, len(source), {}
+        self.num_workers = num_workers
+        if image_size is None:
+            self.dataset: ImageDataset = _UncroppedImages(source, name)
+        else:
+            self.dataset = ImageDataset(source, image_size)
+        self.size = f"{self.dataset.image_size}x{self.dataset.image_size}"
+
+    def chunks(self, mine: Callable[[int], bool]) -> Iterator[tuple[int, Tensor]]:
+        chunks = [(i, rows) for i, rows in enumerate(consecutive(self.count, CHUNK)) if mine(i)]
+        bad = BadImageCounter(0)
+        loader = make_loader(self.dataset, [rows for _, rows in chunks], num_workers=self.num_workers)
+        for (number, _), batch in zip(chunks, loader, strict=True):
+            bad.add(batch["bad"])
+            yield number, as_bytes(batch["image"])
+
+
+class _UncroppedImages(ImageDataset):
+    def __init__(self, source: ImageSource, name: str):
+        try:
+            width, height = source.read(0).size
+        except UnreadableImage as error:
+            raise ValueError(f"{name}: {error}") from error
+        if width != height:
+            raise ValueError(f"{name}: {source.name(0)} has {width}x{height} pixels, not a square; give --image-size "
+                             "to crop all images")
+        super().__init__(source, width)
+        self.where = name
+
+    def _transform(self, image: Image.Image, rng) -> Image.Image:  # noqa: ARG002
+        if image.size != (self.image_size, self.image_size):
+            raise ValueError(f"{self.where}: images of {image.width}x{image.height} and of {self.image_size}x"
+                             f"{self.image_size} pixels; give --image-size to crop all alike")
+        return image
+
+
+def as_bytes(x: Tensor) -> Tensor:
+    """Crops in [-1, 1] (B, 1 or 3, S, S), as ImageDataset gives them, back to their bytes (B, 3, S, S), exactly."""
+    return ((x + 1) * 127.5).round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
+
+
+def pixel_hash(images: Tensor) -> str:
+    """Of bytes (n, 3, H, W) on the CPU, 64 hex digits."""
+    return hashlib.sha256(repr(tuple(images.shape)).encode() + images.numpy().tobytes()).hexdigest()
+
+
+def open_set(path: str, image_size: int | None = None, num_workers: int = 0) -> ImageSet:
+    """An ADM .npz, or whatever tokenizer.image_sources.open_images takes ("digits": scikit-learn's).
+
+    image_size: center-crop to it (not for .npz files, whose images are final). ValueError and FileNotFoundError name
+    the path and what is wrong.
+    """
+    if path.endswith(".npz"):
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path}: no such file")
+        return NpzSet(Path(path))
+    source = open_images(None if path == "digits" else path)
+    return SourceSet(source, Path(path).name, image_size, num_workers)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# features
+
+
+def default_cache() -> Path:
+    """Where features are kept: $XDG_CACHE_HOME/provq/features, or ~/.cache/provq/features."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "provq" / "features"
+
+
+class FeatureCache:
+    """Features and statistics on disk, by the hash of what they were computed from. folder None: nothing is kept."""
+
+    def __init__(self, folder: Path | None):
+        self.folder = folder
+
+    def features(self, extractor: Extractor, images: Tensor, device: torch.device) -> tuple[Features, str]:
+        """images uint8 (n, 3, H, W), on the CPU -> their features, on the CPU, and the hash of their pixels."""
+        digest = pixel_hash(images)
+
+        def compute() -> dict[str, Tensor]:
+            found = extractor(images.to(device))
+            return {k: v.cpu() for k, v in found._asdict().items() if v is not None}
+
+        arrays = self._cached(extractor, f"features-{digest[:40]}", compute)
+        return Features(arrays["pooled"], arrays.get("logits"), arrays.get("spatial")), digest
+
+    def gaussian(self, extractor: Extractor, digest: str, kind: str, features: Tensor) -> Gaussian:
+        """The Gaussian of a set's features (N, D); digest: of the set's pixels; kind: "pooled" or "spatial"."""
+        arrays = self._cached(extractor, f"{kind}-{digest[:40]}", lambda: gaussian_statistics(features)._asdict())
+        return Gaussian(**arrays)
+
+    def _cached(self, extractor: Extractor, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        if self.folder is None:
+            return compute()
+        path = self.folder / extractor.sha256[:16] / f"{name}.npz"
+        if path.exists():
+            try:
+                with np.load(path) as file:
+                    return {key: torch.from_numpy(file[key]) for key in file.files}
+            except (zipfile.BadZipFile, ValueError, EOFError) as error:
+                print(f"computing again what {path} should hold: {error}", file=sys.stderr)  # noqa: T201
+        arrays = compute()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, lambda file: np.savez(file, **{key: value.numpy() for key, value in arrays.items()}))
+        return arrays
+
+
+class SetFeatures(NamedTuple):
+    """Features of a whole set in its order, and the hash of its pixels (64 hex digits)."""
+
+    features: Features
+    sha256: str
+
+    @classmethod
+    def join(cls, parts: dict[int, tuple[Features, str]]) -> SetFeatures:
+        """Chunks of this rank by number -> the set on every rank. Collective."""
+        everywhere: dict[int, tuple[Features, str]] = {}
+        for found in distributed.gather_objects(parts):
+            everywhere.update(found)
+        ordered = [everywhere[number] for number in sorted(everywhere)]
+        columns = zip(*(features for features, _ in ordered), strict=True)
+        joined = Features(*(None if column[0] is None else torch.cat(column) for column in columns))
+        return cls(joined, hashlib.sha256("".join(digest for _, digest in ordered).encode()).hexdigest())
+
+
+def extract(images: ImageSet, extractor: Extractor, device: torch.device, cache: FeatureCache) -> SetFeatures:
+    """Features of all images of a set, on every rank. Collective."""
+    rank, world = distributed.rank(), distributed.world_size()
+    chunks = images.chunks(lambda number: number % world == rank)
+    total = len(range(rank, len(consecutive(images.count, CHUNK)), world))
+    shown = tqdm(chunks, desc=images.name, unit=f"x{CHUNK}", total=total, disable=None if rank == 0 else True)
+    return SetFeatures.join({number: cache.features(extractor, pixels, device) for number, pixels in shown})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# flags that all evaluations share
+
+
+def add_extractor_flags(parser: argparse.ArgumentParser) -> None:
+    """--features, --inception-weights, --cache-dir, --no-cache."""
+    parser.add_argument("--features", default="inception", metavar="WHICH",
+                        help="inception, or torchscript:PATH for other domains (default: inception)")
+    parser.add_argument("--inception-weights", type=Path, metavar="FILE", help=f"{INCEPTION_FILE} of torch-fidelity's "
+                        "release v0.2.0 (default: in torch hub's cache)")
+    parser.add_argument("--cache-dir", type=Path, default=default_cache(), metavar="FOLDER",
+                        help="where features are kept (default: provq/features in the user's cache)")
+    parser.add_argument("--no-cache", action="store_true", help="keep no features")
+
+
+def extractor_of_flags(args: argparse.Namespace, device: torch.device) -> tuple[Extractor | None, str]:
+    """The extractor that the flags ask for, or None and why it cannot be had. Its default place may be empty; a file
+    that the user named must be there (FileNotFoundError, ValueError).
+    """
+    try:
+        return open_extractor(args.features, args.inception_weights).to(device), ""
+    except FileNotFoundError as error:
+        if args.features != "inception" or args.inception_weights is not None:
+            raise
+        return None, str(error)
+
+
+def cache_of_flags(args: argparse.Namespace) -> FeatureCache:
+    return FeatureCache(None if args.no_cache else args.cache_dir)

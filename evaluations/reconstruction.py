@@ -1,0 +1,252 @@
+"""Scores a tokenizer's reconstructions as in the paper's Tables 1 and 5.
+
+    torchrun --nproc_per_node=8 evaluations/reconstruction.py --vq-ckpt runs/imagenet --data-path /data/imagenet/val
+    python evaluations/reconstruction.py --vq-ckpt runs/digits      # the images that the run held out
+
+rFID, PSNR, SSIM, LPIPS, perplexity, usage and code distance. The reference of rFID are the center crops that the
+tokenizer saw, not the files. `--image-size 384 --image-size-eval 256` is the 24 x 24 row of Table 1: images are encoded
+at 384; for PSNR, SSIM and LPIPS original and reconstruction are resized to 256 (bicubic), and rFID compares the latter
+with the same center crops taken at 256, as LlamaGen's numbers do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from evaluations import distribution, pixels
+from evaluations.features import Extractor
+from evaluations.image_sets import (
+    CHUNK,
+    FeatureCache,
+    SetFeatures,
+    add_extractor_flags,
+    as_bytes,
+    cache_of_flags,
+    extractor_of_flags,
+    pixel_hash,
+)
+from evaluations.protocol import protocol_id
+from tokenizer import pretrained
+from tokenizer.data import BadImageCounter, ImageDataset, consecutive, make_loader, spread
+from tokenizer.image_sources import ImageSource, open_images
+from tokenizer.perceptual import LPIPS, MIN_IMAGE_SIZE
+from tokenizer.runtime import config, distributed
+from tokenizer.runtime.checkpoint import atomic_write_text
+from tokenizer.runtime.training import CannotContinue
+from tokenizer.train_config import TrainConfig, open_split
+from tokenizer.validation import ReconstructionMeter, reconstructions
+from tokenizer.vq_model import VQModel
+
+METRICS = ("rfid", "psnr", "ssim", "lpips", "perplexity", "usage", "code_distance")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="evaluations/reconstruction.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--vq-ckpt", type=Path, required=True, metavar="PATH",
+        help="run folder, checkpoint, LlamaGen .pt, or folder with config.json and model.safetensors")
+    add("--data-path", help="folder, .tar, .zip, shard pattern or list of images, or digits (default: the images that "
+                            "the run at --vq-ckpt validates on)")
+    add("--image-size", type=int, help="center crop that is encoded, in pixels (default: the size of training)")
+    add("--image-size-eval", type=int, help="size at which images are compared (default: --image-size)")
+    add("--batch-size", type=int, default=32, help="images encoded at a time (default: 32)")
+    add("--max-images", type=int, help="use so many images, evenly spread over all (default: all)")
+    add("--max-bad-images", type=int, default=0, help="unreadable images to leave out before stopping (default: 0)")
+    add("--weights", choices=("auto", "model", "ema"), default="auto", help="auto: the EMA if there is one")
+    add("--codebook-l2-norm", action=argparse.BooleanOptionalAction, default=None,
+        help="for LlamaGen files, which do not record it (default there: yes, as LlamaGen)")
+    add("--lpips-vgg-weights", type=Path, metavar="FILE", help="vgg16-397923af.pth (default: in torch hub's cache)")
+    add_extractor_flags(parser)
+    add("--num-workers", type=int, default=0, help="image-reading processes per rank (default: 0)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    add("--out", type=Path, metavar="FILE",
+        help="report to write (default: evaluation/reconstruction.json in the run's folder, or reconstruction.json)")
+    args = parser.parse_args(argv)
+    lowest = {"image_size": 1, "image_size_eval": 7, "batch_size": 1, "max_images": 2, "max_bad_images": 0,
+              "num_workers": 0}
+    for name, low in lowest.items():
+        value = getattr(args, name)
+        if value is not None and value < low:
+            parser.error(f"{config.flag_name(name)} is {value}; it must be at least {low}")
+    if args.out is None:
+        run = (args.vq_ckpt / "checkpoints").is_dir()
+        args.out = args.vq_ckpt / "evaluation" / "reconstruction.json" if run else Path("reconstruction.json")
+    return args
+
+
+class Images(NamedTuple):
+    """What is scored: places in a source."""
+
+    source: ImageSource
+    places: list[int]
+    name: str
+
+
+def open_data(args: argparse.Namespace, channels: int) -> Images:
+    """--data-path, or the run's held-out images. ValueError, FileNotFoundError name the flag or file."""
+    if args.data_path:
+        source = open_images(None if args.data_path == "digits" else args.data_path, channels=channels)
+        images = Images(source, list(range(len(source))), Path(args.data_path).name)
+    else:
+        path = args.vq_ckpt / "config.json"
+        if not (args.vq_ckpt / "checkpoints").is_dir():
+            raise ValueError(f"--vq-ckpt {args.vq_ckpt} is no run's folder, so its held-out images are unknown: give "
+                             "--data-path")
+        split = open_split(config.from_dict(TrainConfig, config.load(path), str(path)))
+        images = Images(split.val_source, [int(i) for i in split.val_indices], "images that the run validates on")
+    if args.max_images:
+        images = images._replace(places=[images.places[i] for i in spread(len(images.places), args.max_images)])
+    if len(images.places) < 2:
+        raise ValueError(f"{images.name}: {len(images.places)} image; at least 2 are needed")
+    return images
+
+
+def open_lpips(args: argparse.Namespace, channels: int, size: int, device: torch.device) -> tuple[LPIPS | None, str]:
+    """The network, or None and why there is none. FileNotFoundError: a file that the user named."""
+    if channels == 4 or size < MIN_IMAGE_SIZE:
+        return None, f"LPIPS takes 1 or 3 channels and sides from {MIN_IMAGE_SIZE} pixels, not {channels} and {size}"
+    try:
+        return LPIPS(args.lpips_vgg_weights).to(device), ""
+    except FileNotFoundError as error:
+        if args.lpips_vgg_weights is not None:
+            raise
+        return None, f"LPIPS: {error}"
+
+
+class Scores(NamedTuple):
+    values: dict[str, float]
+    count: int
+    sha256: str          # of the reference's pixels
+    unreadable: list[str]
+
+
+def score(
+    model: VQModel, images: Images, args: argparse.Namespace, extractor: Extractor | None, lpips: nn.Module | None,
+    device: torch.device,
+) -> Scores:
+    """Reconstruct all images, spread over the ranks in chunks. Collective; all ranks return the same."""
+    seen, compared = args.image_size, args.image_size_eval
+    meter = ReconstructionMeter(model.quantize.num_codes, model.quantize.dim, device, lpips)
+    bad = BadImageCounter(args.max_bad_images)
+    cache, no_cache = cache_of_flags(args), FeatureCache(None)
+    hashes: dict[int, str] = {}
+    found: dict[str, dict[int, Any]] = {"reference": {}, "samples": {}}
+    rank, world = distributed.rank(), distributed.world_size()
+    for number, chunk in enumerate(consecutive(len(images.places), CHUNK)):
+        if number % world != rank:
+            continue
+        places = [images.places[i] for i in chunk]
+        batches = [[places[i] for i in batch] for batch in consecutive(len(places), args.batch_size)]
+        crops = _crops(images.source, compared, batches, args.num_workers) if compared != seen else None
+        originals, decoded = [], []
+        for batch in reconstructions(model, images.source, seen, batches=batches, num_workers=args.num_workers,
+                                     bad=bad, device=device):
+            x, x_hat = _resize(batch.x, compared), _resize(batch.x_hat, compared)
+            meter.add(x, x_hat, batch.latents, batch.codes, batch.indices)
+            reference = x.cpu() if crops is None else torch.stack(
+                [next(crop for place, crop in crops if place == wanted) for wanted in batch.images])
+            originals.append(reference)
+            decoded.append(pixels.to_uint8(x_hat).cpu())
+        if not originals:
+            continue
+        reference, samples = torch.cat(originals), torch.cat(decoded)
+        hashes[number] = pixel_hash(((reference + 1) * 127.5).round().to(torch.uint8))
+        if extractor is not None:
+            found["reference"][number] = cache.features(extractor, as_bytes(reference), device)
+            colour = samples.expand(-1, 3, -1, -1).contiguous()
+            found["samples"][number] = no_cache.features(extractor, colour, device)
+    unreadable = sorted(set().union(*distributed.gather_objects(bad.names)))
+    everywhere = sorted(pair for part in distributed.gather_objects(hashes) for pair in part.items())
+    if len(everywhere) == 0:
+        raise ValueError(f"{images.name}: no image can be read")
+    values = meter.result(model.quantize.codebook)
+    if extractor is not None:
+        sides = {name: SetFeatures.join(parts).features.pooled for name, parts in found.items()}
+        gaussians = {name: distribution.gaussian_statistics(pooled) for name, pooled in sides.items()}
+        values["rfid"] = distribution.frechet_distance(gaussians["reference"], gaussians["samples"])
+    digest = hashlib.sha256("".join(digest for _, digest in everywhere).encode()).hexdigest()
+    return Scores({k: values[k] for k in METRICS if k in values}, int(values["images"]), digest, unreadable)
+
+
+def _crops(
+    source: ImageSource, size: int, batches: list[list[int]], num_workers: int
+) -> Iterator[tuple[int, Tensor]]:
+    """(place, center crop (C, size, size)) in the order of the batches."""
+    for batch in make_loader(ImageDataset(source, size), batches, num_workers=num_workers):
+        yield from zip(batch["index"].tolist(), batch["image"], strict=True)
+
+
+def _resize(x: Tensor, size: int) -> Tensor:
+    """LlamaGen's: bicubic, without antialiasing."""
+    return x if x.shape[-1] == size else F.interpolate(x, size=(size, size), mode="bicubic")
+
+
+def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """The whole report. ValueError, FileNotFoundError: inputs that cannot be scored, before anything is computed."""
+    model = pretrained.load_tokenizer(args.vq_ckpt, device, args.weights, codebook_l2_norm=args.codebook_l2_norm)
+    channels = model.config.image_channels
+    args.image_size = args.image_size or model.config.image_size
+    args.image_size_eval = args.image_size_eval or args.image_size
+    images = open_data(args, channels)
+    extractor, why_not = extractor_of_flags(args, device)
+    if extractor is not None and channels == 4:
+        extractor, why_not = None, "feature extractors take pictures of 1 or 3 channels, the tokenizer's have 4"
+    lpips, why_no_lpips = open_lpips(args, channels, args.image_size_eval, device)
+    scores = score(model, images, args, extractor, lpips, device)
+    unavailable = {"rfid": why_not, "lpips": why_no_lpips}
+    crop = f"ADM's center crop to {args.image_size}"
+    resized = args.image_size_eval != args.image_size
+    protocol: dict[str, Any] = {
+        "task": "reconstruction",
+        "reference": {"sha256": scores.sha256, "count": scores.count},
+        "reference_name": images.name,
+        "samples": {"tokenizer": args.vq_ckpt.name, "K": model.quantize.num_codes, "weights": args.weights,
+                    "tokens": (args.image_size // model.downsample) ** 2},
+        "encoded": crop,
+        "compared": f"both resized to {args.image_size_eval}, bicubic" if resized else crop,
+        "rfid_reference": f"ADM's center crop to {args.image_size_eval}",
+        "extractor": {"name": args.features.split(":")[0], "sha256": extractor.sha256 if extractor else ""},
+        "psnr_ssim": "of bytes against unrounded originals, data range 1, mean over images",
+        "lpips": "VGG-16, version 0.1, inputs in [-1, 1]",
+    }
+    protocol["id"] = protocol_id(protocol)
+    return {**{m: scores.values.get(m) for m in METRICS}, "num_images": scores.count,
+            "unreadable_images": scores.unreadable,
+            "unavailable": {m: why for m, why in unavailable.items() if why}, "protocol": protocol}
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    try:
+        device = distributed.init(args.device)
+        report = evaluate(args, device)
+    except (ValueError, OSError, CannotContinue) as error:
+        raise SystemExit(f"reconstruction.py: error: {error}") from error
+    if distributed.is_main():
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(args.out, json.dumps(report, indent=1) + "\n")
+    for name in report["unreadable_images"]:
+        distributed.print0(f"left out an image that cannot be read: {name}")
+    for metric, reason in report["unavailable"].items():
+        distributed.print0(f"not measured: {metric} ({reason})")
+    distributed.print0(" ".join(f"{m} {report[m]:.6g}" for m in METRICS if report[m] is not None))
+    distributed.print0(f"wrote {args.out}, protocol {report['protocol']['id']}")
+    distributed.finalize()
+
+
+if __name__ == "__main__":
+    main()

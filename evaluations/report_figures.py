@@ -1,0 +1,174 @@
+"""Figures of report.py and compare_runs.py: runs drawn as SVG that follows the page's text colour, light or dark."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from sklearn.decomposition import PCA
+
+# Hues that keep a contrast of 3:1 on white and on near-black paper.
+COLORS = ("#3a7fc4", "#d9701a", "#2c9a57", "#d0435b", "#8d63c9", "#98694a", "#1595a5", "#c9589f", "#8c8b2a", "#7d858d")
+LATENT, CODE, DEAD = "#3a7fc4", "#e07b1f", "#858c94"  # latents, codes in use, codes not in use
+_INK = "#010203"  # stands for the page's text colour until the SVG is written
+_STYLE = {
+    "svg.fonttype": "none", "text.parse_math": False, "font.size": 8.5, "axes.titlesize": 9, "axes.linewidth": 0.7,
+    "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.3, "text.color": _INK,
+    "axes.labelcolor": _INK, "axes.edgecolor": _INK, "axes.titlecolor": _INK, "xtick.color": _INK,
+    "ytick.color": _INK, "font.sans-serif": ["DejaVu Sans"],
+}
+# key, title, from validation.jsonl (else metrics.jsonl), logarithmic
+PANELS = (
+    ("loss", "total loss", False, True),
+    ("recon_loss", "reconstruction loss", False, True),
+    ("psnr", "PSNR (dB)", True, False),
+    ("ssim", "SSIM", True, False),
+    ("perplexity", "perplexity (codes)", True, False),
+    ("usage", "codes used (fraction)", True, False),
+    ("code_drift", "drift of the codes", True, True),
+    ("latent_drift", "drift of the latents", True, True),
+    ("alpha", "alpha (solid) and omega (dashed)", False, False),
+)
+
+
+def color(index: int) -> str:
+    """Of the index-th setting; they repeat after ten."""
+    return COLORS[index % len(COLORS)]
+
+
+def points(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """Steps and values of the rows that have a number under `key`."""
+    found = [(row["step"], row[key]) for row in rows
+             if isinstance(row.get(key), (int, float)) and np.isfinite(row[key])]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def draw_curve(axis: Axes, run: Any, key: str, hue: str, *, validation: bool, label: str | None = None,
+               linestyle: str = "-") -> bool:
+    """Draw one number of a run over its steps, the ends of its stages dotted. False: the run does not have it.
+
+    run: with metrics and validation (rows with a step) and stage_ends (steps).
+    """
+    steps, values = points(run.validation if validation else run.metrics, key)
+    if not steps:
+        return False
+    axis.plot(steps, values, linestyle, color=hue, marker="." if validation else None, markersize=4, label=label)
+    for end in run.stage_ends:
+        axis.axvline(end, color=hue, linestyle=":", linewidth=1)
+    axis.set_xlabel("step")
+    axis.grid(alpha=0.25, linewidth=0.6)
+    return True
+
+
+def curves(runs: Sequence[tuple[Any, str]], name: str) -> str:
+    """All PANELS that any run has numbers for. runs: (run, colour). Empty: there are none. name: unique on the page."""
+    shown = [panel for panel in PANELS
+             if any(points(run.validation if panel[2] else run.metrics, panel[0])[0] for run, _ in runs)]
+    if not shown:
+        return ""
+    height = -(-len(shown) // 3)
+    with matplotlib.rc_context(_STYLE):
+        figure = pyplot.figure(figsize=(11, 2.25 * height), layout="constrained")
+        axes = list(figure.subplots(height, 3, squeeze=False).flat)
+        for axis, (key, title, validation, logarithmic) in zip(axes, shown, strict=False):
+            for run, hue in runs:
+                draw_curve(axis, run, key, hue, validation=validation)
+                if key == "alpha":
+                    draw_curve(axis, run, "omega", hue, validation=False, linestyle="--")
+            axis.set_title(title, loc="left")
+            axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            if logarithmic:
+                _logarithmic(axis)
+        for axis in axes[len(shown) :]:
+            axis.axis("off")
+        return _svg(figure, name)
+
+
+def code_usage(runs: Sequence[tuple[Any, str]], name: str) -> str:
+    """Look-ups of each code over the validation set, most used code first. runs: (counts (K,) int, colour)."""
+    with matplotlib.rc_context(_STYLE):
+        figure = pyplot.figure(figsize=(11, 3.2), layout="constrained")
+        axis = figure.subplots()
+        for counts, hue in runs:
+            used = np.sort(counts[counts > 0])[::-1]
+            axis.step(np.arange(1, len(used) + 1), used, where="mid", color=hue)
+            axis.plot(len(used), used[-1], "o", color=hue, markersize=4)
+            axis.axhline(counts.sum() / len(counts), color=hue, linestyle=":", linewidth=1)
+        axis.set(xlabel="code, the most used first", ylabel="look-ups",
+                 xlim=(0, max(len(counts) for counts, _ in runs) + 1))
+        _logarithmic(axis)
+        axis.grid(alpha=0.25, linewidth=0.6)
+        return _svg(figure, name)
+
+
+def _logarithmic(axis: Axes) -> None:
+    """Zeros are left out; where no value is positive the axis stays linear."""
+    if any((np.asarray(line.get_ydata(), dtype=float) > 0).any() for line in axis.lines if len(line.get_xdata()) > 2):
+        axis.set_yscale("log", nonpositive="mask")
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))  # no formulas: plain SVG text
+        axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def latents(snapshots: Sequence[Any], name: str) -> str:
+    """Latents and codes at the ends of the stages, on the two main axes of the last snapshot's latents.
+
+    snapshots: in time order, with name, step, latents (n, D), codes (m, D), rows (m,) and counts (K,); all of one D.
+    """
+    last = snapshots[-1].latents
+    pca = PCA(n_components=min(2, *last.shape), svd_solver="full").fit(last)
+    flat = [(_flat(pca, s.latents), _flat(pca, s.codes)) for s in snapshots]
+    everything = np.concatenate([part for pair in flat for part in pair])
+    low, high = everything.min(0), everything.max(0)
+    margin = 0.04 * (high - low) + 1e-6
+    shares = [*(100 * pca.explained_variance_ratio_), 0.0][:2]
+    columns = max(4, len(snapshots))  # one scale on the page, however many stages a run has
+    with matplotlib.rc_context(_STYLE):
+        figure = pyplot.figure(figsize=(11, 11 / columns + 0.3), layout="constrained")
+        axes = figure.subplots(1, columns, squeeze=False, sharex=True, sharey=True)[0]
+        for axis in axes[len(snapshots) :]:
+            axis.axis("off")
+        for axis, snapshot, (cloud, codes) in zip(axes, snapshots, flat, strict=False):
+            used = snapshot.counts[snapshot.rows] > 0
+            axis.scatter(*cloud.T, s=3, color=LATENT, alpha=0.35, linewidths=0, rasterized=True)
+            axis.scatter(*codes[~used].T, s=12, marker="x", color=DEAD, linewidths=0.8, rasterized=True)
+            axis.scatter(*codes[used].T, s=11, color=CODE, edgecolors="white", linewidths=0.35, rasterized=True)
+            in_use = (snapshot.counts > 0).sum()
+            codes_line = f"{in_use} of {len(snapshot.counts)} codes in use" if len(codes) else "no codes yet"
+            title = f"{snapshot.name.replace('_', ' ')}, step {snapshot.step}\n{codes_line}"
+            axis.set_title(title, loc="left", fontsize=8.5)
+            axis.set(xlim=(low[0] - margin[0], high[0] + margin[0]), ylim=(low[1] - margin[1], high[1] + margin[1]),
+                     xlabel=f"component 1 ({shares[0]:.0f} % of the variance)")
+        axes[0].set_ylabel(f"component 2 ({shares[1]:.0f} %)")
+        return _svg(figure, name)
+
+
+def _flat(pca: PCA, x: np.ndarray) -> np.ndarray:
+    """(n, D) -> (n, 2); codes of one dimension lie on a line."""
+    if not len(x):
+        return np.zeros((0, 2))
+    flat = pca.transform(x)
+    return np.pad(flat, ((0, 0), (0, 2 - flat.shape[1])))
+
+
+def _svg(figure: Figure, name: str) -> str:
+    """Inline SVG with ids of its own, as wide as its container, in the page's colour and without a time stamp."""
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", dpi=200, transparent=True, metadata={"Date": None, "Creator": None})
+    pyplot.close(figure)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    head, rest = svg.split(">", 1)
+    return re.sub(r' (width|height)="[^"]*"', "", head) + ">" + rest
