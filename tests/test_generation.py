@@ -1,0 +1,232 @@
+"""evaluations/generation.py from the command line: all kinds of sides, processes, the cache, and garbage."""
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch import nn
+
+from evaluations import distribution, generation, image_sets
+
+ROOT = Path(__file__).resolve().parents[1]
+N, M = 520, 300  # reference and samples: three chunks and two
+
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit")
+
+
+class Thumbnail(nn.Module):
+    def forward(self, x):
+        small = F.adaptive_avg_pool2d(x.float().mean(1, keepdim=True) / 16, 4).flatten(1)
+        return small, small[:, :6], small[:, 4:]
+
+
+def digits(start, count):
+    """uint8 (count, 16, 16, 3)"""
+    images = (load_digits().images[start : start + count] * 15).astype(np.uint8)
+    return np.repeat(np.repeat(images, 2, 1), 2, 2)[..., None].repeat(3, 3)
+
+
+def features(images):
+    with torch.no_grad():
+        return Thumbnail()(torch.from_numpy(images).permute(0, 3, 1, 2))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    base = tmp_path_factory.mktemp("generation")
+    torch.jit.script(Thumbnail()).save(str(base / "net.pt"))
+    for name, images in (("reference", digits(0, N)), ("samples", digits(N, M))):
+        np.savez(base / f"{name}.npz", images)
+        (base / name).mkdir()
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(base / name / f"{i:05d}.png")
+    pooled, _, spatial = features(digits(0, N))
+    g, s = (distribution.gaussian_statistics(part) for part in (pooled, spatial))
+    np.savez(base / "statistics.npz", mu=g.mu, sigma=g.sigma, mu_s=s.mu, sigma_s=s.sigma)
+    np.savez(base / "both.npz", digits(0, N), mu=g.mu + 1, sigma=g.sigma, mu_s=s.mu, sigma_s=s.sigma)
+    np.savez(base / "pooled.npz", mu=g.mu, sigma=g.sigma)
+    return base
+
+
+def flags(base, reference, samples, out, *more):
+    sides = [str(base / side) if (base / side).exists() else side for side in (reference, samples)]
+    return [*sides, "--features", f"torchscript:{base / 'net.pt'}", "--device", "cpu", "--out", str(out), *more]
+
+
+def report_of(base, reference, samples, out, *more):
+    generation.main(flags(base, reference, samples, out, "--no-cache", *more))
+    return json.loads(out.read_text())
+
+
+@pytest.fixture(scope="module")
+def plain(base):
+    return report_of(base, "reference.npz", "samples.npz", base / "plain.json")
+
+
+def test_numbers_are_those_of_the_features(plain):
+    (a, _, a_s), (b, b_l, b_s) = features(digits(0, N)), features(digits(N, M))
+    fid, sfid = (distribution.frechet_distance(*map(distribution.gaussian_statistics, pair))
+                 for pair in ((a, b), (a_s, b_s)))
+    assert plain["fid"] == pytest.approx(fid, rel=1e-6)
+    assert plain["sfid"] == pytest.approx(sfid, rel=1e-6)
+    assert (plain["precision"], plain["recall"]) == distribution.precision_recall(a, b)
+    assert plain["inception_score"] == pytest.approx(distribution.inception_score(b_l)[0], rel=1e-6)
+    assert plain["kid"] is None
+    assert "1000 images" in plain["unavailable"]["kid"]
+    assert (plain["num_reference"], plain["num_samples"]) == (N, M)
+
+
+def same_numbers(first, second, metrics=generation.METRICS):
+    for metric in metrics:
+        assert first[metric] == (None if second[metric] is None else pytest.approx(second[metric], rel=1e-9)), metric
+
+
+def test_folders_equal_npz_files(base, plain, tmp_path):
+    folders = report_of(base, "reference", "samples", tmp_path / "r.json")
+    same_numbers(folders, plain)
+    assert folders["protocol"]["id"] == plain["protocol"]["id"]  # the same pixels are the same reference
+
+
+def test_stored_statistics_are_used(base, plain, tmp_path):
+    statistics = report_of(base, "statistics.npz", "samples", tmp_path / "a.json")
+    same_numbers(statistics, plain, ("fid", "sfid", "inception_score"))
+    assert statistics["precision"] is statistics["recall"] is None
+    assert statistics["num_reference"] == 0
+    pooled = report_of(base, "pooled.npz", "samples", tmp_path / "b.json")
+    assert pooled["sfid"] is None
+    assert "spatial features or statistics of: reference" in pooled["unavailable"]["sfid"]
+    both = report_of(base, "both.npz", "samples", tmp_path / "c.json")
+    assert both["fid"] > plain["fid"] + 1  # the shifted mean, as ADM's evaluator would take it
+    same_numbers(both, plain, ("sfid", "precision", "recall"))
+    assert len({r["protocol"]["id"] for r in (plain, statistics, pooled, both)}) == 4
+
+
+def test_sides_are_not_exchanged(base, plain, tmp_path):
+    other = report_of(base, "samples.npz", "reference.npz", tmp_path / "r.json")
+    assert (other["precision"], other["recall"]) == (plain["recall"], plain["precision"])
+    assert other["inception_score"] != plain["inception_score"]
+
+
+def test_the_embedded_digits_against_themselves(base, tmp_path):
+    report = report_of(base, "digits", "digits", tmp_path / "r.json", "--image-size", "16")
+    assert report["fid"] == pytest.approx(0, abs=1e-6)
+    assert (report["precision"], report["recall"]) == (1, 1)
+    assert report["kid"] < 0  # an unbiased estimate of 0, from images that occur on both sides
+
+
+def test_two_processes_give_the_numbers_of_one(base, plain, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               str(ROOT / "evaluations" / "generation.py"),
+               *flags(base, "reference.npz", "samples", tmp_path / "r.json", "--no-cache")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert result.returncode == 0, result.stderr
+    two = json.loads((tmp_path / "r.json").read_text())
+    assert all(two[metric] == plain[metric] for metric in generation.METRICS)
+    assert two["protocol"]["id"] == plain["protocol"]["id"]
+
+
+def test_the_cache_is_used_and_checked(base, plain, tmp_path, monkeypatch, capsys):
+    words = flags(base, "reference.npz", "samples.npz", tmp_path / "r.json", "--cache-dir", str(tmp_path / "cache"))
+    generation.main(words)
+    first = (tmp_path / "r.json").read_text()
+    files = sorted((tmp_path / "cache").rglob("*.npz"))
+    assert len(files) == 3 + 2 + 4  # chunks, and two Gaussians of either side
+
+    def nothing(*_args):
+        raise AssertionError("computed again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("evaluations.features.Extractor.forward", nothing)
+        patch.setattr(image_sets, "gaussian_statistics", nothing)
+        generation.main(words)
+    assert (tmp_path / "r.json").read_text() == first
+    for file in files:
+        file.write_bytes(file.read_bytes()[:100])
+    generation.main(words)
+    assert capsys.readouterr().err.count("computing again") == len(files)
+    assert (tmp_path / "r.json").read_text() == first
+    same_numbers(json.loads(first), plain)
+
+
+def test_without_weights_the_report_says_why(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    out = tmp_path / "r.json"
+    sides = [str(base / name) for name in ("reference.npz", "samples.npz")]
+    with pytest.raises(SystemExit) as caught:
+        generation.main([*sides, "--out", str(out), "--device", "cpu", "--no-cache"])
+    assert caught.value.code == 1
+    report = json.loads(out.read_text())
+    assert all(report[metric] is None for metric in generation.METRICS)
+    assert "--inception-weights" in report["unavailable"]["fid"]
+    assert report["num_samples"] == M
+    with pytest.raises(SystemExit, match=r"mine.pth"):
+        generation.main([*sides, "--inception-weights", str(tmp_path / "mine.pth")])
+
+
+def cut(path, base):
+    path.write_bytes((base / "samples.npz").read_bytes()[:5000])
+
+
+def damaged(path, _base):
+    """A whole archive whose array is shorter than its header says."""
+    with zipfile.ZipFile(path, "w") as archive, archive.open("arr_0.npy", "w") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (9, 16, 16, 3)})
+        file.write(b"0" * 2000)
+
+
+BROKEN = {
+    "cut": (cut, "not a readable .npz"),
+    "damaged": (damaged, "arr_0 ends before image 2"),
+    "float": (lambda path, _: np.savez(path, np.zeros((5, 8, 8, 3))), r"arr_0 must be uint8 \(N, H, W, 3\)"),
+    "grey": (lambda path, _: np.savez(path, np.zeros((5, 8, 8), np.uint8)), "arr_0 must be uint8"),
+    "keys": (lambda path, _: np.savez(path, images=np.zeros(3)), "keys.npz"),
+    "shapes": (lambda path, _: np.savez(path, mu=np.zeros(4), sigma=np.eye(3)), "do not fit together"),
+    "width": (lambda path, _: np.savez(path, mu=np.zeros(4), sigma=np.eye(4)), r"must be \(D,\) and \(D, D\)"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_files_are_named(base, tmp_path, kind):
+    make, said = BROKEN[kind]
+    make(tmp_path / f"{kind}.npz", base)
+    with pytest.raises(SystemExit, match=said):
+        generation.main(flags(base, str(tmp_path / f"{kind}.npz"), "samples.npz", tmp_path / "r.json", "--no-cache"))
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_pictures_must_have_one_size(base, tmp_path):
+    (tmp_path / "mixed").mkdir()
+    for i in range(12):
+        Image.new("RGB", (8, 8) if i else (16, 16), (20 * i, 0, 0)).save(tmp_path / "mixed" / f"{i}.png")
+    words = flags(base, "reference.npz", str(tmp_path / "mixed"), tmp_path / "r.json", "--no-cache")
+    with pytest.raises(SystemExit, match="give --image-size"):
+        generation.main(words)
+    generation.main([*words, "--image-size", "16"])
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["num_samples"] == 12
+    (tmp_path / "mixed" / "3.png").write_bytes(b"junk")
+    with pytest.raises(SystemExit, match=r"3.png"):
+        generation.main([*words, "--image-size", "16"])
+
+
+@pytest.mark.parametrize(("more", "said"), [
+    (["--image-size", "0"], "--image-size is 0"), (["--num-workers", "-1"], "--num-workers is -1"),
+])
+def test_flags_are_checked(base, tmp_path, capsys, more, said):
+    with pytest.raises(SystemExit):
+        generation.main(flags(base, "digits", "digits", tmp_path / "r.json", *more))
+    assert said in capsys.readouterr().err
+
+
+def test_missing_files_are_named(base, tmp_path):
+    for missing in ("/no/such.npz", "/no/such/folder"):
+        with pytest.raises(SystemExit, match=missing):
+            generation.main(flags(base, "digits", missing, tmp_path / "r.json"))
