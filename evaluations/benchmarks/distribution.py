@@ -1,0 +1,63 @@
+"""Times all metrics of generation.py on random features of the sizes that ImageNet evaluations have.
+
+    python evaluations/benchmarks/distribution.py [--samples 10000] [--threads 2]
+
+Prints seconds per metric, once each, and the peak memory of the process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import torch
+from torch import Tensor
+
+from evaluations import distribution
+
+POOLED, SPATIAL, CLASSES = 2048, 2023, 1008  # of Inception-v3
+
+
+def frechet(first: Tensor, second: Tensor) -> float:
+    gaussians = [distribution.gaussian_statistics(side) for side in (first, second)]
+    return distribution.frechet_distance(*gaussians)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("samples", 10_000), ("threads", 2)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    reference, samples = (torch.randn(args.samples, POOLED).relu_() for _ in range(2))
+    spatial = [torch.randn(args.samples, SPATIAL).relu_() for _ in range(2)]
+    logits = torch.randn(args.samples, CLASSES)
+    metrics: dict[str, Callable[[], object]] = {
+        "FID": lambda: frechet(reference, samples),
+        "sFID": lambda: frechet(*spatial),
+        "Inception Score": lambda: distribution.inception_score(logits),
+        "precision, recall": lambda: distribution.precision_recall(reference, samples),
+        "KID": lambda: distribution.kid(reference, samples),
+    }
+    print(f"{args.samples} x {POOLED} against as many, {args.threads} threads, torch {torch.__version__}")  # noqa: T201
+    total = 0.0
+    for name, metric in metrics.items():
+        began = time.perf_counter()
+        metric()
+        taken = time.perf_counter() - began
+        total += taken
+        print(f"{name:20s} {taken:7.1f} s", flush=True)  # noqa: T201
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{'all':20s} {total:7.1f} s   peak memory {peak:.1f} GiB")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
