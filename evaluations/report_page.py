@@ -72,8 +72,7 @@ details { margin: .6rem 0; } summary { cursor: pointer; color: var(--accent); }
   body { max-width: none; padding: 0; font-size: 9.5pt; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   nav, details { display: none; }
-  h2 { margin-top: 1.4rem; } h2, h3, caption, .grid img.small { image-rendering: pixelated; }
-.legend { break-after: avoid; }
+  h2 { margin-top: 1.4rem; } h2, h3, caption, .legend { break-after: avoid; }
   figure, tr, .note, pre, dl > div, .footnotes li { break-inside: avoid; }
   .scroll, pre { overflow: visible; } pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 7.5pt; }
   table { font-size: 7.8pt; } th, td { padding: .22rem .4rem; } thead th, td.left { white-space: normal; }
