@@ -196,8 +196,8 @@ class ImageDataset(Dataset):
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Items -> image float32 (B, C, S, S), label int64 (B,), index int64 (B,), bad: list of names (of all items)."""
-    batch = {key: default_collate([item[key] for item in items]) for key in ("image", "label", "index")}
+    """Items -> each of their entries stacked, such as image (B, C, S, S); bad: list of names (of all items)."""
+    batch = {key: default_collate([item[key] for item in items]) for key in items[0] if key != "bad"}
     batch["bad"] = [name for item in items for name in item["bad"]]
     return batch
 

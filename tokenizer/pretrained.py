@@ -7,6 +7,7 @@ wherever such a file is read. Loading is strict: every missing, unexpected or mi
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -54,7 +55,7 @@ def load_llamagen_state_dict(model: VQModel, state: Mapping[str, Tensor], *, sou
         raise ValueError(f"a LlamaGen codebook fits quantizer='vq' only, this model has {model.config.quantizer!r}")
     shared = {key: value for key, value in own.items() if not key.startswith("quantize.")}
     given = {key: value for key, value in state.items() if key != _USAGE}
-    _check(given, shared | {_CODEBOOK: own[_OWN_CODEBOOK]}, source)
+    check_state_dict(given, shared | {_CODEBOOK: own[_OWN_CODEBOOK]}, source)
     codebook = given.pop(_CODEBOOK)
     model.load_state_dict(own | given | {_OWN_CODEBOOK: codebook, "quantize.initialised": torch.tensor(True)})
 
@@ -89,10 +90,7 @@ def save_pretrained(model: VQModel, folder: str | Path) -> Path:
     The quantizer becomes a plain table of its effective codes, so LlamaGen can load the weights as they are and the
     export cannot continue a SimVQ or EMA training: checkpoints do that. ValueError: no codebook yet.
     """
-    import safetensors.torch
-
-    folder = Path(folder)
-    weights = safetensors.torch.save(to_llamagen_state_dict(model), metadata={"format": "pt"})
+    state = to_llamagen_state_dict(model)
     defaults = VQModelConfig()
     exported = replace(
         model.config, quantizer="vq", codebook_ema_decay=defaults.codebook_ema_decay,
@@ -103,10 +101,33 @@ def save_pretrained(model: VQModel, folder: str | Path) -> Path:
         "trained_quantizer": model.config.quantizer,  # for the reader; the table needs no more than "vq"
         "tokenizer": exported.to_dict(),
     }
+    return write_export(Path(folder), description, state)
+
+
+def write_export(folder: Path, description: Mapping[str, Any], state: Mapping[str, Tensor]) -> Path:
+    """{folder}/config.json and model.safetensors -> folder. state: on the CPU, contiguous."""
+    import safetensors.torch
+
+    weights = safetensors.torch.save(dict(state), metadata={"format": "pt"})
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.atomic_write(folder / WEIGHTS_FILE, lambda file: file.write(weights))
     checkpoint.atomic_write_text(folder / CONFIG_FILE, json.dumps(description, indent=2) + "\n")
     return folder
+
+
+def read_export(path: Path, weights: str, expected: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json and the tensors of an exported folder. ValueError: weights "ema", another format, damaged files."""
+    import safetensors.torch
+
+    if weights == "ema":
+        raise ValueError(f"weights='ema': the export {path} holds a single set of weights, use 'auto' or 'model'")
+    description = config.load(path / CONFIG_FILE)
+    if description.get("format") != expected:
+        raise ValueError(f"{path / CONFIG_FILE} has format {description.get('format')!r}, expected {expected!r}")
+    try:
+        return description, safetensors.torch.load_file(path / WEIGHTS_FILE)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path / WEIGHTS_FILE} is damaged or no safetensors file: {error}") from error
 
 
 def load_tokenizer(
@@ -132,7 +153,7 @@ def load_tokenizer(
     if (path / WEIGHTS_FILE).is_file():
         model = _from_export(path, weights)
     else:
-        path, saved = _read_checkpoint(path)
+        path, saved = read_checkpoint(path)
         if "config" not in saved:
             model = _from_llamagen(path, saved, weights, True if codebook_l2_norm is None else codebook_l2_norm)
         else:
@@ -142,7 +163,22 @@ def load_tokenizer(
     return model.to(device).eval()
 
 
-def _read_checkpoint(path: Path) -> tuple[Path, dict[str, Any]]:
+def tokenizer_hash(model: VQModel) -> str:
+    """64 hex digits over architecture and weights. A run, its export and its copy in LlamaGen's layout have the same
+    (but for unit-norm codebooks, which an export has already normalised).
+    """
+    config = model.config
+    description = {"vq_model": config.vq_model, "image_channels": config.image_channels,
+                   "codebook_l2_norm": config.codebook_l2_norm}
+    digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
+    for key, tensor in sorted(to_llamagen_state_dict(model).items()):
+        digest.update(f"{key} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_checkpoint(path: Path) -> tuple[Path, dict[str, Any]]:
+    """A file, or the newest readable checkpoint of a run -> where it was and its content. FileNotFoundError: none."""
     if path.is_file():
         return path, checkpoint.load_file(path)
     folder = path / CHECKPOINT_FOLDER if (path / CHECKPOINT_FOLDER).is_dir() else path
@@ -153,38 +189,28 @@ def _read_checkpoint(path: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _from_export(path: Path, weights: str) -> VQModel:
-    import safetensors.torch
-
-    if weights == "ema":
-        raise ValueError(f"weights='ema': the export {path} holds a single set of weights, use 'auto' or 'model'")
-    description = config.load(path / CONFIG_FILE)
-    if description.get("format") != EXPORT_FORMAT:
-        raise ValueError(f"{path / CONFIG_FILE} has format {description.get('format')!r}, expected {EXPORT_FORMAT!r}")
+    description, state = read_export(path, weights, EXPORT_FORMAT)
     model = VQModel(VQModelConfig.from_dict(description["tokenizer"]))
-    try:
-        weights_of_file = safetensors.torch.load_file(path / WEIGHTS_FILE)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path / WEIGHTS_FILE} is damaged or no safetensors file: {error}") from error
-    load_llamagen_state_dict(model, weights_of_file, source=str(path / WEIGHTS_FILE))
+    load_llamagen_state_dict(model, state, source=str(path / WEIGHTS_FILE))
     return model
 
 
 def _from_llamagen(path: Path, saved: Mapping[str, Any], weights: str, l2_norm: bool) -> VQModel:
-    state, source = _choose(path, saved, weights)
+    state, source = choose_weights(path, saved, weights)
     model = VQModel(infer_llamagen_config(state, codebook_l2_norm=l2_norm, source=source))
     load_llamagen_state_dict(model, state, source=source)
     return model
 
 
 def _from_checkpoint(path: Path, saved: Mapping[str, Any], weights: str) -> VQModel:
-    state, source = _choose(path, saved, weights)
+    state, source = choose_weights(path, saved, weights)
     model = VQModel(VQModelConfig.from_dict(saved["config"]))  # the state says whether its warm-up has ended
-    _check(state, model.state_dict(), source)
+    check_state_dict(state, model.state_dict(), source)
     model.load_state_dict(state)
     return model
 
 
-def _choose(path: Path, saved: Mapping[str, Any], weights: str) -> tuple[Mapping[str, Tensor], str]:
+def choose_weights(path: Path, saved: Mapping[str, Any], weights: str) -> tuple[Mapping[str, Tensor], str]:
     """The asked-for weight set of a checkpoint and how to call it in messages."""
     found = [name for name in ("ema", "model") if saved.get(name) is not None]
     name = weights if weights != "auto" else next(iter(found), "model")
@@ -195,7 +221,8 @@ def _choose(path: Path, saved: Mapping[str, Any], weights: str) -> tuple[Mapping
     return saved[name], f"{path} [{name}]"
 
 
-def _check(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
+def check_state_dict(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
+    """ValueError names every tensor that is missing, unexpected or of another shape; source: where they came from."""
     def some(lines: list[str]) -> str:
         return ", ".join(lines[:8]) + (f" and {len(lines) - 8} more" if len(lines) > 8 else "")
 
@@ -210,4 +237,4 @@ def _check(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: 
     }
     found = [f"{what}: {some(lines)}" for what, lines in problems.items() if lines]
     if found:
-        raise ValueError(f"{source} does not fit this tokenizer; {'; '.join(found)}")
+        raise ValueError(f"{source} does not fit the model; {'; '.join(found)}")
