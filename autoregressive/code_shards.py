@@ -1,0 +1,239 @@
+"""Codes of images on disk: a few memory-mapped shards and a manifest, or LlamaGen's folders of one file per image.
+
+    CODES/manifest.json                sizes, classes, the tokenizer's hash, how images were cropped, the shards
+    CODES/codes-00000-of-00008.npy     (images, views, tokens) in the smallest unsigned type that holds the codebook
+    CODES/labels.npy                   (images,) int32
+    CODES/names.txt                    the images' names in their source, a line each
+
+Views are crops and mirror images of one image; training draws one of them anew in every epoch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from tokenizer.runtime import config
+from tokenizer.runtime.checkpoint import atomic_write, atomic_write_text
+from tokenizer.runtime.seeding import fold
+
+FORMAT = "provq-codes-1"
+MANIFEST, LABELS, NAMES = "manifest.json", "labels.npy", "names.txt"
+# What codes of one data set have in common; mixing others would train one model on two languages.
+COMMON = ("num_tokens", "codebook_size", "num_classes", "tokenizer_hash")
+
+
+def code_dtype(codebook_size: int) -> np.dtype:
+    """The smallest unsigned integer type that holds 0 .. codebook_size - 1."""
+    return np.min_scalar_type(codebook_size - 1)
+
+
+def shard_name(number: int, count: int) -> str:
+    return f"codes-{number:05d}-of-{count:05d}.npy"
+
+
+def write_manifest(
+    folder: Path, description: Mapping[str, Any], shards: Sequence[Mapping[str, Any]], labels: Sequence[int],
+    names: Sequence[str],
+) -> None:
+    """Finish a folder whose shard files lie there already; the manifest comes last and makes it readable.
+
+    description: COMMON, views, and whatever else a reader should know. shards: file, images and sha256 of each.
+    """
+    atomic_write(folder / LABELS, lambda file: np.save(file, np.asarray(labels, dtype=np.int32)))
+    atomic_write_text(folder / NAMES, "".join(f"{name}\n" for name in names))
+    manifest = {"format": FORMAT, "num_images": len(labels), **description, "shards": list(shards)}
+    atomic_write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+
+
+@dataclass(frozen=True)
+class CodeFiles:
+    """One folder, opened. arrays: (images, views, tokens), memory-mapped; labels (images,)."""
+
+    path: Path
+    arrays: list[np.ndarray]
+    labels: np.ndarray
+    views: int
+    num_tokens: int
+    codebook_size: int
+    num_classes: int
+    tokenizer_hash: str  # "": unknown, in LlamaGen's folders
+    fingerprint: str     # of the content, as the manifest has it
+
+    def codes(self, image: int, view: int) -> np.ndarray:
+        """(tokens,) int64. ValueError: a code beyond the codebook."""
+        shard = 0
+        while image >= len(self.arrays[shard]):
+            image -= len(self.arrays[shard])
+            shard += 1
+        found = self.arrays[shard][image, view].astype(np.int64)
+        if found.max() >= self.codebook_size or found.min() < 0:
+            raise ValueError(f"{self.path}: image {image} of shard {shard} has codes in [{found.min()}, "
+                             f"{found.max()}], the codebook has {self.codebook_size}; extract the codes again")
+        return found
+
+
+def read_folder(path: Path) -> CodeFiles:
+    """Open a folder that has a manifest. ValueError: names the file that is absent, cut short or of another kind."""
+    if not path.is_dir():
+        raise ValueError(f"{path} is no folder of codes; autoregressive/extract_codes.py makes one")
+    if not (path / MANIFEST).is_file():
+        raise ValueError(f"{path} has no {MANIFEST}: it is not finished, or no folder of codes. Run the command that "
+                         "made it again, or autoregressive/extract_codes.py")
+    manifest = config.load(path / MANIFEST)
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f"{path / MANIFEST} has format {manifest.get('format')!r}, expected {FORMAT!r}")
+    try:
+        arrays = []
+        for shard in manifest["shards"]:
+            expected = (shard["images"], manifest["views"], manifest["num_tokens"])
+            arrays.append(_open_array(path / shard["file"], expected, code_dtype(manifest["codebook_size"])))
+        labels = _open_array(path / LABELS, (manifest["num_images"],), np.dtype(np.int32))
+        if sum(len(array) for array in arrays) != len(labels):
+            raise ValueError(f"{path / MANIFEST}: the shards hold {sum(map(len, arrays))} images, there are "
+                             f"{len(labels)} labels")
+        fingerprint = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode() + labels.tobytes()).hexdigest()
+        return CodeFiles(path, arrays, labels, manifest["views"], **{k: manifest[k] for k in COMMON},
+                         fingerprint=fingerprint)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path / MANIFEST}: {error} is missing or of another kind") from error
+
+
+def _open_array(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing; extract the codes again") from error
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{path} is damaged or cut short ({error}); delete it and extract the codes again") from error
+    if array.shape != shape or array.dtype != dtype:
+        raise ValueError(f"{path} holds {array.dtype} {array.shape}, the manifest says {dtype} {shape}")
+    return array
+
+
+def is_llamagen(path: Path) -> bool:
+    """Whether a folder is LlamaGen's: NAME_codes and NAME_labels inside, or itself NAME_codes."""
+    return bool(_llamagen_pair(path))
+
+
+def read_llamagen(path: Path, codebook_size: int) -> CodeFiles:
+    """Read LlamaGen's folders, of one (1, views, tokens) file and one (1,) file per image, into memory.
+
+    path: with NAME_codes/ and NAME_labels/ inside, or NAME_codes itself. ValueError: files that are absent, damaged or
+    of other shapes.
+    """
+    pair = _llamagen_pair(path)
+    if pair is None:
+        raise ValueError(f"{path} holds no pair of folders NAME_codes and NAME_labels")
+    codes, labels = pair
+    numbers = sorted(int(p.stem) for p in codes.glob("*.npy") if p.stem.isdigit())
+    if not numbers or numbers != list(range(len(numbers))):
+        raise ValueError(f"{codes} must hold 0.npy, 1.npy and so on; it holds {len(numbers)} numbered files")
+    rows, classes = [], []
+    for number in numbers:
+        row, label = (_load_small(folder / f"{number}.npy") for folder in (codes, labels))
+        if row.ndim != 3 or len(row) != 1 or label.shape != (1,) or (rows and row.shape[1:] != rows[0].shape):
+            raise ValueError(f"{codes / f'{number}.npy'} has shape {row.shape} and its label {label.shape}; expected "
+                             "(1, views, tokens) alike for all images, and (1,)")
+        if row.min() < 0 or row.max() >= codebook_size:
+            raise ValueError(f"{codes / f'{number}.npy'} has codes in [{row.min()}, {row.max()}], the codebook "
+                             f"{codebook_size}; give the right --codebook-size")
+        rows.append(row[0].astype(code_dtype(codebook_size)))
+        classes.append(int(label[0]))
+    array, classes_array = np.stack(rows), np.array(classes, dtype=np.int32)
+    fingerprint = hashlib.sha256(array.tobytes() + classes_array.tobytes()).hexdigest()
+    return CodeFiles(path, [array], classes_array, array.shape[1], array.shape[2], codebook_size,
+                     int(classes_array.max()) + 1, "", fingerprint)
+
+
+def _load_small(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{path} is missing or damaged ({error})") from error
+
+
+def _llamagen_pair(path: Path) -> tuple[Path, Path] | None:
+    candidates = [path] if path.name.endswith("_codes") else sorted(path.glob("*_codes"))
+    pairs = [(p, p.with_name(re.sub("_codes$", "_labels", p.name))) for p in candidates]
+    found = [pair for pair in pairs if pair[0].is_dir() and pair[1].is_dir()]
+    if len(found) > 1:
+        raise ValueError(f"{path} holds several data sets: {', '.join(p.name for p, _ in found)}; name one of them")
+    return found[0] if found else None
+
+
+class CodeDataset(Dataset):
+    """Codes of images from one folder, or several of the same images, whose views are put together.
+
+    Items by (epoch, position) or position: codes int64 (tokens,), label int, index int (of the image). With a seed, the
+    view is drawn anew for every epoch and image, as a function of the three; without (None), it is the first.
+    """
+
+    def __init__(self, files: Sequence[CodeFiles], indices: Sequence[int] | np.ndarray | None = None,
+                 seed: int | None = None):
+        first = files[0]
+        for other in files[1:]:
+            _require_alike(first, other)
+            if not np.array_equal(first.labels, other.labels):
+                raise ValueError(f"{other.path} holds other images than {first.path}: their labels differ")
+        self.files = list(files)
+        self.path, self.num_tokens, self.codebook_size = first.path, first.num_tokens, first.codebook_size
+        self.num_classes, self.tokenizer_hash = first.num_classes, first.tokenizer_hash
+        self.views = sum(f.views for f in files)
+        self.labels = first.labels
+        self.indices = np.arange(len(first.labels)) if indices is None else np.asarray(indices, dtype=np.int64)
+        self.seed = seed
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the folders' content, 64 hex digits; a subset has its folders'."""
+        return hashlib.sha256("".join(f.fingerprint for f in self.files).encode()).hexdigest()
+
+    def subset(self, indices: Sequence[int] | np.ndarray, seed: int | None) -> CodeDataset:
+        """The images at these places of this data set."""
+        return CodeDataset(self.files, self.indices[np.asarray(indices, dtype=np.int64)], seed)
+
+    def require_like(self, other: CodeDataset) -> None:
+        """ValueError: codes of another tokenizer, grid or set of classes."""
+        _require_alike(other.files[0], self.files[0])
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, key: tuple[int, int] | int) -> dict[str, Any]:
+        epoch, position = key if isinstance(key, tuple) else (0, key)
+        image = int(self.indices[position])
+        view = 0 if self.seed is None else fold(self.seed, epoch, image) % self.views
+        for files in self.files:
+            if view < files.views:
+                break
+            view -= files.views
+        return {"codes": files.codes(image, view), "label": int(self.labels[image]), "index": image, "bad": []}
+
+
+def _require_alike(first: CodeFiles, other: CodeFiles) -> None:
+    for name in COMMON:
+        a, b = getattr(first, name), getattr(other, name)
+        if a != b and "" not in (a, b):  # LlamaGen's folders do not know their tokenizer
+            raise ValueError(f"{other.path} has {name} {b}, {first.path} has {a}: they do not go together")
+
+
+def open_codes(paths: str, codebook_size: int = 16384) -> CodeDataset:
+    """Codes at a path, or at several of the same images, comma-separated (as LlamaGen's two ten-crop folders).
+
+    codebook_size: of LlamaGen's folders, which do not record it. ValueError: see read_folder and read_llamagen.
+    """
+    files = []
+    for part in paths.split(","):
+        path = Path(part.strip())
+        manifest = (path / MANIFEST).is_file()
+        files.append(read_llamagen(path, codebook_size) if not manifest and is_llamagen(path) else read_folder(path))
+    return CodeDataset(files)

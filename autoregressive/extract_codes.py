@@ -1,0 +1,239 @@
+"""Encodes a data set with a trained tokenizer, for train_c2i.py: images in, a folder of codes out.
+
+    torchrun --nproc_per_node=8 autoregressive/extract_codes.py --vq-ckpt runs/imagenet --code-path codes --ten-crop
+    python autoregressive/extract_codes.py --vq-ckpt runs/digits       # the run's own images, into runs/digits/codes
+
+Views follow LlamaGen: the center crop and its mirror image, or with --ten-crop ten crops of a larger one (four corners,
+center, and the same of the mirror image). The same command again continues what was interrupted; processes share the
+work by shards, and the result does not depend on their number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms.functional import ten_crop
+from tqdm import tqdm
+
+from autoregressive.code_shards import MANIFEST, code_dtype, shard_name, write_manifest
+from tokenizer.data import BadImageCounter, ImageDataset, consecutive, make_loader
+from tokenizer.image_sources import ImageSource, open_images
+from tokenizer.pretrained import load_tokenizer, tokenizer_hash
+from tokenizer.runtime import config, distributed
+from tokenizer.runtime.checkpoint import atomic_write, atomic_write_text
+from tokenizer.runtime.training import DTYPES, CannotContinue
+from tokenizer.vq_model import VQModel
+
+SETTINGS, PARTS = "extraction.json", "parts"  # of a folder that is not finished
+SHARDS, LEAST, MOST = 32, 256, 65536          # shards of a data set, and images in one
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="autoregressive/extract_codes.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--vq-ckpt", type=Path, required=True, metavar="PATH",
+        help="run folder, checkpoint, LlamaGen .pt, or folder with config.json and model.safetensors")
+    add("--data-path", help="any source of the tokenizer trainer, or digits (default: what the run was trained on)")
+    add("--code-path", type=Path, metavar="FOLDER", help="folder to write (default: codes in the run's folder)")
+    add("--image-size", type=int, help="side in pixels, 384 for 24 x 24 codes (default: the size of training)")
+    add("--flip", action=argparse.BooleanOptionalAction, default=None,
+        help="also encode mirror images (default: yes, but for digits; LlamaGen: yes)")
+    add("--ten-crop", action="store_true", help="ten views per image; LlamaGen's published models: yes")
+    add("--crop-range", type=float, default=1.1, help="ten crops are cut from so many image sizes (LlamaGen: 1.1)")
+    add("--batch-size", type=int, default=64, help="images at a time, all their views (default: 64)")
+    add("--mixed-precision", choices=("none", "bf16"), default="none", help="of the encoder; codes may differ (none)")
+    add("--weights", choices=("auto", "model", "ema"), default="auto", help="auto: the EMA if there is one")
+    add("--codebook-l2-norm", action=argparse.BooleanOptionalAction, default=None,
+        help="for LlamaGen files, which do not record it (default there: yes, as LlamaGen)")
+    add("--max-bad-images", type=int, default=100, help="unreadable images to leave out before stopping (default: 100)")
+    add("--num-workers", type=int, default=0, help="image-reading processes per rank (default: 0)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    args = parser.parse_args(argv)
+    for name, low in (("image_size", 1), ("batch_size", 1), ("max_bad_images", 0), ("num_workers", 0)):
+        value = getattr(args, name)
+        if value is not None and value < low:
+            parser.error(f"{config.flag_name(name)} is {value}; it must be at least {low}")
+    if not 1 <= args.crop_range <= 2:
+        parser.error(f"--crop-range is {args.crop_range}; it must lie between 1 and 2")
+    if args.ten_crop and args.flip is False:
+        parser.error("--ten-crop includes mirror images; leave out --no-flip")
+    if args.code_path is None:
+        if not (args.vq_ckpt / "checkpoints").is_dir():
+            parser.error(f"--vq-ckpt {args.vq_ckpt} is no run's folder: give --code-path, where to write the codes")
+        args.code_path = args.vq_ckpt / "codes"
+    return args
+
+
+def open_data(args: argparse.Namespace, channels: int) -> ImageSource:
+    """--data-path, or the training images of the run. ValueError, FileNotFoundError: nothing there."""
+    path = args.data_path
+    if path is None:
+        if not (args.vq_ckpt / "checkpoints").is_dir():
+            raise ValueError(f"--vq-ckpt {args.vq_ckpt} is no run's folder, so its images are unknown: give "
+                             "--data-path")
+        path = config.load(args.vq_ckpt / "config.json")["data_path"]
+    return open_images(None if path == "digits" else path, channels=channels)
+
+
+def make_views(x: Tensor, size: int, flip: bool, ten: bool) -> Tensor:
+    """Crops (B, C, S', S') -> views (B, V, C, size, size). S' is larger than size for ten crops, else equal."""
+    if ten:
+        return torch.stack(ten_crop(x, [size, size]), dim=1)
+    return torch.stack([x, x.flip(-1)] if flip else [x], dim=1)
+
+
+@torch.inference_mode()
+def extract_shard(
+    model: VQModel, dataset: ImageDataset, batches: list[list[int]], args: argparse.Namespace, device: torch.device,
+    bad: BadImageCounter, shown: tqdm,
+) -> tuple[np.ndarray, list[int]]:
+    """-> codes (n, V, tokens) and the places of the n images that can be read."""
+    rows, places = [], []
+    dtype = DTYPES[args.mixed_precision]
+    for batch in make_loader(dataset, batches, num_workers=args.num_workers, pin_memory=device.type == "cuda"):
+        bad.add(batch["bad"])
+        x = make_views(batch["image"].to(device, non_blocking=True), args.image_size, args.flip, args.ten_crop)
+        with torch.autocast(device.type, dtype=dtype, enabled=args.mixed_precision != "none"):
+            codes = model.quantize.encode(model.encode_latents(x.flatten(0, 1)))
+        codes = codes.view(*x.shape[:2], -1)
+        # The loader puts another image in an unreadable one's place, which is for training: here it is left out.
+        keep = [dataset.source.name(i) not in bad.names for i in batch["index"].tolist()]
+        rows.append(codes.cpu().numpy()[keep].astype(code_dtype(model.quantize.num_codes)))
+        places += [i for i, kept in zip(batch["index"].tolist(), keep, strict=True) if kept]
+        shown.update(len(keep))
+    return np.concatenate(rows), places
+
+
+def describe(model: VQModel, source: ImageSource, args: argparse.Namespace) -> dict[str, Any]:
+    """What the codes are, for the manifest and to recognise an interrupted extraction."""
+    side = args.image_size // model.downsample
+    return {
+        "views": 10 if args.ten_crop else 1 + args.flip,
+        "num_tokens": side * side,
+        "codebook_size": model.quantize.num_codes,
+        "num_classes": len(source.classes),
+        "tokenizer_hash": tokenizer_hash(model),
+        "image_size": args.image_size,
+        "crops": f"ten of a center crop to {enlarged(args)}" if args.ten_crop else
+                 "center" + (" and its mirror image" if args.flip else ""),
+        "mixed_precision": args.mixed_precision,
+        "source_images": len(source),
+        "source_fingerprint": source.fingerprint(),
+    }
+
+
+def enlarged(args: argparse.Namespace) -> int:
+    """Side of the center crop that views are cut from."""
+    return int(args.image_size * args.crop_range) if args.ten_crop else args.image_size
+
+
+def prepare_folder(folder: Path, description: dict[str, Any]) -> bool:
+    """Whether there is work to do. ValueError: the folder holds something else. Changes nothing that is there."""
+    known = next((folder / name for name in (MANIFEST, SETTINGS) if (folder / name).is_file()), None)
+    if known is None:
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"--code-path {folder} holds other files; name a new folder")
+        return True
+    there = config.load(known)
+    changed = [f"{key}: {there.get(key)!r} there, {value!r} now" for key, value in description.items()
+               if there.get(key) != value]
+    if changed:
+        raise ValueError(f"--code-path {folder} holds codes made otherwise ({'; '.join(changed)}); name another "
+                         "folder, or delete it")
+    return known.name != MANIFEST
+
+
+def extract(args: argparse.Namespace, device: torch.device) -> None:
+    """Collective. ValueError, OSError: mistakes in flags and files, before anything is computed."""
+    model = load_tokenizer(args.vq_ckpt, device, args.weights, codebook_l2_norm=args.codebook_l2_norm)
+    if not model.quantize.has_codebook:
+        raise ValueError(f"--vq-ckpt {args.vq_ckpt} is still in its continuous warm-up, without codes; train it "
+                         "further")
+    args.image_size = args.image_size or model.config.image_size
+    if args.image_size % model.downsample:
+        raise ValueError(f"--image-size {args.image_size} must be a multiple of {model.downsample}, the tokenizer's "
+                         "factor")
+    source = open_data(args, model.config.image_channels)
+    if args.flip is None:
+        args.flip = source.flippable
+    if (args.flip or args.ten_crop) and not source.flippable:
+        raise ValueError("--flip and --ten-crop mirror images, but the mirror image of a digit is no digit")
+    description = describe(model, source, args)
+    folder = args.code_path
+    if not prepare_folder(folder, description):
+        distributed.print0(f"{folder} is complete")
+        return
+    distributed.barrier()  # all ranks have looked before rank 0 writes
+    parts = folder / PARTS
+    if distributed.is_main():
+        parts.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(folder / SETTINGS, json.dumps(description, indent=1) + "\n")
+    distributed.barrier()
+    dataset = ImageDataset(source, enlarged(args))
+    shards = consecutive(len(source), min(max(-(-len(source) // SHARDS), LEAST), MOST))
+    rank, world = distributed.rank(), distributed.world_size()
+    bad = BadImageCounter(args.max_bad_images)
+    with tqdm(total=len(source), unit="image", disable=None if distributed.is_main() else True) as shown:
+        for number, places in enumerate(shards):
+            name = shard_name(number, len(shards))
+            if number % world != rank:
+                continue
+            if _is_done(folder / name, parts / f"{name}.json"):
+                shown.update(len(places))
+                continue
+            batches = [[places[i] for i in rows] for rows in consecutive(len(places), args.batch_size)]
+            codes, kept = extract_shard(model, dataset, batches, args, device, bad, shown)
+            atomic_write(folder / name, lambda file, codes=codes: np.save(file, codes))
+            part = {"file": name, "images": len(kept), "sha256": _sha256(folder / name), "places": kept}
+            atomic_write_text(parts / f"{name}.json", json.dumps(part))
+    distributed.barrier()
+    if distributed.is_main():
+        _finish(folder, description, source, [shard_name(i, len(shards)) for i in range(len(shards))])
+
+
+def _is_done(shard: Path, part: Path) -> bool:
+    return part.is_file() and shard.is_file() and config.load(part)["sha256"] == _sha256(shard)
+
+
+def _finish(folder: Path, description: dict[str, Any], source: ImageSource, files: list[str]) -> None:
+    parts = [config.load(folder / PARTS / f"{name}.json") for name in files]
+    places = [place for part in parts for place in part.pop("places")]
+    names = [source.name(i) for i in places]
+    for i in sorted(set(range(len(source))) - set(places)):
+        distributed.print0(f"left out an image that cannot be read: {source.name(i)}")
+    write_manifest(folder, description, parts, [source.label(i) for i in places], names)
+    shutil.rmtree(folder / PARTS)
+    (folder / SETTINGS).unlink()
+    distributed.print0(f"wrote {folder}: {len(places)} images, {description['views']} views of "
+                       f"{description['num_tokens']} codes, {len(files)} shards")
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    try:
+        device = distributed.init(args.device)
+        extract(args, device)
+    except (ValueError, OSError, CannotContinue) as error:
+        raise SystemExit(f"extract_codes.py: error: {error}") from error
+    distributed.finalize()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Draws codes from a GPT: classifier-free guidance, temperature, top-k and top-p, with one random stream per image.
+
+A code is drawn by inverting the cumulative distribution at a uniform number. Image i takes its numbers from its own
+seed alone, so it stays the same in another batch, at another place, or on another process, up to the rounding of the
+logits (equal shapes round equally: sample_c2i.py fills up its last batch).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from autoregressive.gpt import GPT, KVCache
+
+SCHEDULES = ("constant", "linear", "power-cosine")
+LENGTH_STEP = 64  # a compiled step attends to a multiple of this, so that few lengths are compiled
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How codes are drawn. ValueError, naming the flag of sample_c2i.py: a value out of range.
+
+    cfg_scale: 1 is no guidance; logits become u + scale (c - u). cfg_interval: codes with a place above it, counted
+        from the second code, are drawn without guidance (LlamaGen's definition); -1: all are guided.
+    cfg_schedule: the scale at code t of T, with progress r = (t + 1) / T: "constant" s; "linear" 1 + (s - 1) r (as MAR,
+        Li et al. 2024); "power-cosine" 1 + (s - 1) (1 - cos(pi r^power)) / 2 (as MDT, Gao et al. 2023).
+    temperature: 0 takes the most likely code. top_k: 0 is off. top_p: 1 is off.
+    """
+
+    cfg_scale: float = 1.5
+    cfg_interval: int = -1
+    cfg_schedule: str = "constant"
+    cfg_power: float = 3.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        rules = (
+            ("cfg_scale", math.isfinite(self.cfg_scale) and self.cfg_scale >= 1, "must be at least 1 (no guidance)"),
+            ("cfg_interval", self.cfg_interval >= -1, "must be -1 (guide all codes) or a place"),
+            ("cfg_schedule", self.cfg_schedule in SCHEDULES, f"must be one of {', '.join(SCHEDULES)}"),
+            ("cfg_power", math.isfinite(self.cfg_power) and self.cfg_power > 0, "must be positive"),
+            ("temperature", math.isfinite(self.temperature) and self.temperature >= 0, "must be 0 (greedy) or above"),
+            ("top_k", self.top_k >= 0, "must be 0 (off) or a number of codes"),
+            ("top_p", 0 < self.top_p <= 1, "must lie in (0, 1]; 1 is off"),
+        )
+        for name, good, rule in rules:
+            if not good:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it {rule}")
+
+    def scale(self, t: int, total: int) -> float:
+        """Guidance of code t of `total`; 1: none."""
+        if self.cfg_interval > -1 and t - 1 > self.cfg_interval:
+            return 1.0
+        progress = (t + 1) / total
+        if self.cfg_schedule == "linear":
+            return 1 + (self.cfg_scale - 1) * progress
+        if self.cfg_schedule == "power-cosine":
+            return 1 + (self.cfg_scale - 1) * (1 - math.cos(math.pi * progress**self.cfg_power)) / 2
+        return self.cfg_scale
+
+
+def uniforms(seeds: Sequence[int], count: int) -> Tensor:
+    """(len(seeds), count) float64 in [0, 1 - 2^-24], each row of one seed alone, on the CPU."""
+    draws = [torch.rand(count, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(draws).double()
+
+
+def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Excluded codes become -inf; a new tensor (B, V).
+
+    top_k: all as likely as the k-th stay. top_p: of the rest, the fewest most likely whose probability exceeds p.
+    """
+    if 0 < top_k < logits.shape[-1]:
+        kth = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    if top_p < 1:
+        ordered, places = logits.sort(dim=-1, descending=True)
+        before = ordered.softmax(-1).cumsum(-1).roll(1, -1)
+        before[..., 0] = 0  # the most likely always stays
+        logits = logits.masked_fill((before > top_p).scatter(-1, places, before > top_p), -math.inf)
+    return logits
+
+
+def draw(logits: Tensor, uniform: Tensor, config: SamplingConfig) -> Tensor:
+    """logits (B, V) float32 and uniform numbers (B,) float64 -> codes (B,) int64."""
+    if config.temperature == 0:
+        return logits.argmax(-1)
+    logits = filter_logits(logits / max(config.temperature, 1e-5), config.top_k, config.top_p)
+    cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
+    # The first code whose cumulative probability exceeds the number: never one of probability 0.
+    return torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0]
+
+
+@torch.inference_mode()
+def generate(
+    model: GPT, labels: Tensor, *, seeds: Sequence[int], config: SamplingConfig, num_codes: int | None = None,
+    compiled: bool = False, progress: Callable[[int], object] | None = None,
+) -> Tensor:
+    """Codes (B, num_codes) int64 of images of the classes labels (B,) int64.
+
+    model: in eval mode; its parameters' dtype and device are used. seeds: one int per image. num_codes: the first so
+    many codes of an image; None: all. compiled: run the decoding step through torch.compile (worth its minutes for many
+    images). progress: called with the number of codes done, after each.
+    ValueError: a model in training mode, labels or seeds that do not fit.
+    """
+    total = model.config.block_size if num_codes is None else num_codes
+    check_request(model, labels, seeds, total)
+    weight = model.output.weight
+    labels = labels.to(weight.device)
+    batch = len(labels)
+    guided = [config.scale(t, total) != 1 for t in range(total)]
+    cache = KVCache(model.config, 2 * batch if any(guided) else batch, weight.dtype, weight.device)
+    uniform = uniforms(seeds, total).to(weight.device)
+    codes = torch.empty(batch, total, dtype=torch.int64, device=weight.device)
+    decode = _compiled(model) if compiled else model.decode
+    nothing = torch.full_like(labels, model.config.num_classes)
+    for t in range(total):
+        # Where no later code is guided, the half without classes is not computed any more.
+        both = any(guided[t:])
+        if t:
+            x = model.tok_embeddings(codes[:, t - 1 : t])
+            x = torch.cat([x, x]) if both else x
+        else:
+            x = model.cls_embedding(torch.cat([labels, nothing]) if both else labels)
+        length = min(-(-(t + 1) // LENGTH_STEP) * LENGTH_STEP, model.config.block_size) if compiled else t + 1
+        position = torch.full((1,), t, dtype=torch.int64, device=weight.device)
+        logits = decode(x.to(weight.dtype), position, cache.layers if both else cache.first(batch), length, compiled)
+        if both:
+            with_class, without = logits[:batch], logits[batch:]
+            logits = without + (with_class - without) * config.scale(t, total) if guided[t] else with_class
+        codes[:, t] = draw(logits, uniform[:, t], config)
+        if progress is not None:
+            progress(t + 1)
+    return codes
+
+
+def check_request(model: GPT, labels: Tensor, seeds: Sequence[int], total: int) -> None:
+    """ValueError: what `generate` cannot do."""
+    if model.training:
+        raise ValueError("the model is in training mode, with dropout; call eval() first")
+    if labels.dim() != 1 or not len(labels) or labels.dtype != torch.int64:
+        raise ValueError(f"labels must be (B,) int64, got {labels.dtype} {tuple(labels.shape)}")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high > model.config.num_classes:
+        raise ValueError(f"labels span [{low}, {high}], the model has classes 0 to {model.config.num_classes - 1}")
+    if len(seeds) != len(labels):
+        raise ValueError(f"{len(seeds)} seeds for {len(labels)} images")
+    if not 1 <= total <= model.config.block_size:
+        raise ValueError(f"{total} codes are asked for; an image has {model.config.block_size}")
+
+
+_STEPS: dict[int, Callable[..., Tensor]] = {}
+
+
+def _compiled(model: GPT) -> Callable[..., Tensor]:
+    """The compiled step of this model, compiled once."""
+    if id(model) not in _STEPS:
+        _STEPS[id(model)] = torch.compile(model.decode, mode="reduce-overhead", fullgraph=True, dynamic=False)
+    return _STEPS[id(model)]

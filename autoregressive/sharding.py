@@ -1,0 +1,78 @@
+"""Fully sharded data parallelism (FSDP2) for models that do not fit, or do not train well, as a copy per process.
+
+Checkpoints hold full tensors under the plain names, so one file serves every number of processes, the samplers and the
+unsharded trainer's tools alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from tokenizer.runtime import distributed
+
+_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def shard(model: nn.Module, blocks: nn.ModuleList, device: torch.device, dtype: torch.dtype) -> None:
+    """Shard the parameters over all processes in place, block by block; computation in dtype, reductions in float32.
+
+    model: with real weights on rank 0 at least; all ranks get rank 0's. blocks: submodules gathered one at a time.
+    """
+    state = model.state_dict() if distributed.is_main() else {}
+    state = {key: value.cpu() for key, value in state.items()}
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32)
+    mesh = init_device_mesh(device.type, (distributed.world_size(),))
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    load_full_state(model, state)
+
+
+def full_state(model: nn.Module) -> dict[str, Any]:
+    """Collective. The whole state dict in the CPU memory of rank 0, {} elsewhere."""
+    return get_model_state_dict(model, options=_FULL)
+
+
+def load_full_state(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Collective. Give a sharded model the state dict that rank 0 has; other ranks' argument is not read."""
+    set_model_state_dict(model, dict(state), options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+
+
+class ShardedModel:
+    """state_dict and load_state_dict of a sharded model in full tensors; both collective."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def state_dict(self) -> dict[str, Any]:
+        return full_state(self.model)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        load_full_state(self.model, state)
+
+
+class ShardedOptimizer:
+    """The same for its optimizer; states are named by parameter, so they fit any number of processes."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
+        self.model, self.optimizer = model, optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        return get_optimizer_state_dict(self.model, self.optimizer, options=_FULL)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        set_optimizer_state_dict(self.model, self.optimizer, dict(state),
+                                 options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))

@@ -1,0 +1,277 @@
+"""Trains a class-conditional GPT on the codes of a tokenizer, with LlamaGen's protocol (paper, section 5.1.2).
+
+    torchrun --nproc_per_node=8 autoregressive/train_c2i.py --code-path imagenet_codes --gpt-model GPT-L --vq-ckpt RUN
+    torchrun --nproc_per_node=1 autoregressive/train_c2i.py        # the digits' codes in runs/digits/codes; minutes
+
+--results-dir is the run's folder: the same command again resumes the run, at the very step.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.utils import save_image
+
+from autoregressive import sharding
+from autoregressive.code_shards import CodeDataset, open_codes
+from autoregressive.gpt import GPT, GPTConfig
+from autoregressive.sampling import SamplingConfig, generate
+from autoregressive.train_config import (
+    TrainConfig,
+    check,
+    learning_rate,
+    parse_config,
+    resumable,
+    shards,
+)
+from tokenizer.data import make_loader, split_holdout, spread
+from tokenizer.pretrained import load_tokenizer, tokenizer_hash
+from tokenizer.runtime import distributed
+from tokenizer.runtime.ema import EMA
+from tokenizer.runtime.seeding import fold
+from tokenizer.runtime.training import DTYPES, Stateful, TrainingRun, accumulating, launch
+from tokenizer.vq_model import VQModel
+
+SAMPLES = 16  # pictures in a grid of samples
+
+
+def build_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices and embeddings only, as LlamaGen."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=True)
+
+
+class Trainer(TrainingRun):
+    """Everything that one run holds. Built from a checked configuration; `run` trains it to the end."""
+
+    def __init__(self, cfg: TrainConfig, device: torch.device):
+        codes = self._open_codes(cfg)
+        if cfg.max_steps is None:
+            assert cfg.epochs is not None  # check() saw to it
+            cfg = replace(cfg, max_steps=math.ceil(cfg.epochs * len(self.train_set) / cfg.global_batch_size))
+        inputs = {"code_fingerprint": codes.fingerprint, "tokenizer_hash": codes.tokenizer_hash}
+        super().__init__(cfg, device, resumable=resumable(cfg), inputs=inputs)
+        self.tokenizer = self._open_tokenizer(codes)
+        self.gpt_config = GPTConfig.preset(
+            cfg.gpt_model, vocab_size=codes.codebook_size, block_size=codes.num_tokens, num_classes=codes.num_classes,
+            class_dropout_prob=cfg.class_dropout_prob, token_dropout_p=cfg.token_dropout_p,
+            resid_dropout_p=cfg.dropout_p, ffn_dropout_p=cfg.dropout_p, drop_path_rate=cfg.drop_path_rate,
+        )
+        self.sharded = shards(cfg, distributed.world_size())
+        self.raw = self._build()
+        average = self._build() if cfg.ema and self.sharded else None
+        self.ema = EMA(self.raw, cfg.ema_decay, average=average) if cfg.ema else None
+        self.optimizer = build_optimizer(self.raw, cfg)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.mixed_precision == "fp16")
+        self.best = math.inf
+        self.resume()
+        core = torch.compile(self.raw) if cfg.compile else self.raw
+        replicate = distributed.world_size() > 1 and not self.sharded
+        ids = [device.index] if device.type == "cuda" else None
+        self.model: nn.Module = DistributedDataParallel(core, device_ids=ids) if replicate else core  # type: ignore[arg-type]
+
+    # ---------------------------------------------------------------------------------------------------- parts
+
+    def _open_codes(self, cfg: TrainConfig) -> CodeDataset:
+        """Open --code-path and split it -> the codes, of which the model takes its sizes."""
+        assert cfg.code_path  # check() saw to it
+        codes = _open("--code-path", cfg.code_path, cfg.codebook_size)
+        if cfg.val_code_path:
+            val = _open("--val-code-path", cfg.val_code_path, cfg.codebook_size)
+            val.require_like(codes)
+            train: Any = range(len(codes))
+            held_out: Any = spread(len(val), cfg.val_size or len(val))
+        else:
+            val = codes
+            train, held_out = split_holdout(len(codes), min(cfg.val_size, len(codes) // 10), cfg.global_seed)
+        if not len(held_out):
+            raise ValueError("no image is held out for validation: give --val-code-path, or --val-size above 0")
+        self.train_set = codes.subset(train, seed=cfg.global_seed)
+        self.val_set = val.subset(held_out, seed=None)
+        return codes
+
+    def _open_tokenizer(self, codes: CodeDataset) -> VQModel | None:
+        """The decoder of pictures. ValueError: it is not the one that the codes were made with."""
+        path = self.cfg.vq_ckpt
+        if not path:
+            return None
+        model = load_tokenizer(path, self.device)
+        if model.quantize.num_codes != codes.codebook_size:
+            raise ValueError(f"--vq-ckpt {path} has {model.quantize.num_codes} codes, --code-path {codes.path} has "
+                             f"{codes.codebook_size}")
+        if codes.tokenizer_hash == "":
+            distributed.print0(f"note: {codes.path} does not say which tokenizer made it; --vq-ckpt is taken on trust")
+        elif tokenizer_hash(model) != codes.tokenizer_hash and not self.cfg.other_tokenizer:
+            raise ValueError(f"--vq-ckpt {path} is not the tokenizer that made the codes in {codes.path} (another "
+                             "training step, or other weights of it, count as another): extract the codes again, name "
+                             "the right one, or pass --other-tokenizer")
+        return model
+
+    def _build(self) -> GPT:
+        torch.manual_seed(fold(self.cfg.global_seed))  # equal weights on all ranks
+        model = GPT(self.gpt_config).to(self.device)
+        model.activation_checkpointing = self.cfg.activation_checkpointing
+        if self.sharded:
+            sharding.shard(model, model.layers, self.device, DTYPES[self.cfg.mixed_precision])
+        return model
+
+    def stateful(self) -> dict[str, Stateful | None]:
+        if not self.sharded:
+            return {"model": self.raw, "ema": self.ema, "optimizer": self.optimizer, "scaler": self.scaler}
+        return {"model": sharding.ShardedModel(self.raw),
+                "ema": self.ema and sharding.ShardedModel(self.ema.module),
+                "optimizer": sharding.ShardedOptimizer(self.raw, self.optimizer), "scaler": self.scaler}
+
+    def values(self) -> dict[str, Any]:
+        return {"best": self.best, "gpt": asdict(self.gpt_config)}
+
+    def load_values(self, state: Mapping[str, Any]) -> None:
+        self.best = state["best"]
+
+    # ---------------------------------------------------------------------------------------------------- steps
+
+    def batches(self, start: int, end: int) -> Iterator[dict[str, Any]]:
+        sampler = self.sampler(len(self.train_set), start, end)
+        pin = self.device.type == "cuda"
+        yield from make_loader(self.train_set, sampler, num_workers=self.cfg.num_workers, pin_memory=pin)
+
+    def _losses(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Cross-entropy (B,) in nats per code and the share of codes predicted right (B,), float32."""
+        codes = batch["codes"].to(self.device, non_blocking=True)
+        labels = batch["label"].to(self.device, non_blocking=True)
+        with self.autocast():
+            logits = model(codes[:, :-1], labels)
+        losses = F.cross_entropy(logits.transpose(1, 2), codes, reduction="none").mean(1)
+        return losses, (logits.detach().argmax(-1) == codes).float().mean(1)
+
+    def autocast(self) -> torch.autocast:
+        """Sharded models cast their parameters themselves."""
+        return torch.autocast(self.device.type, enabled=False) if self.sharded else super().autocast()
+
+    def train_step(self, batches: Iterator[dict[str, Any]], step: int) -> dict[str, Tensor]:
+        """-> loss (nats per code) and accuracy, means over the micro-batches; grad_norm."""
+        parts = self.cfg.gradient_accumulation_steps
+        lr = learning_rate(self.cfg, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        total = torch.zeros(2, device=self.device)
+        for part in range(parts):
+            batch = next(batches)
+            with accumulating(self.model if not self.sharded else self.raw, part + 1 < parts):
+                losses, right = self._losses(self.model, batch)
+                self.scaler.scale(losses.mean() / parts).backward()
+            total += torch.stack([losses.detach().mean(), right.mean()]) / parts
+        norm = self.update(self.optimizer, self.raw, self.scaler)
+        self.scaler.update()
+        return {"loss": total[0], "accuracy": total[1], "grad_norm": norm}
+
+    def labels(self) -> dict[str, Any]:
+        return {"lr": self.optimizer.param_groups[0]["lr"]}
+
+    def after_step(self, done: int) -> None:
+        if self.ema:
+            self.ema.update(self.raw, done)
+
+    @torch.no_grad()
+    def validate(self, step: int) -> dict[str, float]:
+        """Collective. Loss and accuracy on the held-out images, with their classes; keeps the best."""
+        model = self.ema.module if self.ema else self.raw
+        model.eval()
+        rank, world, size = distributed.rank(), distributed.world_size(), self.micro_batch()
+        places = range(len(self.val_set))
+        rounds = math.ceil(len(places) / (size * world))  # equal on all ranks: a sharded forward is collective
+        batches = [[places[(i * world + rank) * size + j] if (i * world + rank) * size + j < len(places) else 0
+                    for j in range(size)] for i in range(rounds)]
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        for i, batch in enumerate(make_loader(self.val_set, batches, num_workers=self.cfg.num_workers)):
+            counted = min(max(len(places) - (i * world + rank) * size, 0), size)  # the rest fills up
+            losses, right = (part[:counted].double().sum() for part in self._losses(model, batch))
+            sums += torch.stack([losses, right, torch.full_like(losses, counted)])
+        distributed.all_reduce_(sums)
+        self.raw.train()
+        loss, accuracy = (sums[:2] / sums[2]).tolist()
+        result = {"val_loss": loss, "val_perplexity": math.exp(loss), "val_accuracy": accuracy}
+        self.validations.write({"step": step} | result)
+        distributed.print0(f"validation at step {step}: " + " ".join(f"{k} {v:.4g}" for k, v in result.items()))
+        if loss < self.best:
+            self.best = loss
+            stateful = self.stateful()
+            parts = {name: (part := stateful[name]) and part.state_dict() for name in ("model", "ema")}
+            self.checkpoints.save_named("best", {  # to use, not to resume
+                "step": step, **parts, "gpt": asdict(self.gpt_config), "validation": result, "config": self.identity()})
+        return result
+
+    # -------------------------------------------------------------------------------------------------- outputs
+
+    def run(self) -> None:
+        self.raw.train()
+        super().run()
+
+    def after_validation(self, done: int) -> None:
+        every = self.cfg.sample_every
+        if self.tokenizer is not None and every and (done % every == 0 or done == self.cfg.max_steps):
+            self._save_samples(self.tokenizer, done)
+
+    def _save_samples(self, tokenizer: VQModel, done: int) -> None:
+        """Collective. RUN/samples/STEP.png: classes spread over all, the same random numbers every time."""
+        averaged = self.ema.module if self.ema else self.raw
+        model: Any = averaged
+        if self.sharded:
+            state = sharding.full_state(averaged)
+            if distributed.is_main():
+                model = GPT(self.gpt_config).to(self.device)
+                model.load_state_dict(state)
+        if not distributed.is_main():
+            return
+        model.eval()
+        classes = self.gpt_config.num_classes
+        labels = [i * classes // SAMPLES if classes > SAMPLES else i % classes for i in range(SAMPLES)]
+        seeds = [fold(self.cfg.global_seed, i) for i in range(SAMPLES)]
+        codes = generate(model, torch.tensor(labels), seeds=seeds,
+                         config=SamplingConfig(cfg_scale=self.cfg.sample_cfg_scale))
+        side = math.isqrt(self.gpt_config.block_size)
+        with torch.no_grad():
+            images = tokenizer.decode_code(codes.view(-1, side, side).clone())
+        self.raw.train()
+        folder = self.run_dir / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        save_image((images.float() + 1) / 2, folder / f"{done:07d}.png", nrow=8)
+
+    def summary(self) -> dict[str, Any]:
+        return {"parameters": self.gpt_config.num_parameters, "training_images": len(self.train_set),
+                "views": self.train_set.views, "best_val_loss": self.best}
+
+
+def _open(flag: str, path: str, codebook_size: int) -> CodeDataset:
+    try:
+        return open_codes(path, codebook_size)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{flag}: {error}") from error
+
+
+def main(argv: list[str] | None = None) -> None:
+    def build() -> Trainer:
+        cfg = parse_config(argv, __doc__)
+        device = distributed.init(cfg.device)
+        check(cfg, distributed.world_size())
+        return Trainer(cfg, device)
+
+    launch("train_c2i.py", build)
+
+
+if __name__ == "__main__":
+    main()
