@@ -1,0 +1,99 @@
+"""Times extract_codes.py against LlamaGen's procedure: one image at a time with its mirror image, two files each.
+
+    python evaluations/benchmarks/extraction.py [--peer /path/to/LlamaGen] [--images 64]
+
+At 32 x 32 both run our VQ-4 tokenizer, which LlamaGen does not have: the ratio is that of the procedures. At 256 x 256
+theirs is LlamaGen's VQ-16 from the checkout (--peer), with the same weights. Pictures are made up and read from a
+folder of JPEG files by both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from autoregressive.code_shards import code_dtype
+from autoregressive.extract_codes import extract_shard
+from evaluations.benchmarks import peer
+from tokenizer.data import BadImageCounter, ImageDataset, consecutive, make_loader
+from tokenizer.image_sources import open_images
+from tokenizer.pretrained import to_llamagen_state_dict
+from tokenizer.vq_model import VQModel, VQModelConfig
+
+
+class Silent:
+    """Stands in for the progress bar."""
+
+    def update(self, _count: int) -> None:
+        pass
+
+
+def measure(title: str, model: VQModel, encode: Callable[[Tensor], Tensor], size: int, args: argparse.Namespace,
+            images: int, folder: Path) -> None:
+    """encode: images (2, C, S, S) -> codes, any shape, as the peer computes them."""
+    random = np.random.default_rng(0)
+    pictures = folder / f"pictures{size}"
+    pictures.mkdir()
+    for i in range(images):
+        pixels = random.integers(0, 256, (size // 8, size // 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((size + 20, size)).save(pictures / f"{i:05d}.jpg")
+    dataset = ImageDataset(open_images(str(pictures)), size)
+    device = torch.device("cpu")
+    settings = argparse.Namespace(image_size=size, flip=True, ten_crop=False, mixed_precision="none", num_workers=0)
+
+    def ours() -> None:
+        batches = consecutive(images, args.batch_size)
+        codes, _ = extract_shard(model, dataset, batches, settings, device, BadImageCounter(0), Silent())
+        np.save(folder / "codes.npy", codes.astype(code_dtype(model.quantize.num_codes)))
+
+    def theirs() -> None:
+        out = folder / "theirs"
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+        for i, batch in enumerate(make_loader(dataset, consecutive(images, 1))):
+            x = batch["image"]
+            with torch.no_grad():
+                codes = encode(torch.cat([x, x.flip(-1)]))
+            np.save(out / f"codes{i}.npy", codes.reshape(1, 2, -1).numpy())
+            np.save(out / f"labels{i}.npy", batch["label"].numpy())
+
+    print(f"{title}, {images} images, batch {args.batch_size} against 1, {args.threads} threads, "  # noqa: T201
+          f"torch {torch.__version__}")
+    peer.report("images", images, *peer.compare(ours, theirs, args.repeats))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", type=Path, help="checkout of LlamaGen, for 256 x 256")
+    for name, default in (("images", 512), ("images-256", 8), ("batch-size", 64), ("threads", 2), ("repeats", 3)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as name:
+        small = VQModel(VQModelConfig(vq_model="VQ-4", image_size=32, codebook_size=512)).eval()
+        measure("32 x 32, VQ-4 for both", small, lambda x: small.quantize.encode(small.encode_latents(x)), 32, args,
+                args.images, Path(name))
+        if args.peer:
+            large = VQModel(VQModelConfig(codebook_l2_norm=True)).eval()
+            module = peer.load_module(args.peer, "tokenizer/tokenizer_image/vq_model.py")
+            theirs = module.VQ_models["VQ-16"](codebook_size=16384, codebook_embed_dim=8)
+            theirs.load_state_dict(to_llamagen_state_dict(large))
+            theirs.eval()
+            measure("256 x 256, VQ-16", large, lambda x: theirs.encode(x)[2][2], 256, args, args.images_256, Path(name))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""What the benchmarks against another code base share: loading its modules from a checkout, and paired timing."""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+
+def load_module(checkout: Path, file: str) -> ModuleType:
+    """A module of the checkout by its file, under a name of its own: its package may be called like one of ours.
+
+    SystemExit: the file is not there.
+    """
+    path = checkout / file
+    if not path.is_file():
+        raise SystemExit(f"--peer {checkout} has no {file}; name a checkout of the peer's repository")
+    if str(checkout) not in sys.path:
+        sys.path.append(str(checkout))  # for what the module imports itself; ours come first
+    name = "peer_" + path.stem
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def seconds(function: Callable[[], object]) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def compare(ours: Callable[[], object], theirs: Callable[[], object], repeats: int) -> tuple[list[float], list[float]]:
+    """Seconds of both, taken in turn, after one warm-up of each."""
+    seconds(ours)
+    seconds(theirs)
+    pairs = [(seconds(ours), seconds(theirs)) for _ in range(repeats)]
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def report(unit: str, amount: float, ours: list[float], theirs: list[float]) -> None:
+    """A line each, in `unit` per second of `amount` units per call, and the ratio: medians, and the range."""
+    for name, times in (("ours", ours), ("peer", theirs)):
+        rates = sorted(amount / t for t in times)
+        print(f"{name:6s} {statistics.median(rates):10.2f} {unit}/s   ({rates[0]:.2f} to {rates[-1]:.2f})")  # noqa: T201
+    ratios = sorted(b / a for a, b in zip(ours, theirs, strict=True))
+    print(f"ratio  {statistics.median(ratios):10.2f}   ({ratios[0]:.2f} to {ratios[-1]:.2f})")  # noqa: T201

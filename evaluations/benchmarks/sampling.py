@@ -1,0 +1,77 @@
+"""Times sampling from GPT-B against LlamaGen's own generate, with the same weights in one process.
+
+    python evaluations/benchmarks/sampling.py --peer /path/to/LlamaGen [--batch-size 8] [--codes 256] [--cfg-scale 2]
+
+Prints codes per second of both (medians over repeats taken in turn); on a GPU also the share of the memory bandwidth
+that reading the weights once per step takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import torch
+
+from autoregressive.gpt import GPT, GPT_PRESETS
+from autoregressive.sampling import SamplingConfig, generate
+from evaluations.benchmarks import peer
+
+
+def bandwidth(device: torch.device) -> float:
+    """Bytes per second of a copy within the device's memory, read and written."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / min(peer.seconds(lambda: target.copy_(source)) for _ in range(10))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", type=Path, required=True, help="checkout of LlamaGen")
+    for name, default in (("batch-size", 8), ("codes", 256), ("threads", 2), ("repeats", 3)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--cfg-scale", type=float, default=2.0)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--compile", action="store_true", help="compile our decoding step")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, args.dtype)
+    torch.manual_seed(0)
+    ours = GPT(GPT_PRESETS["GPT-B"])
+    torch.nn.init.normal_(ours.output.weight, std=0.02)
+    theirs = peer.load_module(args.peer, "autoregressive/models/gpt.py").GPT_models["GPT-B"](
+        vocab_size=16384, block_size=256, num_classes=1000, cls_token_num=1, model_type="c2i")
+    theirs.load_state_dict(ours.state_dict())
+    ours.to(device).cast(dtype).eval()
+    theirs.to(device=device, dtype=dtype).eval()
+    their_generate = peer.load_module(args.peer, "autoregressive/models/generate.py").generate
+    labels = torch.arange(args.batch_size, device=device)
+    config = SamplingConfig(cfg_scale=args.cfg_scale)
+
+    def run_ours() -> object:
+        return generate(ours, labels, seeds=range(args.batch_size), config=config, num_codes=args.codes,
+                        compiled=args.compile)
+
+    def run_theirs() -> object:
+        with torch.device(device):
+            return their_generate(theirs, labels, args.codes, cfg_scale=args.cfg_scale, temperature=1.0, top_k=0,
+                                  top_p=1.0, sample_logits=True)
+
+    print(f"GPT-B, {args.codes} codes, batch {args.batch_size}, guidance {args.cfg_scale}, {args.dtype} on {device}, "  # noqa: T201
+          f"{args.threads} threads, torch {torch.__version__}")
+    times = peer.compare(run_ours, run_theirs, args.repeats)
+    peer.report("codes", args.batch_size * args.codes, *times)
+    if device.type == "cuda":
+        read = ours.config.num_parameters * torch.finfo(dtype).bits / 8 * args.codes
+        share = read / statistics.median(times[0]) / bandwidth(device)
+        print(f"share of the memory bandwidth: {share:.1%}")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
