@@ -17,6 +17,7 @@ import json
 import math
 import sys
 import zipfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from torch import Tensor
 from tqdm import tqdm
 
 from autoregressive.gpt import GPT
 from autoregressive.pretrained import LoadedGPT, export_gpt, load_gpt
-from autoregressive.sampling import SCHEDULES, SamplingConfig, generate
+from autoregressive.sampling import SCHEDULES, SamplingConfig, compile_decoding, generate
 from evaluations.pixels import to_uint8
 from tokenizer.pretrained import load_tokenizer, tokenizer_hash
 from tokenizer.runtime import config, distributed
@@ -162,13 +164,16 @@ def check_folder(args: argparse.Namespace, settings: dict[str, Any]) -> None:
 
 
 @torch.inference_mode()
-def draw_batch(model: GPT, vq: VQModel, places: list[int], labels: list[int], args: argparse.Namespace) -> np.ndarray:
+def draw_batch(
+    model: GPT, vq: VQModel, places: list[int], labels: list[int], args: argparse.Namespace,
+    compiled: Callable[..., Tensor] | None,
+) -> np.ndarray:
     """-> uint8 (len(places), S, S, C)"""
     # Filled up to one size: equal shapes round equally, so an image does not depend on its neighbours.
     full = [places[i % len(places)] for i in range(args.batch_size)]
     seeds = [fold(args.global_seed, place) for place in full]
     codes = generate(model, torch.tensor([labels[p] for p in full]), seeds=seeds, config=args.sampling,
-                     compiled=args.compile)
+                     compiled=compiled)
     side = math.isqrt(model.config.block_size)
     images = vq.decode_code(codes.view(-1, side, side)).float()
     if args.image_size_eval is not None and args.image_size_eval != images.shape[-1]:
@@ -208,13 +213,14 @@ def sample(args: argparse.Namespace, device: torch.device) -> None:
         atomic_write(args.out / "labels.npy", lambda file: np.save(file, np.array(labels)))
     distributed.barrier()
     rank, world = distributed.rank(), distributed.world_size()
+    compiled = compile_decoding(model) if args.compile else None
     starts = range(0, args.num_samples, args.batch_size)
     with tqdm(total=args.num_samples, unit="image", disable=None if rank == 0 else True) as shown:
         for number, start in enumerate(starts):
             places = list(range(start, min(start + args.batch_size, args.num_samples)))
             files = [images / f"{place:06d}.png" for place in places]
             if number % world == rank and not all(file.exists() for file in files):
-                for pixels, file in zip(draw_batch(model, vq, places, labels, args), files, strict=True):
+                for pixels, file in zip(draw_batch(model, vq, places, labels, args, compiled), files, strict=True):
                     picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
                     atomic_write(file, lambda out, picture=picture: picture.save(out, format="PNG"))
             shown.update(len(places))

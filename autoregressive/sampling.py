@@ -100,12 +100,12 @@ def draw(logits: Tensor, uniform: Tensor, config: SamplingConfig) -> Tensor:
 @torch.inference_mode()
 def generate(
     model: GPT, labels: Tensor, *, seeds: Sequence[int], config: SamplingConfig, num_codes: int | None = None,
-    compiled: bool = False, progress: Callable[[int], object] | None = None,
+    compiled: Callable[..., Tensor] | None = None, progress: Callable[[int], object] | None = None,
 ) -> Tensor:
     """Codes (B, num_codes) int64 of images of the classes labels (B,) int64.
 
     model: in eval mode; its parameters' dtype and device are used. seeds: one int per image. num_codes: the first so
-    many codes of an image; None: all. compiled: run the decoding step through torch.compile (worth its minutes for many
+    many codes of an image; None: all. compiled: what compile_decoding made of this model (worth its minutes for many
     images). progress: called with the number of codes done, after each.
     ValueError: a model in training mode, labels or seeds that do not fit.
     """
@@ -118,7 +118,7 @@ def generate(
     cache = KVCache(model.config, 2 * batch if any(guided) else batch, weight.dtype, weight.device)
     uniform = uniforms(seeds, total).to(weight.device)
     codes = torch.empty(batch, total, dtype=torch.int64, device=weight.device)
-    decode = _compiled(model) if compiled else model.decode
+    decode = compiled or model.decode
     nothing = torch.full_like(labels, model.config.num_classes)
     for t in range(total):
         # Where no later code is guided, the half without classes is not computed any more.
@@ -130,7 +130,8 @@ def generate(
             x = model.cls_embedding(torch.cat([labels, nothing]) if both else labels)
         length = min(-(-(t + 1) // LENGTH_STEP) * LENGTH_STEP, model.config.block_size) if compiled else t + 1
         position = torch.full((1,), t, dtype=torch.int64, device=weight.device)
-        logits = decode(x.to(weight.dtype), position, cache.layers if both else cache.first(batch), length, compiled)
+        caches = cache.layers if both else cache.first(batch)
+        logits = decode(x.to(weight.dtype), position, caches, length, compiled is not None)
         if both:
             with_class, without = logits[:batch], logits[batch:]
             logits = without + (with_class - without) * config.scale(t, total) if guided[t] else with_class
@@ -155,11 +156,6 @@ def check_request(model: GPT, labels: Tensor, seeds: Sequence[int], total: int) 
         raise ValueError(f"{total} codes are asked for; an image has {model.config.block_size}")
 
 
-_STEPS: dict[int, Callable[..., Tensor]] = {}
-
-
-def _compiled(model: GPT) -> Callable[..., Tensor]:
-    """The compiled step of this model, compiled once."""
-    if id(model) not in _STEPS:
-        _STEPS[id(model)] = torch.compile(model.decode, mode="reduce-overhead", fullgraph=True, dynamic=False)
-    return _STEPS[id(model)]
+def compile_decoding(model: GPT) -> Callable[..., Tensor]:
+    """The decoding step through torch.compile, for `generate`. Compiles at the first images, once per LENGTH_STEP."""
+    return torch.compile(model.decode, fullgraph=True, dynamic=False)

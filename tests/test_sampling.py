@@ -7,7 +7,7 @@ import torch
 from golden_fill import load_arrays
 from gpt_models import tiny
 
-from autoregressive.sampling import SCHEDULES, SamplingConfig, draw, filter_logits, generate, uniforms
+from autoregressive.sampling import SCHEDULES, SamplingConfig, compile_decoding, draw, filter_logits, generate, uniforms
 
 PLAIN = SamplingConfig(cfg_scale=1)
 
@@ -102,6 +102,15 @@ def test_one_code_can_be_asked_for():
     model = tiny()
     whole = generate(model, torch.tensor([1]), seeds=[0], config=PLAIN)
     assert torch.equal(generate(model, torch.tensor([1]), seeds=[0], config=PLAIN, num_codes=1), whole[:, :1])
+
+
+def test_a_masked_step_changes_nothing():
+    """The path of compiled steps: fixed lengths, of which positions to come are hidden."""
+    model, config = tiny(), SamplingConfig(cfg_scale=2, cfg_interval=5)
+    labels, seeds = torch.tensor([1, 2, 3]), [1, 2, 3]
+    plain = generate(model, labels, seeds=seeds, config=config)
+    assert torch.equal(generate(model, labels, seeds=seeds, config=config, compiled=model.decode), plain)
+    assert callable(compile_decoding(model))
 
 
 def test_progress_is_reported():

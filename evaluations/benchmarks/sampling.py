@@ -19,7 +19,7 @@ if not __package__:
 import torch
 
 from autoregressive.gpt import GPT, GPT_PRESETS
-from autoregressive.sampling import SamplingConfig, generate
+from autoregressive.sampling import SamplingConfig, compile_decoding, generate
 from evaluations.benchmarks import peer
 
 
@@ -52,11 +52,12 @@ def main() -> None:
     theirs.to(device=device, dtype=dtype).eval()
     their_generate = peer.load_module(args.peer, "autoregressive/models/generate.py").generate
     labels = torch.arange(args.batch_size, device=device)
+    compiled = compile_decoding(ours) if args.compile else None
     config = SamplingConfig(cfg_scale=args.cfg_scale)
 
     def run_ours() -> object:
         return generate(ours, labels, seeds=range(args.batch_size), config=config, num_codes=args.codes,
-                        compiled=args.compile)
+                        compiled=compiled)
 
     def run_theirs() -> object:
         with torch.device(device):
