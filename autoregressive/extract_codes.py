@@ -23,17 +23,16 @@ if not __package__:
 
 import numpy as np
 import torch
-from torch import Tensor
-from torchvision.transforms.functional import ten_crop
 from tqdm import tqdm
 
-from autoregressive.code_shards import MANIFEST, code_dtype, shard_name, write_manifest
-from tokenizer.data import BadImageCounter, ImageDataset, consecutive, make_loader
+from autoregressive.code_shards import MANIFEST, shard_name, write_manifest
+from autoregressive.extraction import extract_shard
+from tokenizer.data import BadImageCounter, ImageDataset, consecutive
 from tokenizer.image_sources import ImageSource, open_images
 from tokenizer.pretrained import load_tokenizer, tokenizer_hash
 from tokenizer.runtime import config, distributed
 from tokenizer.runtime.checkpoint import atomic_write, atomic_write_text
-from tokenizer.runtime.training import DTYPES, CannotContinue
+from tokenizer.runtime.training import CannotContinue
 from tokenizer.vq_model import VQModel
 
 SETTINGS, PARTS = "extraction.json", "parts"  # of a folder that is not finished
@@ -86,35 +85,6 @@ def open_data(args: argparse.Namespace, channels: int) -> ImageSource:
                              "--data-path")
         path = config.load(args.vq_ckpt / "config.json")["data_path"]
     return open_images(None if path == "digits" else path, channels=channels)
-
-
-def make_views(x: Tensor, size: int, flip: bool, ten: bool) -> Tensor:
-    """Crops (B, C, S', S') -> views (B, V, C, size, size). S' is larger than size for ten crops, else equal."""
-    if ten:
-        return torch.stack(ten_crop(x, [size, size]), dim=1)
-    return torch.stack([x, x.flip(-1)] if flip else [x], dim=1)
-
-
-@torch.inference_mode()
-def extract_shard(
-    model: VQModel, dataset: ImageDataset, batches: list[list[int]], args: argparse.Namespace, device: torch.device,
-    bad: BadImageCounter, shown: tqdm,
-) -> tuple[np.ndarray, list[int]]:
-    """-> codes (n, V, tokens) and the places of the n images that can be read."""
-    rows, places = [], []
-    dtype = DTYPES[args.mixed_precision]
-    for batch in make_loader(dataset, batches, num_workers=args.num_workers, pin_memory=device.type == "cuda"):
-        bad.add(batch["bad"])
-        x = make_views(batch["image"].to(device, non_blocking=True), args.image_size, args.flip, args.ten_crop)
-        with torch.autocast(device.type, dtype=dtype, enabled=args.mixed_precision != "none"):
-            codes = model.quantize.encode(model.encode_latents(x.flatten(0, 1)))
-        codes = codes.view(*x.shape[:2], -1)
-        # The loader puts another image in an unreadable one's place, which is for training: here it is left out.
-        keep = [dataset.source.name(i) not in bad.names for i in batch["index"].tolist()]
-        rows.append(codes.cpu().numpy()[keep].astype(code_dtype(model.quantize.num_codes)))
-        places += [i for i, kept in zip(batch["index"].tolist(), keep, strict=True) if kept]
-        shown.update(len(keep))
-    return np.concatenate(rows), places
 
 
 def describe(model: VQModel, source: ImageSource, args: argparse.Namespace) -> dict[str, Any]:
@@ -195,7 +165,11 @@ def extract(args: argparse.Namespace, device: torch.device) -> None:
                 shown.update(len(places))
                 continue
             batches = [[places[i] for i in rows] for rows in consecutive(len(places), args.batch_size)]
-            codes, kept = extract_shard(model, dataset, batches, args, device, bad, shown)
+            codes, kept = extract_shard(
+                model, dataset, batches, image_size=args.image_size, flip=args.flip, ten=args.ten_crop,
+                precision=args.mixed_precision, num_workers=args.num_workers, device=device, bad=bad,
+                progress=shown.update,
+            )
             atomic_write(folder / name, lambda file, codes=codes: np.save(file, codes))
             part = {"file": name, "images": len(kept), "sha256": _sha256(folder / name), "places": kept}
             atomic_write_text(parts / f"{name}.json", json.dumps(part))

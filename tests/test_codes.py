@@ -100,11 +100,11 @@ def test_an_interrupted_extraction_continues(base, codes, tmp_path, monkeypatch)
     out = tmp_path / "codes"
     real, calls = extract_codes.extract_shard, []
 
-    def stop_at_second(*args):
+    def stop_at_second(*args, **kwargs):
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(*args)
+        return real(*args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(extract_codes, "extract_shard", stop_at_second)
@@ -115,7 +115,7 @@ def test_an_interrupted_extraction_continues(base, codes, tmp_path, monkeypatch)
     with pytest.raises(SystemExit, match=r"made otherwise .*views: 2 there, 1 now"):
         extract_codes.main(flags(base, out, "--no-flip"))
     calls.clear()
-    monkeypatch.setattr(extract_codes, "extract_shard", lambda *args: calls.append(1) or real(*args))
+    monkeypatch.setattr(extract_codes, "extract_shard", lambda *a, **kw: calls.append(1) or real(*a, **kw))
     extract_codes.main(flags(base, out))
     assert len(calls) == 2  # the first shard was kept
     assert content(out) == content(codes)

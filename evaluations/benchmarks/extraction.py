@@ -25,19 +25,12 @@ from PIL import Image
 from torch import Tensor
 
 from autoregressive.code_shards import code_dtype
-from autoregressive.extract_codes import extract_shard
+from autoregressive.extraction import extract_shard
 from evaluations.benchmarks import peer
 from tokenizer.data import BadImageCounter, ImageDataset, consecutive, make_loader
 from tokenizer.image_sources import open_images
 from tokenizer.pretrained import to_llamagen_state_dict
 from tokenizer.vq_model import VQModel, VQModelConfig
-
-
-class Silent:
-    """Stands in for the progress bar."""
-
-    def update(self, _count: int) -> None:
-        pass
 
 
 def measure(title: str, model: VQModel, encode: Callable[[Tensor], Tensor], size: int, args: argparse.Namespace,
@@ -51,11 +44,11 @@ def measure(title: str, model: VQModel, encode: Callable[[Tensor], Tensor], size
         Image.fromarray(pixels).resize((size + 20, size)).save(pictures / f"{i:05d}.jpg")
     dataset = ImageDataset(open_images(str(pictures)), size)
     device = torch.device("cpu")
-    settings = argparse.Namespace(image_size=size, flip=True, ten_crop=False, mixed_precision="none", num_workers=0)
 
     def ours() -> None:
         batches = consecutive(images, args.batch_size)
-        codes, _ = extract_shard(model, dataset, batches, settings, device, BadImageCounter(0), Silent())
+        codes, _ = extract_shard(model, dataset, batches, image_size=size, flip=True, device=device,
+                                 bad=BadImageCounter(0))
         np.save(folder / "codes.npy", codes.astype(code_dtype(model.quantize.num_codes)))
 
     def theirs() -> None:
