@@ -27,11 +27,11 @@ say "codes of the digits, and a GPT that learns them"
     --results-dir "$OUT/gpt"
 
 say "samples of every class"
-"$PYTHON" "$ROOT/autoregressive/sample_c2i.py" --gpt-ckpt "$OUT/gpt" --num-samples 500 --batch-size 100 --cfg-scale 2 \
-    --temperature 0.8 --out "$OUT/samples"
+"$PYTHON" "$ROOT/autoregressive/sample_c2i.py" --gpt-ckpt "$OUT/gpt" --num-samples 500 --batch-size 100 --cfg-scale 1.5 \
+    --temperature 0.7 --out "$OUT/samples"
 
 say "evaluation, with features of a small classifier of digits instead of Inception's"
-[ -f "$OUT/digits.pt" ] || "$PYTHON" "$ROOT/evaluations/train_extractor.py" --out "$OUT/digits.pt" --max-steps 150
+[ -f "$OUT/digits.pt" ] || "$PYTHON" "$ROOT/evaluations/train_extractor.py" --out "$OUT/digits.pt" --max-steps 100
 for run in vanilla provq; do
     "$PYTHON" "$ROOT/evaluations/reconstruction.py" --vq-ckpt "$OUT/$run" --features "torchscript:$OUT/digits.pt"
 done
