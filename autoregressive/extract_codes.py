@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from autoregressive.code_shards import MANIFEST, shard_name, write_manifest
-from autoregressive.extraction import extract_shard
+from autoregressive.extraction import default_batch_size, extract_shard
 from tokenizer.data import BadImageCounter, ImageDataset, consecutive
 from tokenizer.image_sources import ImageSource, open_images
 from tokenizer.pretrained import load_tokenizer, tokenizer_hash
@@ -52,7 +52,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="also encode mirror images (default: yes, but for digits; LlamaGen: yes)")
     add("--ten-crop", action="store_true", help="ten views per image; LlamaGen's published models: yes")
     add("--crop-range", type=float, default=1.1, help="ten crops are cut from so many image sizes (LlamaGen: 1.1)")
-    add("--batch-size", type=int, default=64, help="images at a time, all their views (default: 64)")
+    add("--batch-size", type=int, help="images at a time, all their views (default: 64; CPU: 64 of 32 x 32 pixels, "
+        "fewer larger ones)")
     add("--mixed-precision", choices=("none", "bf16"), default="none", help="of the encoder; codes may differ (none)")
     add("--weights", choices=("auto", "model", "ema"), default="auto", help="auto: the EMA if there is one")
     add("--codebook-l2-norm", action=argparse.BooleanOptionalAction, default=None,
@@ -136,6 +137,8 @@ def extract(args: argparse.Namespace, device: torch.device) -> None:
     if args.image_size % model.downsample:
         raise ValueError(f"--image-size {args.image_size} must be a multiple of {model.downsample}, the tokenizer's "
                          "factor")
+    if args.batch_size is None:
+        args.batch_size = default_batch_size(args.image_size, device)
     source = open_data(args, model.config.image_channels)
     if args.flip is None:
         args.flip = source.flippable

@@ -22,6 +22,11 @@ def make_views(x: Tensor, size: int, flip: bool, ten: bool) -> Tensor:
     return torch.stack([x, x.flip(-1)] if flip else [x], dim=1)
 
 
+def default_batch_size(image_size: int, device: torch.device) -> int:
+    """Images at a time. On a CPU few large ones: their feature maps should stay in its caches, and in memory."""
+    return 64 if device.type == "cuda" else max(1, 64 * 32 * 32 // image_size**2)
+
+
 @torch.inference_mode()
 def extract_shard(
     model: VQModel, dataset: ImageDataset, batches: Sequence[Sequence[int]], *, image_size: int, flip: bool = False,
@@ -35,11 +40,14 @@ def extract_shard(
     Returns codes (n, V, tokens) in the smallest unsigned type and the places of the n images.
     """
     rows, places = [], []
+    # Wide convolutions run faster with channels innermost (VQ-16 on a CPU: by 15 %); VQ-4's narrow ones run slower.
+    layout = torch.channels_last if model.encoder.conv_in.out_channels >= 128 else torch.contiguous_format
+    model.encoder.to(memory_format=layout)
     for batch in make_loader(dataset, batches, num_workers=num_workers, pin_memory=device.type == "cuda"):
         bad.add(batch["bad"])
         x = make_views(batch["image"].to(device, non_blocking=True), image_size, flip, ten)
         with torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "none"):
-            codes = model.quantize.encode(model.encode_latents(x.flatten(0, 1)))
+            codes = model.quantize.encode(model.encode_latents(x.flatten(0, 1).contiguous(memory_format=layout)))
         codes = codes.view(*x.shape[:2], -1)
         # The loader puts another image in an unreadable one's place, which is for training: here it is left out.
         keep = [dataset.source.name(i) not in bad.names for i in batch["index"].tolist()]

@@ -1,10 +1,11 @@
 """Times extract_codes.py against LlamaGen's procedure: one image at a time with its mirror image, two files each.
 
-    python evaluations/benchmarks/extraction.py [--peer /path/to/LlamaGen] [--images 64]
+    python evaluations/benchmarks/extraction.py [--peer /path/to/LlamaGen] [--images 512]
 
 At 32 x 32 both run our VQ-4 tokenizer, which LlamaGen does not have: the ratio is that of the procedures. At 256 x 256
-theirs is LlamaGen's VQ-16 from the checkout (--peer), with the same weights. Pictures are made up and read from a
-folder of JPEG files by both.
+theirs is LlamaGen's VQ-16 from the checkout (--peer), with the same weights; ours runs in float32, and once more in
+bfloat16 (--mixed-precision bf16). Pictures are made up and read from a folder of JPEG files by both. The line on
+arithmetic says how near the encoder is to what the processor can do at all: convolutions take nearly all of the time.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from autoregressive.code_shards import code_dtype
-from autoregressive.extraction import extract_shard
+from autoregressive.extraction import default_batch_size, extract_shard
 from evaluations.benchmarks import peer
 from tokenizer.data import BadImageCounter, ImageDataset, consecutive, make_loader
 from tokenizer.image_sources import open_images
@@ -33,22 +35,30 @@ from tokenizer.pretrained import to_llamagen_state_dict
 from tokenizer.vq_model import VQModel, VQModelConfig
 
 
+def matmul_gflops() -> float:
+    """What large float32 matrix products reach here, the bound for everything else."""
+    a = torch.randn(2048, 2048)
+    torch.mm(a, a)
+    return 2 * 2048**3 / 1e9 / min(peer.seconds(lambda: torch.mm(a, a)) for _ in range(10))
+
+
 def measure(title: str, model: VQModel, encode: Callable[[Tensor], Tensor], size: int, args: argparse.Namespace,
-            images: int, folder: Path) -> None:
+            images: int, folder: Path, precision: str = "none") -> None:
     """encode: images (2, C, S, S) -> codes, any shape, as the peer computes them."""
     random = np.random.default_rng(0)
     pictures = folder / f"pictures{size}"
-    pictures.mkdir()
+    pictures.mkdir(exist_ok=True)
     for i in range(images):
         pixels = random.integers(0, 256, (size // 8, size // 8, 3), dtype=np.uint8)
         Image.fromarray(pixels).resize((size + 20, size)).save(pictures / f"{i:05d}.jpg")
     dataset = ImageDataset(open_images(str(pictures)), size)
     device = torch.device("cpu")
+    batch_size = args.batch_size or default_batch_size(size, device)
 
     def ours() -> None:
-        batches = consecutive(images, args.batch_size)
-        codes, _ = extract_shard(model, dataset, batches, image_size=size, flip=True, device=device,
-                                 bad=BadImageCounter(0))
+        batches = consecutive(images, batch_size)
+        codes, _ = extract_shard(model, dataset, batches, image_size=size, flip=True, precision=precision,
+                                 num_workers=args.num_workers, device=device, bad=BadImageCounter(0))
         np.save(folder / "codes.npy", codes.astype(code_dtype(model.quantize.num_codes)))
 
     def theirs() -> None:
@@ -62,16 +72,23 @@ def measure(title: str, model: VQModel, encode: Callable[[Tensor], Tensor], size
             np.save(out / f"codes{i}.npy", codes.reshape(1, 2, -1).numpy())
             np.save(out / f"labels{i}.npy", batch["label"].numpy())
 
-    print(f"{title}, {images} images, batch {args.batch_size} against 1, {args.threads} threads, "  # noqa: T201
+    print(f"{title}, {images} images, batch {batch_size} against 1, {args.threads} threads, "  # noqa: T201
           f"torch {torch.__version__}")
-    peer.report("images", images, *peer.compare(ours, theirs, args.repeats))
+    mine, others = peer.compare(ours, theirs, args.repeats)
+    peer.report("images", images, mine, others)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.encode_latents(torch.zeros(1, 3, size, size))
+    flops = counter.get_total_flops() / 1e9  # of one view
+    print(f"arithmetic: {flops:.3f} GFLOP per view, {2 * flops * images / min(mine):.0f} GFLOP/s in ours, "  # noqa: T201
+          f"{matmul_gflops():.0f} in float32 matrix products")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", type=Path, help="checkout of LlamaGen, for 256 x 256")
-    for name, default in (("images", 512), ("images-256", 8), ("batch-size", 64), ("threads", 2), ("repeats", 3)):
+    for name, default in (("images", 512), ("images-256", 8), ("num-workers", 0), ("threads", 2), ("repeats", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--batch-size", type=int, help="(default: extract_codes.py's)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -85,7 +102,9 @@ def main() -> None:
             theirs = module.VQ_models["VQ-16"](codebook_size=16384, codebook_embed_dim=8)
             theirs.load_state_dict(to_llamagen_state_dict(large))
             theirs.eval()
-            measure("256 x 256, VQ-16", large, lambda x: theirs.encode(x)[2][2], 256, args, args.images_256, Path(name))
+            for precision in ("none", "bf16"):
+                measure(f"256 x 256, VQ-16, {precision}", large, lambda x: theirs.encode(x)[2][2], 256, args,
+                        args.images_256, Path(name), precision)
 
 
 if __name__ == "__main__":
