@@ -55,6 +55,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=int, help="images at a time, all their views (default: 64; CPU: 64 of 32 x 32 pixels, "
         "fewer larger ones)")
     add("--mixed-precision", choices=("none", "bf16"), default="none", help="of the encoder; codes may differ (none)")
+    add("--compile", action="store_true", help="torch.compile the encoder: pays from some ten thousand images on")
     add("--weights", choices=("auto", "model", "ema"), default="auto", help="auto: the EMA if there is one")
     add("--codebook-l2-norm", action=argparse.BooleanOptionalAction, default=None,
         help="for LlamaGen files, which do not record it (default there: yes, as LlamaGen)")
@@ -159,6 +160,7 @@ def extract(args: argparse.Namespace, device: torch.device) -> None:
     shards = consecutive(len(source), min(max(-(-len(source) // SHARDS), LEAST), MOST))
     rank, world = distributed.rank(), distributed.world_size()
     bad = BadImageCounter(args.max_bad_images)
+    encode = torch.compile(model.encode_latents) if args.compile else None
     with tqdm(total=len(source), unit="image", disable=None if distributed.is_main() else True) as shown:
         for number, places in enumerate(shards):
             name = shard_name(number, len(shards))
@@ -171,7 +173,7 @@ def extract(args: argparse.Namespace, device: torch.device) -> None:
             codes, kept = extract_shard(
                 model, dataset, batches, image_size=args.image_size, flip=args.flip, ten=args.ten_crop,
                 precision=args.mixed_precision, num_workers=args.num_workers, device=device, bad=bad,
-                progress=shown.update,
+                progress=shown.update, encode=encode,
             )
             atomic_write(folder / name, lambda file, codes=codes: np.save(file, codes))
             part = {"file": name, "images": len(kept), "sha256": _sha256(folder / name), "places": kept}

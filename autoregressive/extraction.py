@@ -31,12 +31,13 @@ def default_batch_size(image_size: int, device: torch.device) -> int:
 def extract_shard(
     model: VQModel, dataset: ImageDataset, batches: Sequence[Sequence[int]], *, image_size: int, flip: bool = False,
     ten: bool = False, precision: str = "none", num_workers: int = 0, device: torch.device, bad: BadImageCounter,
-    progress: Callable[[int], object] | None = None,
+    progress: Callable[[int], object] | None = None, encode: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[np.ndarray, list[int]]:
     """Encode all views of the images at `batches` of places.
 
     dataset: of image_size, or for ten crops of the larger size that they are cut from. precision: a key of DTYPES.
-    progress: called with the number of images done, per batch. Unreadable images are left out and counted in `bad`.
+    progress: called with the number of images done, per batch. encode: model.encode_latents (the default) or its
+    compiled form, which the caller keeps from shard to shard. Unreadable images are left out and counted in `bad`.
     Returns codes (n, V, tokens) in the smallest unsigned type and the places of the n images.
     """
     rows, places = [], []
@@ -47,7 +48,8 @@ def extract_shard(
         bad.add(batch["bad"])
         x = make_views(batch["image"].to(device, non_blocking=True), image_size, flip, ten)
         with torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "none"):
-            codes = model.quantize.encode(model.encode_latents(x.flatten(0, 1).contiguous(memory_format=layout)))
+            z = (encode or model.encode_latents)(x.flatten(0, 1).contiguous(memory_format=layout))
+            codes = model.quantize.encode(z)
         codes = codes.view(*x.shape[:2], -1)
         # The loader puts another image in an unreadable one's place, which is for training: here it is left out.
         keep = [dataset.source.name(i) not in bad.names for i in batch["index"].tolist()]

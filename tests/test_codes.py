@@ -96,6 +96,15 @@ def test_two_processes_write_the_same_folder(base, codes, tmp_path):
     assert content(tmp_path / "two") == content(codes)
 
 
+def test_the_compiled_encoder_gives_the_same_codes(base, codes, tmp_path, monkeypatch):
+    real, compiled = torch.compile, []
+    # Traced and guarded as ever, but not translated to machine code, which takes half a minute.
+    monkeypatch.setattr(torch, "compile", lambda f: compiled.append(f) or real(f, backend="eager"))
+    extract_codes.main(flags(base, tmp_path / "compiled", "--compile"))
+    assert len(compiled) == 1
+    assert content(tmp_path / "compiled") == content(codes)
+
+
 def test_an_interrupted_extraction_continues(base, codes, tmp_path, monkeypatch):
     out = tmp_path / "codes"
     real, calls = extract_codes.extract_shard, []

@@ -3,9 +3,10 @@
     python evaluations/benchmarks/extraction.py [--peer /path/to/LlamaGen] [--images 512]
 
 At 32 x 32 both run our VQ-4 tokenizer, which LlamaGen does not have: the ratio is that of the procedures. At 256 x 256
-theirs is LlamaGen's VQ-16 from the checkout (--peer), with the same weights; ours runs in float32, and once more in
-bfloat16 (--mixed-precision bf16). Pictures are made up and read from a folder of JPEG files by both. The line on
-arithmetic says how near the encoder is to what the processor can do at all: convolutions take nearly all of the time.
+theirs is LlamaGen's VQ-16 from the checkout (--peer), with the same weights. Ours runs in float32 and in bfloat16
+(--mixed-precision bf16), at 32 x 32 also compiled (--compile); the share of codes that differ is printed. Pictures are
+made up and read from a folder of JPEG files by both. The line on arithmetic says how near the encoder is to what the
+processor can do at all: convolutions take nearly all of the time.
 """
 
 from __future__ import annotations
@@ -43,8 +44,9 @@ def matmul_gflops() -> float:
 
 
 def measure(title: str, model: VQModel, encode: Callable[[Tensor], Tensor], size: int, args: argparse.Namespace,
-            images: int, folder: Path, precision: str = "none") -> None:
+            images: int, folder: Path, precision: str = "none", compiled: bool = False) -> None:
     """encode: images (2, C, S, S) -> codes, any shape, as the peer computes them."""
+    encoder = torch.compile(model.encode_latents) if compiled else None
     random = np.random.default_rng(0)
     pictures = folder / f"pictures{size}"
     pictures.mkdir(exist_ok=True)
@@ -58,7 +60,7 @@ def measure(title: str, model: VQModel, encode: Callable[[Tensor], Tensor], size
     def ours() -> None:
         batches = consecutive(images, batch_size)
         codes, _ = extract_shard(model, dataset, batches, image_size=size, flip=True, precision=precision,
-                                 num_workers=args.num_workers, device=device, bad=BadImageCounter(0))
+                                 num_workers=args.num_workers, device=device, bad=BadImageCounter(0), encode=encoder)
         np.save(folder / "codes.npy", codes.astype(code_dtype(model.quantize.num_codes)))
 
     def theirs() -> None:
@@ -72,10 +74,14 @@ def measure(title: str, model: VQModel, encode: Callable[[Tensor], Tensor], size
             np.save(out / f"codes{i}.npy", codes.reshape(1, 2, -1).numpy())
             np.save(out / f"labels{i}.npy", batch["label"].numpy())
 
+    title += f", ours {precision}{' compiled' * compiled}"
     print(f"{title}, {images} images, batch {batch_size} against 1, {args.threads} threads, "  # noqa: T201
           f"torch {torch.__version__}")
     mine, others = peer.compare(ours, theirs, args.repeats)
     peer.report("images", images, mine, others)
+    codes = np.concatenate([np.load(folder / "theirs" / f"codes{i}.npy")[0] for i in range(images)])
+    differ = (np.load(folder / "codes.npy").reshape(codes.shape) != codes).mean()
+    print(f"codes  {100 * differ:10.2f} % differ")  # noqa: T201
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.encode_latents(torch.zeros(1, 3, size, size))
     flops = counter.get_total_flops() / 1e9  # of one view
@@ -94,8 +100,9 @@ def main() -> None:
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as name:
         small = VQModel(VQModelConfig(vq_model="VQ-4", image_size=32, codebook_size=512)).eval()
-        measure("32 x 32, VQ-4 for both", small, lambda x: small.quantize.encode(small.encode_latents(x)), 32, args,
-                args.images, Path(name))
+        for precision, compiled in (("none", False), ("none", True), ("bf16", False), ("bf16", True)):
+            measure("32 x 32, VQ-4 for both", small, lambda x: small.quantize.encode(small.encode_latents(x)), 32, args,
+                    args.images, Path(name), precision, compiled)
         if args.peer:
             large = VQModel(VQModelConfig(codebook_l2_norm=True)).eval()
             module = peer.load_module(args.peer, "tokenizer/tokenizer_image/vq_model.py")
@@ -103,7 +110,7 @@ def main() -> None:
             theirs.load_state_dict(to_llamagen_state_dict(large))
             theirs.eval()
             for precision in ("none", "bf16"):
-                measure(f"256 x 256, VQ-16, {precision}", large, lambda x: theirs.encode(x)[2][2], 256, args,
+                measure("256 x 256, VQ-16", large, lambda x: theirs.encode(x)[2][2], 256, args,
                         args.images_256, Path(name), precision)
 
 
