@@ -17,6 +17,7 @@ import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +39,8 @@ _NAMES = {letter: name for name, letter in _LETTERS.items()}
 # Protonation states as force fields name them; where the PDB's dictionary knows such a name, it is another compound.
 _FORCE_FIELD = {"HSD": "H", "HSE": "H", "HSP": "H", "HID": "H", "HIE": "H", "HIP": "H", "CYX": "C", "CYM": "C",
                 "ASH": "D", "GLH": "E", "LYN": "K"}
-_NO_ALTLOC = (".", "?", " ", "")
+_NONE = (".", "?", " ", "")  # as altloc and insertion code
+_RESIDUE_NUMBER = re.compile(r" *-?\d+ *|[A-Za-z][0-9A-Za-z]{3}")  # of PDB; hybrid-36 above 9999
 _MAX_BOND = 2.0  # Angstrom between C and the next N; a peptide bond has 1.33, the next closest pair of a chain over 3
 _MAX_COORDINATE = 1e6  # Angstrom; ESM3 takes larger numbers as absent, so they are absent here
 _UNLINKED = 33  # residues between parts of unknown distance: one more than ESM3's encoder distinguishes
@@ -75,9 +77,13 @@ class Chain:
         n = len(self.sequence)
         if n < 1:
             raise ValueError(f"{self.label}: a chain without residues")
-        shapes = {"coords": (n, len(ATOMS), 3), "residue_numbers": (n,), "bfactors": (n,)}
-        wrong = [f"{name} {getattr(self, name).shape}, not {shape}" for name, shape in shapes.items()
-                 if getattr(self, name).shape != shape]
+        arrays = {"coords": ((n, len(ATOMS), 3), np.float32), "residue_numbers": ((n,), np.int64),
+                  "bfactors": ((n,), np.float32)}
+        wrong = []
+        for name, (shape, dtype) in arrays.items():
+            array = getattr(self, name)
+            if array.shape != shape or array.dtype != dtype:
+                wrong.append(f"{name} {array.shape} {array.dtype}, not {shape} {np.dtype(dtype)}")
         if len(self.insertion_codes) != n:
             wrong.append(f"{len(self.insertion_codes)} insertion codes")
         if wrong:
@@ -94,13 +100,14 @@ class Chain:
     @property
     def mask(self) -> npt.NDArray[np.bool_]:
         """bool (L,): N, CA and C are all there."""
-        return np.asarray(np.isfinite(self.coords[:, :3]).all((1, 2)))
+        return np.all(np.isfinite(self.coords[:, :3]), axis=(1, 2))
 
     @property
     def breaks(self) -> npt.NDArray[np.bool_]:
         """bool (L,): residue i does not follow i - 1 along the chain; False for the first.
 
-        C and N are farther apart than 2 Angstrom; where one of them is absent, the numbers are not consecutive.
+        C and N are farther apart than 2 Angstrom; where one of them is absent, the numbers are neither consecutive nor
+        equal (but for the insertion code).
         """
         return ~_linked(self.coords, self.residue_numbers)
 
@@ -116,13 +123,13 @@ class Chain:
 
     def residue(self, i: int) -> str:
         """How messages name residue i: 'THR 52A'."""
-        return f"{_NAMES.get(self.sequence[i], 'UNK')} {self.residue_numbers[i]}{self.insertion_codes[i]}"
+        return f"{_NAMES.get(self.sequence[i], self.sequence[i])} {self.residue_numbers[i]}{self.insertion_codes[i]}"
 
 
 def _linked(coords: npt.NDArray[np.float32], numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
     """bool (L,): residue i follows i - 1, see Chain.breaks. True for the first."""
     bond = np.linalg.norm(coords[1:, 0] - coords[:-1, 2], axis=-1)  # (L - 1,), NaN where an atom is absent
-    linked = np.where(np.isnan(bond), np.diff(numbers) == 1, bond < _MAX_BOND)
+    linked = np.where(np.isnan(bond), np.isin(np.diff(numbers), (0, 1)), bond < _MAX_BOND)
     return np.concatenate([[True], linked])
 
 
@@ -142,8 +149,9 @@ def read_structure(
     """Protein chains of one file, in the file's order. Nucleic acids, ligands and water are left out.
 
     chains:  ids to read, in this order; None: all that have a residue with N, CA and C. Ids of mmCIF are the
-        author's; one that does not exist is looked up among the label ids, as StructTokenBench does.
-    model:   which one of several, from 1.
+        author's; one that does not exist is looked up among the label ids, as StructTokenBench does (residue numbers
+        stay the author's).
+    model:   which one of several in the file's order, from 1, whatever numbers they have.
     altloc:  of a residue in several conformations (or of several kinds) keep the one named first in the file, or the
         one of the highest occupancy.
     modified_residues:  keep amino acids stored as HETATM when bonds link them to a residue that is not.
@@ -151,16 +159,16 @@ def read_structure(
     name:    Chain.name; None: the file's name without extension.
 
     Raises FileNotFoundError, and ValueError naming the file and, as far as known, chain and residue: extension not
-    among EXTENSIONS, damaged or truncated, no such model or chain, no residue with N, CA and C.
+    among EXTENSIONS, damaged or truncated, no such model or chain, no residue with N, CA and C. Text that was cut off
+    between two lines cannot be told from whole text.
     """
     path = Path(path)
     if altloc not in ALTLOCS:
         raise ValueError(f"altloc {altloc!r} is none of {', '.join(ALTLOCS)}")
     kind = _extension(path)
-    content = _read_bytes(path)
-    fields = ["occupancy"] if altloc == "occupancy" else []
+    atoms = _parse(path, kind, _read_bytes(path), model)
     name = _stem(path) if name is None else name
-    found = _chains(_parse(path, kind, content, model, fields), name, altloc, modified_residues)
+    found = _chains(atoms, name, altloc, modified_residues)
     if chains is None:
         kept = [chain for chain in found.values() if chain.mask.any()]
         if not kept:
@@ -168,8 +176,8 @@ def read_structure(
             raise ValueError(f"{path}: {what}; nothing to read")
         return kept
     if kind != ".pdb" and any(chain_id not in found for chain_id in chains):
-        by_label = _parse(path, kind, content, model, fields, author=False)
-        found = _chains(by_label, name, altloc, modified_residues) | found
+        atoms.chain_id = atoms.label_asym_id
+        found = _chains(atoms, name, altloc, modified_residues) | found
     for chain_id in chains:
         if chain_id not in found:
             raise ValueError(f"{path}: no protein chain {chain_id!r}; there is {_listed(found)}")
@@ -211,57 +219,97 @@ def _read_bytes(path: Path) -> bytes:
     return content
 
 
-def _parse(path: Path, kind: str, content: bytes, model: int, fields: list[str], *, author: bool = True) -> Any:
-    """All atoms of one model as biotite's AtomArray with b_factor, altloc_id and `fields`. Errors: read_structure."""
+def _parse(path: Path, kind: str, content: bytes, model: int) -> Any:
+    """One model as biotite's AtomArray with b_factor (NaN: not given), occupancy, altloc_id and, but for PDB,
+    label_asym_id: of each residue the atoms of ATOMS and the first one, so that no residue is lost.
+
+    Errors: read_structure.
+    """
     from biotite.structure.io import pdb, pdbx
 
     text = "" if kind == ".bcif" else content.decode("utf-8", errors="replace")  # authors' names: in any encoding
-    has_bfactors = kind != ".pdb" or _check_pdb(path, text)
-    if kind == ".cif" and text.startswith(("HEADER", "ATOM", "REMARK", "CRYST1")):
+    if kind == ".pdb":
+        text = _pdb_records(path, text)
+    elif text.startswith(("HEADER", "ATOM  ", "HETATM", "REMARK", "CRYST1", "MODEL ", "TITLE ", "COMPND")):
         raise ValueError(f"{path}: holds PDB, not mmCIF; name it .pdb")
-    options = {"model": model, "altloc": "all", "extra_fields": [*fields, *["b_factor"] * has_bfactors]}
+    fields = ["b_factor", "occupancy"]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of elements guessed from names, which nobody reads here
             if kind == ".pdb":
-                atoms = pdb.PDBFile.read(io.StringIO(text)).get_structure(**options)
+                file = pdb.PDBFile.read(io.StringIO(text))
+                models = file.get_model_count()
+                read = file.get_structure
             else:
                 file = (pdbx.BinaryCIFFile.read(io.BytesIO(content)) if kind == ".bcif" else
                         pdbx.CIFFile.read(io.StringIO(text)))
-                atoms = pdbx.get_structure(file, use_author_fields=author, **options)
+                _complete(file.block["atom_site"])
+                models = pdbx.get_model_count(file)
+                fields.append("label_asym_id")
+                read = functools.partial(pdbx.get_structure, file)
+            atoms = read(model=model, altloc="all", extra_fields=fields) if 1 <= model <= models else None
     except Exception as error:  # damaged files make the parsers fail in any way; all of them mean the same here
         form = {".pdb": "PDB", ".cif": "mmCIF", ".bcif": "BinaryCIF"}[kind]
         raise ValueError(f"{path}: cannot be read as {form} ({type(error).__name__}: {error}); truncated or damaged, "
                          "unless the message says otherwise") from error
-    if not has_bfactors:
-        atoms.set_annotation("b_factor", np.full(len(atoms), np.nan))
-    return atoms
+    if atoms is None:
+        raise ValueError(f"{path}: no model {model}; the file has {models}")
+    residue = _runs(atoms.chain_id, atoms.res_id, atoms.ins_code, atoms.res_name)
+    return atoms[np.isin(atoms.atom_name, ATOMS) | (np.diff(residue, prepend=-1) > 0)]
 
 
-def _check_pdb(path: Path, text: str) -> bool:
-    """Whether the atoms of a PDB file have B-factors; either all or none must.
+def _complete(atom_site: Any) -> None:
+    """Add the columns of mmCIF's atoms that programs leave out, and make unknown numbers NaN: biotite's are 0."""
+    for column, value in {"label_alt_id": "?", "pdbx_PDB_ins_code": "?", "B_iso_or_equiv": "?", "label_asym_id": "?",
+                          "occupancy": "1.0", "pdbx_PDB_model_num": "1"}.items():
+        if column not in atom_site:
+            atom_site[column] = np.full(atom_site.row_count, value)
+    for column in ("Cartn_x", "Cartn_y", "Cartn_z", "B_iso_or_equiv"):
+        atom_site[column] = atom_site[column].as_array(np.float64, np.nan)
 
-    Raises ValueError naming line, chain and residue for a line that is cut off or has no numbers for coordinates.
+
+def _pdb_records(path: Path, text: str) -> str:
+    """Those lines of a PDB file that `_parse` needs; biotite's reader takes its time, line by line.
+
+    Absent occupancies become 1, absent B-factors NaN.
+
+    Raises ValueError naming line, chain and residue for a line that is cut off or has no numbers where they must be.
     """
     if text.lstrip().startswith("data_"):
         raise ValueError(f"{path}: holds mmCIF, not PDB; name it .cif")
-    total = without = 0
-    for number, line in enumerate(text.splitlines(), start=1):
+
+    def place() -> str:
+        residue = f"{line[17:20].strip()} {line[22:27].strip()}".strip()
+        return f"{path}: line {number} (chain {line[21:22].strip()!r}, residue {residue})"
+
+    records = []
+    residue = None
+    any_bfactor = False
+    for number, line in enumerate(lines := text.splitlines(), start=1):
+        if line.startswith("MODEL"):
+            records.append(line)
         if not line.startswith(("ATOM  ", "HETATM")):
             continue
-        total += 1
         line = line.rstrip()
-        without += not line[60:66].strip()
-        where = f"{path}: line {number} (chain {line[21:22].strip()!r}, residue {line[17:20]} {line[22:27].strip()})"
-        if len(line) < 54 or (len(line) > 60) == (len(line) < 66) or without not in (0, total):
-            raise ValueError(f"{where} is cut off after {len(line)} columns; the file is truncated or damaged")
+        occupancy, bfactor = line[54:60].strip(), line[60:66].strip()
+        any_bfactor |= bool(bfactor)
+        if len(line) < 54 or 60 < len(line) < 66 or (number == len(lines) and any_bfactor and not bfactor):
+            raise ValueError(f"{place()} is cut off after {len(line)} columns; the file is truncated or damaged")
+        if _RESIDUE_NUMBER.fullmatch(line[22:26]) is None:
+            raise ValueError(f"{place()} has no residue number but {line[22:26]!r}")
+        if line[17:27] == residue and line[12:16].strip() not in ATOMS:
+            continue
+        residue = line[17:27]
+        line = f"{line[:54]}{occupancy or '1.00':>6}{bfactor or 'nan':>6}{line[66:]}"
         try:
-            float(line[30:38]), float(line[38:46]), float(line[46:54])
+            float(line[30:38]), float(line[38:46]), float(line[46:54]), float(line[54:60]), float(line[60:66])
         except ValueError as error:
-            raise ValueError(f"{where} has no coordinates but {line[30:54]!r}") from error
-    if not total:
+            raise ValueError(f"{place()} has {line[30:66]!r} instead of three coordinates, occupancy and B-factor"
+                             ) from error
+        records.append(line)
+    if residue is None:
         raise ValueError(f"{path}: no ATOM records; empty, or not a PDB file")
-    return not without
+    return "\n".join(records)
 
 
 def _runs(*columns: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
@@ -311,7 +359,7 @@ def _chains(atoms: Any, name: str, altloc: str, modified_residues: bool) -> dict
                 sequence="".join(_letter(names[i]) for i in rows),
                 coords=coords[rows],
                 residue_numbers=numbers[rows],
-                insertion_codes=tuple(str(code).strip() for code in atoms.ins_code[first[rows]]),
+                insertion_codes=tuple("" if code in _NONE else code for code in atoms.ins_code[first[rows]].tolist()),
                 bfactors=bfactors[rows],
             )
     return chains
@@ -322,7 +370,7 @@ def _one_conformation(atoms: Any, altloc: str) -> npt.NDArray[np.bool_]:
 
     Alternatives may also be of different kinds (SER or THR, atoms interleaved), so a residue is a number here.
     """
-    keep = np.isin(atoms.altloc_id, _NO_ALTLOC)
+    keep = np.isin(atoms.altloc_id, _NONE)
     marked = np.flatnonzero(~keep)
     place = _runs(atoms.chain_id, atoms.res_id, atoms.ins_code)[marked]
     for rows in np.split(marked, np.flatnonzero(np.diff(place)) + 1) if len(marked) else []:
@@ -455,6 +503,8 @@ def write_structure(path: str | Path, chains: Chain | Sequence[Chain]) -> None:
         raise ValueError(f"{path}: chains {ids}; write at least one, each under its own id")
     for chain in chains:
         _check_writable(path, chain)
+    if path.suffix.lower() == ".pdb" and sum(np.isfinite(chain.coords).all(-1).sum() for chain in chains) > 99_999:
+        raise ValueError(f"{path}: more than the 99,999 atoms that PDB can number; write .cif")
     atoms = _atoms(chains)
     text = io.StringIO()
     if path.suffix.lower() == ".pdb":
@@ -470,25 +520,36 @@ def write_structure(path: str | Path, chains: Chain | Sequence[Chain]) -> None:
 
 
 def _check_writable(path: Path, chain: Chain) -> None:
-    there = np.isfinite(chain.coords).all(-1)  # (L, 5)
+    where = f"{path}: chain {chain.chain_id!r}"
+    is_pdb = path.suffix.lower() == ".pdb"
+    if is_pdb and len(chain.chain_id) > 1:
+        raise ValueError(f"{where}: its id is longer than the one letter of PDB; write .cif")
+    if not is_pdb and not chain.chain_id.strip():
+        raise ValueError(f"{where}: mmCIF needs a chain id")
+    there = np.all(np.isfinite(chain.coords), axis=-1)  # (L, 5)
     if not there.any():
-        raise ValueError(f"{path}: chain {chain.chain_id!r} has no atoms")
-    if any(letter not in _NAMES for letter in chain.sequence):
-        odd = next(i for i, letter in enumerate(chain.sequence) if letter not in _NAMES)
-        raise ValueError(f"{path}: chain {chain.chain_id!r}, residue {odd}: {chain.sequence[odd]!r} is no amino acid")
-    if path.suffix.lower() == ".cif":
-        if not chain.chain_id.strip():
-            raise ValueError(f"{path}: mmCIF needs a chain id")
-        return
-    if len(chain.chain_id) > 1:
-        raise ValueError(f"{path}: chain id {chain.chain_id!r} is longer than the one letter of PDB; write .cif")
+        raise ValueError(f"{where} has no atoms")
     coords = np.where(there[..., None], chain.coords, 0)
-    fits = np.asarray(((coords > -999.9995) & (coords < 9999.9995)).all((1, 2)))  # (L,)
-    fits &= (chain.residue_numbers > -1000) & (chain.residue_numbers < 10000)
-    if not fits.all():
-        odd = int(np.argmin(fits))
-        raise ValueError(f"{path}: chain {chain.chain_id!r}, residue {chain.residue(odd)}: its number or a coordinate "
-                         "has too many digits for PDB; write .cif")
+    bfactors = np.nan_to_num(chain.bfactors)
+    names = list(zip(chain.residue_numbers.tolist(), chain.insertion_codes, chain.sequence, strict=True))
+    rules: list[tuple[str, Sequence[bool] | npt.NDArray[np.bool_]]] = [
+        ("is of an unknown kind", [letter in _NAMES for letter in chain.sequence]),
+        ("has the number and kind of the one before, so they would be read as one",
+         [True, *(one != other for one, other in pairwise(names))]),
+    ]
+    if is_pdb:
+        rules += [
+            ("has a number of too many digits for PDB; write .cif",
+             (chain.residue_numbers > -1000) & (chain.residue_numbers < 10_000)),
+            ("has an insertion code longer than the one letter of PDB; write .cif",
+             [len(code) <= 1 for code in chain.insertion_codes]),
+            ("has a coordinate of too many digits for PDB; write .cif",
+             np.all((coords > -999.9995) & (coords < 9999.9995), axis=(1, 2))),
+            ("has a B-factor of too many digits for PDB; write .cif", (bfactors > -99.995) & (bfactors < 999.995)),
+        ]
+    for complaint, holds in rules:
+        if not np.all(holds):
+            raise ValueError(f"{where}, residue {chain.residue(int(np.argmin(holds)))} {complaint}")
 
 
 def _atoms(chains: Sequence[Chain]) -> Any:
@@ -500,7 +561,7 @@ def _atoms(chains: Sequence[Chain]) -> Any:
         residue, column = np.nonzero(np.isfinite(chain.coords).all(-1))  # each (atoms,), in the file's order
         atoms = AtomArray(len(residue))
         atoms.coord = chain.coords[residue, column]
-        atoms.chain_id[:] = chain.chain_id
+        atoms.chain_id = np.full(len(residue), chain.chain_id)  # filling the array would cut the id to 4 letters
         atoms.res_id = chain.residue_numbers[residue]
         atoms.ins_code = np.array(chain.insertion_codes)[residue]
         atoms.res_name = np.array([_NAMES[letter] for letter in chain.sequence])[residue]
