@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 from autoregressive.gpt import GPT_PRESETS
 from tokenizer.runtime import config
-from tokenizer.runtime.config import arg, flag_name
+from tokenizer.runtime.config import arg
+from tokenizer.runtime.training import RESUMABLE_RUN, RunConfig, check_run
 
 FSDP_FROM = 700e6  # parameters: GPT-XL and larger are sharded by default
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(RunConfig):
     # data
     preset: str = arg("auto", "set of defaults; auto: c2i with --code-path, else digits",
                       choices=("auto", "c2i", "digits"))
@@ -30,17 +30,9 @@ class TrainConfig:
     vq_ckpt: str | None = arg(None, "the tokenizer of the codes, to draw samples while training; none: no pictures")
     other_tokenizer: bool = arg(False, "go on although the codes are not of the tokenizer --vq-ckpt")
     num_workers: int = arg(0, "data-loading processes per rank; codes are memory-mapped, 0 is fast enough")
-    # run
-    results_dir: str = arg("", "the run's folder, resumed if it holds a run; empty: runs/GPT_MODEL, or runs/digits-gpt")
-    global_seed: int = arg(0, "seed of weights, data order, augmentation and dropout")
-    device: str = arg("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
-    log_every: int = arg(100, "steps between rows of metrics.jsonl; LlamaGen: 100")
-    ckpt_every: int = arg(5000, "steps between checkpoints; LlamaGen: 5000")
-    val_every: int = arg(5000, "steps between validations")
+    # pictures
     sample_every: int = arg(5000, "steps between pictures of samples, with --vq-ckpt; 0: none")
     sample_cfg_scale: float = arg(2.0, "guidance of these samples; LlamaGen-B and -L: 2")
-    keep_checkpoints: int = arg(2, "numbered checkpoints that stay on disk, besides best.pt")
-    dry_run: bool = arg(False, "check everything, print the configuration, stop")
     # model
     gpt_model: str = arg("GPT-B", "architecture; paper: GPT-B and GPT-L", choices=tuple(GPT_PRESETS))
     class_dropout_prob: float = arg(0.1, "chance to replace the class by none, for guidance; LlamaGen: 0.1")
@@ -49,9 +41,6 @@ class TrainConfig:
     drop_path_rate: float = arg(0.0, "stochastic depth, replaces --dropout-p if above 0; LlamaGen: 0")
     # optimization
     global_batch_size: int = arg(256, "images per optimizer step over all ranks; LlamaGen: 256")
-    gradient_accumulation_steps: int = arg(1, "micro-batches that a global batch is computed in; LlamaGen: 1")
-    epochs: int | None = arg(None, "passes over the training images; excludes --max-steps; paper: 300")
-    max_steps: int | None = arg(None, "optimizer steps; excludes --epochs")
     lr: float = arg(1e-4, "learning rate of AdamW; LlamaGen: 1e-4")
     lr_schedule: str = arg("constant", "after the warm-up; LlamaGen: constant",
                            choices=("constant", "cosine", "linear"))
@@ -60,11 +49,8 @@ class TrainConfig:
     weight_decay: float = arg(0.05, "of matrices and embeddings, not of norms; LlamaGen: 0.05")
     beta1: float = arg(0.9, "AdamW's first moment; LlamaGen: 0.9")
     beta2: float = arg(0.95, "AdamW's second moment; LlamaGen: 0.95")
-    max_grad_norm: float = arg(1.0, "clip the gradient norm; 0: off; LlamaGen: 1")
     mixed_precision: str = arg("bf16", "autocast, or parameters in FSDP; logits and loss float32; LlamaGen: bf16",
                                choices=("none", "bf16", "fp16"))
-    ema: bool = arg(False, "keep, validate and export an exponential moving average of the weights; LlamaGen: no")
-    ema_decay: float = arg(0.9999, "decay of that average per step; LlamaGen: 0.9999")
     compile: bool = arg(True, "torch.compile the transformer; LlamaGen: yes")
     activation_checkpointing: bool = arg(False, "recompute the blocks in the backward pass, to save memory")
     data_parallel: str = arg("auto", "ddp, or fsdp (sharded parameters, gradients, optimizer); auto: fsdp on several "
@@ -82,11 +68,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 # What may differ when a run is resumed: its length (a schedule that depends on it, see `resumable`), its cadence, its
 # machine. Data and tokenizer may move: what they hold is compared, not where.
-RESUMABLE = frozenset({
-    "preset", "code_path", "val_code_path", "vq_ckpt", "other_tokenizer", "results_dir", "gradient_accumulation_steps",
-    "max_steps", "epochs", "log_every", "ckpt_every", "val_every", "sample_every", "sample_cfg_scale",
-    "keep_checkpoints", "dry_run", "num_workers", "device", "compile", "activation_checkpointing",
-})
+RESUMABLE = RESUMABLE_RUN | {"preset", "code_path", "val_code_path", "vq_ckpt", "other_tokenizer", "sample_every",
+                             "sample_cfg_scale", "num_workers", "compile", "activation_checkpointing"}
 
 
 def resumable(cfg: TrainConfig) -> frozenset[str]:
@@ -118,26 +101,14 @@ def parse_config(argv: list[str] | None = None, description: str = "") -> TrainC
 
 def check(cfg: TrainConfig, world_size: int) -> None:
     """Raise ValueError, naming flag, value and fix, for settings that cannot work. Reads no data."""
-    config.require_at_least(cfg, 1, "log_every ckpt_every val_every keep_checkpoints global_batch_size "
-                            "gradient_accumulation_steps max_steps epochs")
-    config.require_at_least(cfg, 0, "val_size num_workers sample_every lr_warmup_steps min_lr weight_decay "
-                            "max_grad_norm global_seed")
+    check_run(cfg, world_size)
+    config.require_at_least(cfg, 0, "val_size num_workers sample_every lr_warmup_steps min_lr weight_decay")
     config.require_at_least(cfg, 1, "sample_cfg_scale codebook_size")
-    for name in ("class_dropout_prob", "dropout_p", "token_dropout_p", "drop_path_rate", "beta1", "beta2", "ema_decay"):
-        if not 0 <= getattr(cfg, name) < 1:
-            raise ValueError(f"{flag_name(name)} is {getattr(cfg, name)}; it must lie in [0, 1)")
+    config.require_fraction(cfg, "class_dropout_prob dropout_p token_dropout_p drop_path_rate beta1 beta2")
     if cfg.lr <= 0 or cfg.min_lr > cfg.lr:
         raise ValueError(f"--lr is {cfg.lr} with --min-lr {cfg.min_lr}; lr must be positive and not below min_lr")
-    if (cfg.max_steps is None) == (cfg.epochs is None):
-        raise ValueError(f"give one of --max-steps and --epochs; got {cfg.max_steps} and {cfg.epochs}")
     if not cfg.code_path:
         raise ValueError("--preset c2i needs --code-path: the folder that autoregressive/extract_codes.py wrote")
-    if Path(cfg.results_dir).exists() and not Path(cfg.results_dir).is_dir():
-        raise ValueError(f"--results-dir {cfg.results_dir} is a file; name a folder")
-    parts = world_size * cfg.gradient_accumulation_steps
-    if cfg.global_batch_size % parts:
-        raise ValueError(f"--global-batch-size {cfg.global_batch_size} must be a multiple of {parts}: {world_size} "
-                         f"processes x --gradient-accumulation-steps {cfg.gradient_accumulation_steps}")
     if shards(cfg, world_size) and world_size == 1:
         raise ValueError("--data-parallel fsdp shards over processes; start at least 2 with torchrun")
     if shards(cfg, world_size) and cfg.mixed_precision == "fp16":

@@ -7,21 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from tokenizer.curriculum_run import CurriculumConfig, check_curriculum, kmeans_batches, uses_kmeans
 from tokenizer.data import AUGMENTATIONS, ImageSource, open_images, split_holdout, spread
 from tokenizer.losses import GENERATOR_LOSSES, RECONSTRUCTION_LOSSES
-from tokenizer.provq import QUANTIZERS, SCHEDULES
 from tokenizer.runtime import config
 from tokenizer.runtime.config import arg, flag_name
+from tokenizer.runtime.training import RESUMABLE_RUN
 from tokenizer.vq_model import ARCHITECTURES
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(CurriculumConfig):
     # data
     preset: str = arg("auto", "set of defaults, below; auto: imagenet256 with --data-path, else digits",
                       choices=("auto", "digits", "cifar10", "imagenet256", "imagenet384"))
@@ -36,42 +36,12 @@ class TrainConfig:
                                "else crop-flip as LlamaGen", choices=("auto", *AUGMENTATIONS))
     max_bad_images: int = arg(100, "unreadable images to skip before the run stops")
     num_workers: int = arg(4, "data-loading processes per rank")
-    # run
-    results_dir: str = arg("", "the run's folder, resumed if it holds a run; empty: runs/PRESET")
-    global_seed: int = arg(0, "seed of weights, data order, augmentation and k-means")
-    device: str = arg("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
-    log_every: int = arg(100, "steps between rows of metrics.jsonl")
-    ckpt_every: int = arg(5000, "steps between checkpoints")
-    val_every: int = arg(5000, "steps between validations")
-    keep_checkpoints: int = arg(2, "numbered checkpoints that stay on disk, besides best.pt")
-    dry_run: bool = arg(False, "check everything, print the configuration, stop")
     # model
     vq_model: str = arg("VQ-16", "architecture, the number is the down-sampling factor; VQ-4 is small; paper: VQ-16",
                         choices=tuple(ARCHITECTURES))
-    codebook_size: int = arg(16384, "codes, K; paper: 16384")
-    codebook_embed_dim: int = arg(8, "channels of a code, D; paper: 8")
     codebook_l2_norm: bool = arg(False, "unit-norm latents and codes, LlamaGen's baseline; paper's ProVQ: no")
-    quantizer: str = arg("vq", "vq: trained table; simvq, aminoaseed: frozen table, trained linear map; ema: running "
-                               "means; paper: vq", choices=tuple(QUANTIZERS))
     rotation: bool = arg(False, "rotation trick instead of straight-through gradients; paper: no")
-    codebook_ema_decay: float = arg(0.99, "ema quantizer: decay of the running means per step; VQ-VAE-2: 0.99")
-    codebook_restart_below: float = arg(0.0, "ema quantizer: restart codes used less than this fraction of the mean")
-    commit_loss_beta: float = arg(0.25, "weight of the commitment loss, beta; LlamaGen: 0.25")
     dropout_p: float = arg(0.0, "dropout in residual blocks; LlamaGen: 0")
-    # curriculum
-    warmup_steps: int = arg(50_000, "stage 1, plain autoencoder, in optimizer steps; paper: 50000")
-    transition_steps: int = arg(20_000, "stage 2, soft transition, in optimizer steps; paper: 20000")
-    transition: str = arg("cosine", "schedule of alpha in stage 2; paper: cosine", choices=tuple(SCHEDULES))
-    loss_lambda: float = arg(0.5, "weight of the quantization loss when stage 2 begins, lambda; paper: 0.5")
-    adaptive_warmup_patience: int = arg(0, "end stage 1 after this many validations without a lower error, at "
-                                           "--warmup-steps at the latest; 0: there; paper: 0")
-    adaptive_warmup_min_steps: int = arg(0, "adaptive warm-up: never end before this step")
-    codebook_init: str = arg("auto", "when stage 1 is over: kmeans of latents, or none; auto: kmeans after a warm-up "
-                                     "and for aminoaseed; paper: kmeans", choices=("auto", "kmeans", "none"))
-    kmeans_batches: int = arg(0, "global batches whose latents are clustered; 0: 32 latents per code, in at most 16 "
-                                 "batches if those give every code one; paper: one batch")
-    kmeans_iters: int = arg(20, "Lloyd iterations at most; paper: not given")
-    kmeans_start: str = arg("kmeans++", "first centroids of k-means; paper: not given", choices=("kmeans++", "random"))
     # losses
     reconstruction_loss: str = arg("l2", "pixel loss; LlamaGen: l2", choices=tuple(RECONSTRUCTION_LOSSES))
     reconstruction_weight: float = arg(1.0, "weight of the pixel loss; LlamaGen: 1")
@@ -83,17 +53,11 @@ class TrainConfig:
     disc_adaptive_weight: bool = arg(False, "scale the adversarial loss by the ratio of gradient norms; LlamaGen: no")
     # optimization
     global_batch_size: int = arg(128, "images per optimizer step over all ranks; paper: 128")
-    gradient_accumulation_steps: int = arg(1, "micro-batches that a global batch is computed in; LlamaGen: 1")
-    max_steps: int | None = arg(None, "optimizer steps; excludes --epochs")
-    epochs: int | None = arg(None, "passes over the training images; excludes --max-steps; LlamaGen: 40")
     lr: float = arg(1e-4, "learning rate of both Adams, constant; LlamaGen: 1e-4")
     beta1: float = arg(0.9, "Adam's first moment; LlamaGen: 0.9")
     beta2: float = arg(0.95, "Adam's second moment; LlamaGen: 0.95")
-    max_grad_norm: float = arg(1.0, "clip the gradient norm of either network; 0: off; LlamaGen: 1")
     mixed_precision: str = arg("bf16", "autocast; quantizer and losses stay float32; LlamaGen: bf16",
                                choices=("none", "bf16", "fp16"))
-    ema: bool = arg(False, "keep, validate and export an exponential moving average of the weights; LlamaGen: no")
-    ema_decay: float = arg(0.9999, "decay of that average per step; LlamaGen: 0.9999")
     compile: bool = arg(False, "torch.compile the tokenizer; LlamaGen: yes")
 
 
@@ -114,11 +78,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # What may differ when a run is resumed: its length, its cadence, its machine. Anything else would be another
 # experiment. Data may move: the sources' fingerprints are compared, not their paths.
-RESUMABLE = frozenset({
-    "preset", "data_path", "val_path", "results_dir", "gradient_accumulation_steps", "max_steps", "epochs", "log_every",
-    "ckpt_every", "val_every",
-    "keep_checkpoints", "dry_run", "num_workers", "device", "compile", "max_bad_images", "lpips_vgg_weights",
-})
+RESUMABLE = RESUMABLE_RUN | {"preset", "data_path", "val_path", "num_workers", "compile", "max_bad_images",
+                             "lpips_vgg_weights"}
 
 
 def pick_preset(given: dict[str, Any]) -> str:
@@ -139,27 +100,16 @@ def parse_config(argv: list[str] | None = None, description: str = "") -> TrainC
 
 def check(cfg: TrainConfig, world_size: int) -> None:
     """Raise ValueError, naming flag, value and fix, for settings that cannot work. Reads no data."""
-    config.require_at_least(cfg, 1, "log_every ckpt_every val_every keep_checkpoints global_batch_size codebook_size "
-                            "codebook_embed_dim gradient_accumulation_steps max_steps epochs")
-    config.require_at_least(cfg, 0, "val_size max_bad_images num_workers kmeans_batches kmeans_iters "
-                            "reconstruction_weight perceptual_weight disc_weight disc_start max_grad_norm "
-                            "adaptive_warmup_patience adaptive_warmup_min_steps global_seed commit_loss_beta "
-                            "codebook_restart_below warmup_steps transition_steps")
-    for name in ("beta1", "beta2", "ema_decay", "codebook_ema_decay", "dropout_p"):
-        if not 0 <= getattr(cfg, name) < 1:
-            raise ValueError(f"{flag_name(name)} is {getattr(cfg, name)}; it must lie in [0, 1)")
-    if not 0 <= cfg.loss_lambda <= 1:
-        raise ValueError(f"--loss-lambda is {cfg.loss_lambda}; it must lie in [0, 1]")
+    check_curriculum(cfg, world_size)
+    config.require_at_least(cfg, 0, "val_size max_bad_images num_workers reconstruction_weight perceptual_weight "
+                            "disc_weight disc_start")
+    config.require_fraction(cfg, "beta1 beta2 dropout_p")
     if cfg.lr <= 0:
         raise ValueError(f"--lr is {cfg.lr}; it must be positive")
-    if (cfg.max_steps is None) == (cfg.epochs is None):
-        raise ValueError(f"give one of --max-steps and --epochs; got {cfg.max_steps} and {cfg.epochs}")
     if cfg.reconstruction_weight == cfg.perceptual_weight == 0:
         raise ValueError("--reconstruction-weight and --perceptual-weight are both 0: nothing would be learned")
     if cfg.preset.startswith("imagenet") and not cfg.data_path:
         raise ValueError(f"--preset {cfg.preset} needs --data-path")
-    if Path(cfg.results_dir).exists() and not Path(cfg.results_dir).is_dir():
-        raise ValueError(f"--results-dir {cfg.results_dir} is a file; name a folder")
     if cfg.disc_adaptive_weight and cfg.mixed_precision == "fp16":
         raise ValueError("--disc-adaptive-weight compares gradients that vanish in --mixed-precision fp16; use bf16")
     for name, low in (("disc_weight", 24), ("perceptual_weight", 16), ("image_size", 7)):
@@ -171,19 +121,8 @@ def check(cfg: TrainConfig, world_size: int) -> None:
     factor = ARCHITECTURES[cfg.vq_model].downsample
     if cfg.image_size < factor or cfg.image_size % factor:
         raise ValueError(f"--image-size {cfg.image_size} must be a multiple of {factor}, the factor of {cfg.vq_model}")
-    parts = world_size * cfg.gradient_accumulation_steps
-    if cfg.global_batch_size % parts:
-        raise ValueError(f"--global-batch-size {cfg.global_batch_size} must be a multiple of {parts}: {world_size} "
-                         f"processes x --gradient-accumulation-steps {cfg.gradient_accumulation_steps}")
-    if cfg.adaptive_warmup_patience and cfg.adaptive_warmup_min_steps > cfg.warmup_steps:
-        raise ValueError(f"--adaptive-warmup-min-steps {cfg.adaptive_warmup_min_steps} is beyond --warmup-steps "
-                         f"{cfg.warmup_steps}, the latest end")
-    if not cfg.adaptive_warmup_patience and cfg.adaptive_warmup_min_steps:
-        raise ValueError("--adaptive-warmup-min-steps needs --adaptive-warmup-patience above 0")
-    tokens = kmeans_batches(cfg) * _tokens_per_batch(cfg)
-    if uses_kmeans(cfg) and tokens < cfg.codebook_size:
-        raise ValueError(f"k-means would see {tokens} latents for --codebook-size {cfg.codebook_size}: raise "
-                         f"--kmeans-batches {cfg.kmeans_batches}, or use fewer codes")
+    if uses_kmeans(cfg):
+        kmeans_batches(cfg, tokens_per_batch(cfg))
 
 
 class DataSplit(NamedTuple):
@@ -217,22 +156,9 @@ def _open(flag: str, path: str | None, channels: int) -> ImageSource:
         raise ValueError(f"{flag}: {error}") from error
 
 
-def kmeans_batches(cfg: TrainConfig) -> int:
-    """Global batches that are clustered, --kmeans-batches or what its 0 stands for."""
-    def batches(latents: int) -> int:
-        return -(-latents // _tokens_per_batch(cfg))  # rounded up
-
-    return cfg.kmeans_batches or max(batches(cfg.codebook_size), min(16, batches(32 * cfg.codebook_size)))
-
-
-def _tokens_per_batch(cfg: TrainConfig) -> int:
+def tokens_per_batch(cfg: TrainConfig) -> int:
+    """Tokens of a global batch."""
     return cfg.global_batch_size * (cfg.image_size // ARCHITECTURES[cfg.vq_model].downsample) ** 2
-
-
-def uses_kmeans(cfg: TrainConfig) -> bool:
-    """Whether the codebook starts from data (--codebook-init)."""
-    auto = cfg.warmup_steps > 0 or cfg.quantizer == "aminoaseed"
-    return cfg.codebook_init == "kmeans" or (cfg.codebook_init == "auto" and auto)
 
 
 assert RESUMABLE <= {field.name for field in fields(TrainConfig)}

@@ -22,28 +22,18 @@ if not __package__:
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import save_image
 
 from tokenizer import losses
+from tokenizer.curriculum_run import CurriculumRun, build_curriculum, kmeans_batches, uses_kmeans
 from tokenizer.data import BadImageCounter, ImageDataset, default_augment, make_loader, spread
 from tokenizer.discriminator import NLayerDiscriminator
 from tokenizer.perceptual import LPIPS
-from tokenizer.provq import AdaptiveWarmup, Curriculum, code_statistics
 from tokenizer.runtime import config, distributed
 from tokenizer.runtime.ema import EMA
-from tokenizer.runtime.training import Stateful, TrainingRun, accumulating, launch
-from tokenizer.snapshots import count_codes, save_snapshot
-from tokenizer.train_config import (
-    RESUMABLE,
-    TrainConfig,
-    check,
-    kmeans_batches,
-    open_split,
-    parse_config,
-    uses_kmeans,
-)
-from tokenizer.validation import DriftMeter, channels_last, validate
+from tokenizer.runtime.training import Stateful, accumulating, launch
+from tokenizer.train_config import RESUMABLE, TrainConfig, check, open_split, parse_config, tokens_per_batch
+from tokenizer.validation import channels_last, validate
 from tokenizer.vq_model import VQModel, VQModelConfig
 
 LOGGED = {"reconstruction": "recon_loss", "perceptual": "perceptual_loss", "adversarial": "gen_loss",
@@ -52,10 +42,7 @@ LOGGED = {"reconstruction": "recon_loss", "perceptual": "perceptual_loss", "adve
 
 def build_model(cfg: TrainConfig) -> VQModel:
     """The tokenizer with its curriculum; weights are a function of --global-seed alone. ValueError: see its parts."""
-    adaptive = None
-    if cfg.adaptive_warmup_patience:
-        adaptive = AdaptiveWarmup(cfg.adaptive_warmup_patience, cfg.adaptive_warmup_min_steps)
-    curriculum = Curriculum(cfg.warmup_steps, cfg.transition_steps, cfg.transition, cfg.loss_lambda)
+    curriculum, adaptive = build_curriculum(cfg)
     torch.manual_seed(cfg.global_seed)
     return VQModel(VQModelConfig.from_dict(config.to_dict(cfg)), curriculum, adaptive=adaptive)
 
@@ -69,8 +56,10 @@ def _open_lpips(cfg: TrainConfig) -> LPIPS:
 
 # ------------------------------------------------------------------------------------------------------- training
 
-class Trainer(TrainingRun):
+class Trainer(CurriculumRun):
     """Everything that one run holds. Built from a checked configuration; `run` trains it to the end."""
+
+    best_metric, higher_is_better, warmup_metric = "psnr", True, "mse"
 
     def __init__(self, cfg: TrainConfig, device: torch.device):
         torch.backends.cudnn.benchmark = True  # training batches have one shape
@@ -80,26 +69,19 @@ class Trainer(TrainingRun):
             cfg = replace(cfg, max_steps=math.ceil(cfg.epochs * len(self.train_set) / cfg.global_batch_size))
         super().__init__(cfg, device, resumable=RESUMABLE, inputs=fingerprints)
         self.raw = build_model(cfg).to(device)
-        self.quantize = self.raw.quantize
         self.disc = NLayerDiscriminator(cfg.image_channels).to(device) if cfg.disc_weight else None
-        self.opt_g = torch.optim.Adam(self.raw.parameters(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))
+        self.optimizer = torch.optim.Adam(self.raw.parameters(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))
         self.opt_d = self.disc and torch.optim.Adam(self.disc.parameters(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))
         self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.mixed_precision == "fp16")
         self.ema = EMA(self.raw, cfg.ema_decay) if cfg.ema else None
-        self.drift, self.best = DriftMeter(), -math.inf
+        self.kmeans_batches = kmeans_batches(cfg, tokens_per_batch(cfg)) if uses_kmeans(cfg) else 0
         self.resume()
         # Only training is worth the compile time; everything else goes through self.raw, under its own names.
         core = torch.compile(self.raw) if cfg.compile else self.raw
-        # The tokenizer's buffers are equal on all ranks by construction, the discriminator's never used: no broadcast.
-        wrap = {"device_ids": [device.index] if device.type == "cuda" else None, "broadcast_buffers": False}
-        parallel = distributed.world_size() > 1
-        self.model: nn.Module = DistributedDataParallel(core, **wrap) if parallel else core
-        if self.disc is not None and parallel:
-            if device.type == "cuda":
-                self.disc = nn.SyncBatchNorm.convert_sync_batchnorm(self.disc)
-            self.disc_ddp: nn.Module = DistributedDataParallel(self.disc, **wrap)
-        else:
-            self.disc_ddp = self.disc
+        self.model = self.parallel(core)
+        if self.disc is not None and distributed.world_size() > 1 and device.type == "cuda":
+            self.disc = nn.SyncBatchNorm.convert_sync_batchnorm(self.disc)
+        self.disc_ddp = self.disc and self.parallel(self.disc)
 
     def _open_data(self, cfg: TrainConfig) -> dict[str, str]:
         split = open_split(cfg)
@@ -114,14 +96,14 @@ class Trainer(TrainingRun):
     # -------------------------------------------------------------------------------------------------- state
 
     def stateful(self) -> dict[str, Stateful | None]:
-        return {"model": self.raw, "ema": self.ema, "optimizer": self.opt_g, "discriminator": self.disc,
+        return {"model": self.raw, "ema": self.ema, "optimizer": self.optimizer, "discriminator": self.disc,
                 "optimizer_disc": self.opt_d, "scaler": self.scaler, "drift": self.drift}
 
     def values(self) -> dict[str, Any]:
-        return {"best": self.best, "unreadable": sorted(self._all_bad_names())}
+        return super().values() | {"unreadable": sorted(self._all_bad_names())}
 
     def load_values(self, state: Mapping[str, Any]) -> None:
-        self.best = state["best"]
+        super().load_values(state)
         self.bad.names.update(state["unreadable"])
 
     def _all_bad_names(self) -> set[str]:
@@ -179,7 +161,7 @@ class Trainer(TrainingRun):
             terms |= {f"{k}_loss": out.losses.get(k, loss.new_zeros(())) for k in ("codebook", "commit")}
             for name, value in terms.items():
                 totals[name] = totals[name] + value / parts
-        totals["grad_norm"] = self.update(self.opt_g, self.raw, self.scaler)
+        totals["grad_norm"] = self.update(self.optimizer, self.raw, self.scaler)
         if adversarial:
             # On the reconstructions from before the update, as LlamaGen does.
             for part, (x, x_hat) in enumerate(pairs):
@@ -193,149 +175,48 @@ class Trainer(TrainingRun):
         if self.scaler.is_enabled():
             totals["loss_scale"] = torch.tensor(self.scaler.get_scale(), device=self.device)
             self.scaler.update()
-        return totals | {"code_counts": self.quantize.pop_counts()}
-
-    def maybe_init_codebook(self, step: int) -> None:
-        """Once, when stage 1 is over: cluster the latents of the batches that come next (section 4.1)."""
-        cfg, quantize = self.cfg, self.quantize
-        wanted = uses_kmeans(cfg)
-        from_start = wanted and step == 0 and quantize.stage > 1  # k-means without a warm-up
-        if not (quantize.needs_init or from_start):
-            return
-        latents, order = self._collect_latents(step) if wanted else (None, None)
-        info = quantize.init_codebook(latents, iters=cfg.kmeans_iters, start=cfg.kmeans_start, seed=cfg.global_seed,
-                                      order=order, optimizers=[self.opt_g])
-        if self.ema:
-            self.ema.copy_(self.raw, "quantize.")  # an average with codes from before k-means would mean nothing
-        distributed.print0(f"codebook initialised at step {step}: {info or 'kept as it was'}")
-        self._save_boundary(step, "codebook_initialised", quantize.stage)
-
-    @torch.no_grad()
-    def _collect_latents(self, step: int) -> tuple[Tensor, Tensor]:
-        """Latents (N_rank, D) of the next batches and the place of each among all ranks' (see provq.kmeans)."""
-        cfg = self.cfg
-        self.raw.eval()
-        latents, order = [], []
-        per_rank = self.micro_batch()
-        for i, batch in enumerate(self.batches(step, step + kmeans_batches(cfg))):
-            with self.autocast():
-                z = self.raw.encode_latents(batch["image"].to(self.device))
-            tokens = channels_last(z).float()
-            latents.append(tokens)
-            # Micro-batch m of rank r holds rows [(m W + r) b, +b) of its global batch (StepSampler).
-            row = (i * distributed.world_size() + distributed.rank()) * per_rank
-            order.append(torch.arange(len(tokens), device=self.device) + row * (len(tokens) // per_rank))
-        self.raw.train()
-        return torch.cat(latents), torch.cat(order)
-
-    # ------------------------------------------------------------------------------------------------ outputs
-
-    def _evaluated(self) -> VQModel:
-        return self.ema.module if self.ema else self.raw
-
-    def validate(self, step: int) -> dict[str, float]:
-        """Collective. Appends to validation.jsonl, reports to the adaptive warm-up, keeps the best discrete model."""
-        model = self._evaluated()
-        result = validate(model, self._val_batches(), self.device, self.lpips)
-        result |= self.drift.update(code=self.quantize.codebook, latent=self._probe(model))
-        self.validations.write({"step": step, "stage": self.quantize.stage} | result)
-        numbers = " ".join(f"{k} {result[k]:.4g}" for k in ("psnr", "ssim", "usage", "perplexity"))
-        distributed.print0(f"validation at step {step}: {numbers}")
-        if self.quantize.adaptive and self.quantize.stage == 1 and self.quantize.observe(result["mse"]):
-            patience = self.cfg.adaptive_warmup_patience
-            distributed.print0(f"warm-up ends at step {step}: no lower error in {patience} validations")
-        # A continuous autoencoder always reconstructs better: only models with codes compete.
-        if self.quantize.has_codebook and result["psnr"] > self.best:
-            self.best = result["psnr"]
-            self.checkpoints.save_named("best", {  # to use, not to resume
-                "step": step,
-                "model": self.raw.state_dict(),
-                "ema": self.ema and self.ema.state_dict(),
-                "validation": result,
-                "config": self.identity(),
-            })
-        return result
-
-    @torch.no_grad()
-    def _probe(self, model: VQModel) -> Tensor:
-        """Latents (N, D) of 64 fixed validation images, whose drift is watched."""
-        was_training = model.training
-        model.eval()
-        images = (self.val_set[i]["image"] for i in spread(len(self.val_set), 64))
-        parts = iter(lambda: list(itertools.islice(images, self.micro_batch())), [])
-        latents = [channels_last(model.encode_latents(torch.stack(part).to(self.device))) for part in parts]
-        model.train(was_training)
-        return torch.cat(latents)
-
-    def _save_boundary(self, step: int, name: str, stage: int) -> None:
-        """Collective. RUN/images/STEP_name.png and RUN/latents/STEP_name.npz."""
-        self._save_grid(step, name)
-        model = self._evaluated()
-        counts = count_codes(model, self._val_batches(), self.device) if model.quantize.has_codebook else None
-        if distributed.is_main():
-            path = self.run_dir / "latents" / f"{step:07d}_{name}.npz"
-            save_snapshot(path, model, self._probe(model), counts, step=step, stage=stage)
-
-    @torch.no_grad()
-    def _save_grid(self, step: int, name: str) -> None:
-        """RUN/images/STEP_name.png: validation images above their reconstructions. Rank 0."""
-        if not distributed.is_main():
-            return
-        model = self._evaluated()
-        was_training = model.training
-        model.eval()
-        x = torch.stack([self.val_set[i]["image"] for i in spread(len(self.val_set), 8)]).to(self.device)
-        x_hat = model(x)[0]
-        model.train(was_training)
-        folder = self.run_dir / "images"
-        folder.mkdir(parents=True, exist_ok=True)
-        save_image((torch.cat([x, x_hat.float()]) + 1) / 2, folder / f"{step:07d}_{name}.png", nrow=len(x))
-
-    # --------------------------------------------------------------------------------------------------- hooks
-
-    def run(self) -> None:
-        cfg = self.cfg
-        last = self.quantize.curriculum.stage(cfg.max_steps - 1)
-        if last < 3:
-            distributed.print0(f"note: these {cfg.max_steps} steps end in stage {last}; stage 3 would begin at step "
-                               f"{cfg.warmup_steps + cfg.transition_steps} (--warmup-steps + --transition-steps)")
-        self.raw.train()
-        super().run()
-
-    def before_step(self, step: int) -> None:
-        self.quantize.set_step(step)
-        self.maybe_init_codebook(step)
-        self.stage = self.quantize.stage
-
-    def labels(self) -> dict[str, Any]:
-        return {"stage": self.stage, "alpha": self.quantize.alpha, "omega": self.quantize.omega}
-
-    def after_step(self, done: int) -> None:
-        self.quantize.set_step(done)
-        if self.ema:
-            self.ema.update(self.raw, done)  # after set_step, which updates the codes of an ema quantizer
+        return self.counted(totals)
 
     def before_flush(self) -> None:
         self.bad.add(self._all_bad_names())  # all ranks stop together
 
-    def derive(self, row: dict[str, Any]) -> dict[str, float]:
-        """usage and perplexity of the codes looked up since the last row, by all ranks; 0 in stage 1: none are."""
-        return code_statistics(row["code_counts"])
+    # -------------------------------------------------------------------------------------- what is tokenized
 
-    def after_validation(self, done: int) -> None:
-        if self.quantize.stage != self.stage:
-            self._save_boundary(done, f"stage{self.stage}_end", self.stage)
-        if done == self.cfg.max_steps:
-            self._save_boundary(done, f"stage{self.quantize.stage}_final", self.quantize.stage)
+    def latents(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        z = self.raw.encode_latents(batch["image"].to(self.device))  # (B, D, h, w)
+        return channels_last(z), torch.full((len(z),), z[0, 0].numel())
+
+    def evaluate(self, model: VQModel) -> dict[str, float]:
+        return validate(model, self._val_batches(), self.device, self.lpips)
+
+    def shown(self, result: Mapping[str, Any]) -> list[str]:  # noqa: ARG002
+        return ["psnr", "ssim", "usage", "perplexity"]
+
+    def probe(self, model: VQModel) -> Tensor:
+        """Of 64 images."""
+        images = (self.val_set[i]["image"] for i in spread(len(self.val_set), 64))
+        parts = iter(lambda: list(itertools.islice(images, self.micro_batch())), [])
+        return torch.cat([channels_last(model.encode_latents(torch.stack(part).to(self.device))) for part in parts])
+
+    def count_codes(self, model: VQModel) -> Tensor:
+        counts = torch.zeros(model.quantize.num_codes, dtype=torch.int64, device=self.device)
+        for batch in self._val_batches():
+            indices = model.quantize.encode(model.encode_latents(batch["image"].to(self.device)))
+            counts += torch.bincount(indices.flatten(), minlength=len(counts))
+        return distributed.all_reduce_(counts)
+
+    def save_examples(self, model: VQModel, stem: str) -> None:
+        """RUN/images/STEM.png: images above their reconstructions."""
+        x = torch.stack([self.val_set[i]["image"] for i in spread(len(self.val_set), 8)]).to(self.device)
+        x_hat = model(x)[0]
+        folder = self.run_dir / "images"
+        folder.mkdir(parents=True, exist_ok=True)
+        save_image((torch.cat([x, x_hat.float()]) + 1) / 2, folder / f"{stem}.png", nrow=len(x))
 
     def summary(self) -> dict[str, Any]:
-        return {
-            "stage": self.quantize.stage,
-            "warmup_steps": self.quantize.curriculum.warmup_steps,  # where an adaptive warm-up ended
-            "parameters": sum(p.numel() for p in self.raw.parameters()),
+        return super().summary() | {
             "training_images": len(self.train_set),
             "unreadable_images": len(self._all_bad_names()),
-            "best_psnr": self.best if self.best > -math.inf else None,
         }
 
 

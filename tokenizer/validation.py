@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from evaluations import pixels
+from tokenizer.code_meter import CodeMeter
 from tokenizer.data import BadImageCounter, ImageDataset, ImageSource, make_loader
-from tokenizer.provq import code_statistics, drift, effective_rank, mean_pairwise_distance, second_moments
 from tokenizer.runtime import distributed
 from tokenizer.vq_model import VQModel
 
@@ -32,9 +32,8 @@ class ReconstructionMeter:
 
     def __init__(self, num_codes: int, dim: int, device: torch.device, lpips: nn.Module | None = None):
         self.lpips = lpips
-        self.sums = torch.zeros(6, dtype=torch.float64, device=device)  # images, mse, psnr, ssim, lpips, |z - code|^2
-        self.counts = torch.zeros(num_codes, dtype=torch.int64, device=device)
-        self.moments = torch.zeros(dim + 1, dim + 1, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(5, dtype=torch.float64, device=device)  # images, mse, psnr, ssim, lpips
+        self.codes = CodeMeter(num_codes, dim, device)
 
     @torch.no_grad()
     def add(self, x: Tensor, x_hat: Tensor, latents: Tensor, codes: Tensor | None, indices: Tensor | None) -> None:
@@ -48,34 +47,19 @@ class ReconstructionMeter:
             pixels.ssim(picture, reference, 1.0),
             torch.zeros(len(x), device=x.device) if self.lpips is None else self.lpips(x, x_hat).flatten(),
         ]
-        error = torch.zeros((), device=x.device) if codes is None else (latents.float() - codes.float()).square().sum()
-        self.sums += torch.stack([v.sum(dtype=torch.float64) for v in per_image] + [error.double()])
-        self.moments += second_moments(latents)
-        if indices is not None:
-            self.counts += torch.bincount(indices.flatten(), minlength=len(self.counts))
+        self.sums += torch.stack([v.sum(dtype=torch.float64) for v in per_image])
+        self.codes.add(latents, codes, indices)
 
     def result(self, codebook: Tensor | None) -> dict[str, float]:
-        """Collective. Without a codebook (warm-up) the code statistics are 0: no code is in use.
-
-        images; mse (of images in [-1, 1]); psnr (dB, at most MAX_PSNR per image); ssim; lpips if a network was given;
-        usage in [0, 1]; perplexity (codes); code_distance (mean pairwise, Euclidean); effective_rank of the latents
-        (dimensions); quantization_error: mean |z - code|^2 as a fraction of the latents' variance.
+        """Collective. images; mse (of images in [-1, 1]); psnr (dB, at most MAX_PSNR per image); ssim; lpips if a
+        network was given; and CodeMeter's.
         """
-        for tensor in (self.sums, self.counts, self.moments):
-            distributed.all_reduce_(tensor)
-        images, *sums = self.sums.tolist()
+        images, *sums = distributed.all_reduce_(self.sums).tolist()
         names = ("mse", "psnr", "ssim", "lpips")
-        out = {"images": int(images), **{n: s / images for n, s in zip(names, sums[:4], strict=True)}}
+        out = {"images": int(images), **{n: s / images for n, s in zip(names, sums, strict=True)}}
         if self.lpips is None:
             del out["lpips"]
-        tokens = self.moments[0, 0]
-        mean = self.moments[0, 1:] / tokens
-        variance = (self.moments[1:, 1:].diagonal() / tokens - mean.square()).sum().item()
-        return out | code_statistics(self.counts) | {
-            "code_distance": 0.0 if codebook is None else mean_pairwise_distance(codebook),
-            "effective_rank": effective_rank(self.moments),
-            "quantization_error": self.sums[-1].item() / tokens.item() / max(variance, 1e-12),
-        }
+        return out | self.codes.result(codebook)
 
 
 @torch.no_grad()
@@ -137,27 +121,3 @@ def reconstructions(
             batch["index"][keep].tolist(), x, model.decode_latents(quantized),
             model.quantize.quantizer.latent(channels_last(z)), channels_last(quantized), codes,
         )
-
-
-class DriftMeter:
-    """How far the codes, and the latents of a few fixed images, moved since the last call (see provq.drift).
-
-    The paper's deadlock (section 3) is codes that stand still while latents crowd around them. The points of the last
-    call are state, so that a resumed run reports the same numbers.
-    """
-
-    def __init__(self) -> None:
-        self.before: dict[str, Tensor] = {}
-
-    def update(self, **points: Tensor) -> dict[str, float]:
-        """points: name -> (N, D). Returns name_drift each; 0 at the first call for a name."""
-        points = {k: v.detach().float().cpu().clone() for k, v in points.items()}
-        out = {f"{k}_drift": drift(self.before[k], v) if k in self.before else 0.0 for k, v in points.items()}
-        self.before = points
-        return out
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.before
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.before = dict(state)

@@ -103,6 +103,13 @@ def require_at_least(cfg: "DataclassInstance", low: float, names: str) -> None:
             raise ValueError(f"{flag_name(name)} is {value}; it must be at least {low}")
 
 
+def require_fraction(cfg: "DataclassInstance", names: str) -> None:
+    """ValueError, naming flag and value, for a setting among names (separated by spaces) outside [0, 1)."""
+    for name in names.split():
+        if not 0 <= getattr(cfg, name) < 1:
+            raise ValueError(f"{flag_name(name)} is {getattr(cfg, name)}; it must lie in [0, 1)")
+
+
 def flag_name(field: str) -> str:
     """max_steps -> --max-steps"""
     return "--" + field.replace("_", "-")

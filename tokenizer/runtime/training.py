@@ -12,6 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,10 +23,56 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tokenizer.runtime import config, distributed
 from tokenizer.runtime.checkpoint import Checkpointer, atomic_write_text
+from tokenizer.runtime.config import arg
 from tokenizer.runtime.metrics import JsonlFile, MetricLogger
 from tokenizer.runtime.seeding import StepSampler, seed_step
 
 DTYPES = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of --mixed-precision
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Settings that every run has. A run's own settings subclass it, and may give a field another default."""
+
+    # run
+    results_dir: str = arg("", "the run's folder, resumed if it holds a run; empty: a folder in runs/, named by what "
+                               "is trained")
+    global_seed: int = arg(0, "seed of weights, data order, and all that is drawn")
+    device: str = arg("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
+    log_every: int = arg(100, "steps between rows of metrics.jsonl")
+    ckpt_every: int = arg(5000, "steps between checkpoints")
+    val_every: int = arg(5000, "steps between validations")
+    keep_checkpoints: int = arg(2, "numbered checkpoints that stay on disk, besides best.pt")
+    dry_run: bool = arg(False, "check everything, print the configuration, stop")
+    max_steps: int | None = arg(None, "optimizer steps; excludes --epochs")
+    epochs: int | None = arg(None, "passes over the training data; excludes --max-steps")
+    gradient_accumulation_steps: int = arg(1, "micro-batches that a global batch is computed in")
+    max_grad_norm: float = arg(1.0, "clip the gradient norm of a network; 0: off; LlamaGen, StructTokenBench: 1")
+    ema: bool = arg(False, "keep, validate and export an exponential moving average of the weights; LlamaGen: no")
+    ema_decay: float = arg(0.9999, "decay of that average per step; LlamaGen: 0.9999")
+
+
+# What may differ when a run is resumed: its length, its cadence, its machine. Else it would be another experiment.
+RESUMABLE_RUN = frozenset({"results_dir", "device", "log_every", "ckpt_every", "val_every", "keep_checkpoints",
+                           "dry_run", "max_steps", "epochs", "gradient_accumulation_steps"})
+
+
+def check_run(cfg: Any, world_size: int) -> None:
+    """Raise ValueError, naming flag, value and fix, for settings of RunConfig that cannot work, and for a
+    global_batch_size that does not split evenly.
+    """
+    config.require_at_least(cfg, 1, "log_every ckpt_every val_every keep_checkpoints gradient_accumulation_steps "
+                            "max_steps epochs global_batch_size")
+    config.require_at_least(cfg, 0, "global_seed max_grad_norm")
+    config.require_fraction(cfg, "ema_decay")
+    if (cfg.max_steps is None) == (cfg.epochs is None):
+        raise ValueError(f"give one of --max-steps and --epochs; got {cfg.max_steps} and {cfg.epochs}")
+    if Path(cfg.results_dir).exists() and not Path(cfg.results_dir).is_dir():
+        raise ValueError(f"--results-dir {cfg.results_dir} is a file; name a folder")
+    parts = world_size * cfg.gradient_accumulation_steps
+    if cfg.global_batch_size % parts:
+        raise ValueError(f"--global-batch-size {cfg.global_batch_size} must be a multiple of {parts}: {world_size} "
+                         f"processes x --gradient-accumulation-steps {cfg.gradient_accumulation_steps}")
 
 
 class CannotContinue(RuntimeError):
@@ -42,9 +89,8 @@ class TrainingRun(ABC):
 
     RUN/config.json, metrics.jsonl, validation.jsonl, tensorboard/, checkpoints/ and, at the end, summary.json.
 
-    cfg: a dataclass with results_dir, max_steps, global_batch_size, gradient_accumulation_steps, global_seed,
-        log_every, val_every, ckpt_every, keep_checkpoints, mixed_precision ("none", "bf16", "fp16"), max_grad_norm
-        (0: no clipping) and dry_run. Steps are optimizer updates.
+    cfg: a RunConfig, checked, with max_steps decided, that also has global_batch_size and mixed_precision (a key of
+        DTYPES). Steps are optimizer updates.
     resumable: names of the settings that may differ when a run is resumed.
     inputs: what the run is fed with, such as fingerprints of data; must not differ either.
     """

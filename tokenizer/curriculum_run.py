@@ -1,0 +1,304 @@
+"""What training runs on the ProVQ curriculum share, whatever they tokenize (paper, section 4): settings and stages.
+
+A tokenizer's trainer subclasses CurriculumRun and its settings subclass CurriculumConfig.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tokenizer.code_meter import DriftMeter
+from tokenizer.provq import QUANTIZERS, SCHEDULES, AdaptiveWarmup, Curriculum, ProVQ, code_statistics
+from tokenizer.runtime import config, distributed
+from tokenizer.runtime.config import arg
+from tokenizer.runtime.ema import EMA
+from tokenizer.runtime.training import RunConfig, TrainingRun, check_run
+from tokenizer.snapshots import save_snapshot
+
+
+@dataclass(frozen=True)
+class CurriculumConfig(RunConfig):
+    """Settings of run, quantizer and curriculum; defaults are the paper's for ImageNet."""
+
+    # quantizer
+    quantizer: str = arg("vq", "vq: trained table; simvq, aminoaseed: frozen table, trained linear map; ema: running "
+                               "means; paper: vq", choices=tuple(QUANTIZERS))
+    codebook_size: int = arg(16384, "codes, K; paper: 16384")
+    codebook_embed_dim: int = arg(8, "channels of a code, D; paper: 8")
+    codebook_ema_decay: float = arg(0.99, "ema quantizer: decay of the running means per step; VQ-VAE-2: 0.99")
+    codebook_restart_below: float = arg(0.0, "ema quantizer: restart codes used less than this fraction of the mean")
+    commit_loss_beta: float = arg(0.25, "weight of the commitment loss, beta; LlamaGen: 0.25")
+    # curriculum
+    warmup_steps: int = arg(50_000, "stage 1, plain autoencoder, in optimizer steps; paper: 50000")
+    transition_steps: int = arg(20_000, "stage 2, soft transition, in optimizer steps; paper: 20000")
+    transition: str = arg("cosine", "schedule of alpha in stage 2; paper: cosine", choices=tuple(SCHEDULES))
+    loss_lambda: float = arg(0.5, "weight of the quantization loss when stage 2 begins, lambda; paper: 0.5")
+    adaptive_warmup_patience: int = arg(0, "end stage 1 after this many validations without a lower error, at "
+                                           "--warmup-steps at the latest; 0: there; paper: 0")
+    adaptive_warmup_min_steps: int = arg(0, "adaptive warm-up: never end before this step")
+    codebook_init: str = arg("auto", "when stage 1 is over: kmeans of latents, or none; auto: kmeans after a warm-up "
+                                     "and for aminoaseed; paper: kmeans", choices=("auto", "kmeans", "none"))
+    kmeans_batches: int = arg(0, "global batches whose latents are clustered; 0: 32 latents per code, in at most 16 "
+                                 "batches if those give every code one; paper: one batch")
+    kmeans_iters: int = arg(20, "Lloyd iterations at most; paper: not given")
+    kmeans_start: str = arg("kmeans++", "first centroids of k-means; paper: not given", choices=("kmeans++", "random"))
+
+
+def check_curriculum(cfg: CurriculumConfig, world_size: int) -> None:
+    """Raise ValueError, naming flag, value and fix, for settings of CurriculumConfig that cannot work."""
+    check_run(cfg, world_size)
+    config.require_at_least(cfg, 1, "codebook_size codebook_embed_dim")
+    config.require_at_least(cfg, 0, "kmeans_batches kmeans_iters adaptive_warmup_patience adaptive_warmup_min_steps "
+                            "commit_loss_beta codebook_restart_below warmup_steps transition_steps")
+    config.require_fraction(cfg, "codebook_ema_decay")
+    if not 0 <= cfg.loss_lambda <= 1:
+        raise ValueError(f"--loss-lambda is {cfg.loss_lambda}; it must lie in [0, 1]")
+    if cfg.adaptive_warmup_patience and cfg.adaptive_warmup_min_steps > cfg.warmup_steps:
+        raise ValueError(f"--adaptive-warmup-min-steps {cfg.adaptive_warmup_min_steps} is beyond --warmup-steps "
+                         f"{cfg.warmup_steps}, the latest end")
+    if not cfg.adaptive_warmup_patience and cfg.adaptive_warmup_min_steps:
+        raise ValueError("--adaptive-warmup-min-steps needs --adaptive-warmup-patience above 0")
+
+
+def build_curriculum(cfg: CurriculumConfig) -> tuple[Curriculum, AdaptiveWarmup | None]:
+    """What the settings say, as ProVQ takes it."""
+    adaptive = None
+    if cfg.adaptive_warmup_patience:
+        adaptive = AdaptiveWarmup(cfg.adaptive_warmup_patience, cfg.adaptive_warmup_min_steps)
+    return Curriculum(cfg.warmup_steps, cfg.transition_steps, cfg.transition, cfg.loss_lambda), adaptive
+
+
+def uses_kmeans(cfg: CurriculumConfig) -> bool:
+    """Whether the codebook starts from data (--codebook-init)."""
+    auto = cfg.warmup_steps > 0 or cfg.quantizer == "aminoaseed"
+    return cfg.codebook_init == "kmeans" or (cfg.codebook_init == "auto" and auto)
+
+
+def kmeans_batches(cfg: Any, tokens_per_batch: int) -> int:
+    """Global batches that are clustered: --kmeans-batches, or what its 0 stands for.
+
+    ValueError: they hold fewer latents than there are codes.
+    """
+    def batches(latents: int) -> int:
+        return -(-latents // tokens_per_batch)  # rounded up
+
+    count = cfg.kmeans_batches or max(batches(cfg.codebook_size), min(16, batches(32 * cfg.codebook_size)))
+    if count * tokens_per_batch < cfg.codebook_size:
+        raise ValueError(f"k-means would see {count * tokens_per_batch} latents for --codebook-size "
+                         f"{cfg.codebook_size}: raise --kmeans-batches {cfg.kmeans_batches}, or use fewer codes")
+    return count
+
+
+class CurriculumRun(TrainingRun):
+    """A run that moves `raw.quantize`, a ProVQ, along the curriculum.
+
+    A subclass sets raw (the bare model), optimizer (which has the codebook), ema (or None) and kmeans_batches in its
+    __init__, then calls `resume`. It provides what TrainingRun asks for, but `evaluate` in place of `validate`, and the
+    methods below. Its train_step returns code_counts, see `counted`.
+    """
+
+    best_metric: ClassVar[str]     # of a validation: best.pt has the best of all discrete models
+    higher_is_better: ClassVar[bool]
+    warmup_metric: ClassVar[str]   # an error: an adaptive warm-up ends when it no longer falls
+
+    raw: Any
+    optimizer: torch.optim.Optimizer
+    ema: EMA | None
+    kmeans_batches: int
+
+    def __init__(self, cfg: Any, device: torch.device, *, resumable: frozenset[str], inputs: Mapping[str, Any]) -> None:
+        super().__init__(cfg, device, resumable=resumable, inputs=inputs)
+        self.drift = DriftMeter()
+        self.best = -math.inf if self.higher_is_better else math.inf
+
+    # ------------------------------------------------------------------------------------- what a subclass provides
+
+    @abstractmethod
+    def evaluate(self, model: Any) -> dict[str, Any]:
+        """Collective. Metrics of a model on the validation samples."""
+
+    @abstractmethod
+    def latents(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Of a training batch: tokens (N, D) in the order of the samples, and tokens per sample (B,) int64, CPU."""
+
+    @abstractmethod
+    def probe(self, model: Any) -> Tensor:
+        """Latents (N, D) of a few fixed validation samples, equal on all ranks. The model is in eval mode."""
+
+    @abstractmethod
+    def count_codes(self, model: Any) -> Tensor:
+        """Collective. How often the validation samples look up each code, (K,) int64. The model is in eval mode."""
+
+    @abstractmethod
+    def save_examples(self, model: Any, stem: str) -> None:
+        """Reconstructions of a few validation samples as files named by the stem. Rank 0; the model is in eval mode."""
+
+    @abstractmethod
+    def shown(self, result: Mapping[str, Any]) -> list[str]:
+        """Keys of a validation that the console shows."""
+
+    # --------------------------------------------------------------------------------------------------- parts
+
+    @property
+    def quantize(self) -> ProVQ:
+        quantize: ProVQ = self.raw.quantize
+        return quantize
+
+    def evaluated(self) -> Any:
+        """The model that is validated and exported: the average, if there is one."""
+        return self.ema.module if self.ema else self.raw
+
+    def parallel(self, core: nn.Module) -> nn.Module:
+        """core under DistributedDataParallel, if there are several processes.
+
+        Buffers are equal on all ranks by construction (or, as a discriminator's, never used): no broadcast.
+        """
+        if distributed.world_size() == 1:
+            return core
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(core, device_ids=ids, broadcast_buffers=False)
+
+    def values(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_values(self, state: Mapping[str, Any]) -> None:
+        self.best = state["best"]
+
+    # --------------------------------------------------------------------------------------------------- stages
+
+    def run(self) -> None:
+        cfg = self.cfg
+        last = self.quantize.curriculum.stage(cfg.max_steps - 1)
+        if last < 3:
+            distributed.print0(f"note: these {cfg.max_steps} steps end in stage {last}; stage 3 would begin at step "
+                               f"{cfg.warmup_steps + cfg.transition_steps} (--warmup-steps + --transition-steps)")
+        self.raw.train()
+        super().run()
+
+    def before_step(self, step: int) -> None:
+        self.quantize.set_step(step)
+        self._maybe_init_codebook(step)
+        self.stage = self.quantize.stage
+
+    def labels(self) -> dict[str, Any]:
+        return {"stage": self.stage, "alpha": self.quantize.alpha, "omega": self.quantize.omega}
+
+    def counted(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What train_step returns: its terms, and the codes that it looked up."""
+        return terms | {"code_counts": self.quantize.pop_counts()}
+
+    def after_step(self, done: int) -> None:
+        self.quantize.set_step(done)
+        if self.ema:
+            self.ema.update(self.raw, done)  # after set_step, which updates the codes of an ema quantizer
+
+    def derive(self, row: dict[str, Any]) -> dict[str, float]:
+        """usage and perplexity of the codes looked up since the last row, by all ranks; 0 in stage 1: none are."""
+        return code_statistics(row["code_counts"])
+
+    def after_validation(self, done: int) -> None:
+        if self.quantize.stage != self.stage:
+            self._save_boundary(done, f"stage{self.stage}_end", self.stage)
+        if done == self.cfg.max_steps:
+            self._save_boundary(done, f"stage{self.quantize.stage}_final", self.quantize.stage)
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "stage": self.quantize.stage,
+            "warmup_steps": self.quantize.curriculum.warmup_steps,  # where an adaptive warm-up ended
+            "parameters": sum(p.numel() for p in self.raw.parameters()),
+            f"best_{self.best_metric}": self.best if math.isfinite(self.best) else None,
+        }
+
+    def _maybe_init_codebook(self, step: int) -> None:
+        """Once, when stage 1 is over: cluster the latents of the batches that come next (section 4.1)."""
+        cfg, quantize = self.cfg, self.quantize
+        wanted = uses_kmeans(cfg)
+        from_start = wanted and step == 0 and quantize.stage > 1  # k-means without a warm-up
+        if not (quantize.needs_init or from_start):
+            return
+        latents, order = self._collect_latents(step) if wanted else (None, None)
+        info = quantize.init_codebook(latents, iters=cfg.kmeans_iters, start=cfg.kmeans_start, seed=cfg.global_seed,
+                                      order=order, optimizers=[self.optimizer])
+        if self.ema:
+            self.ema.copy_(self.raw, "quantize.")  # an average with codes from before k-means would mean nothing
+        distributed.print0(f"codebook initialised at step {step}: {info or 'kept as it was'}")
+        self._save_boundary(step, "codebook_initialised", quantize.stage)
+
+    @torch.no_grad()
+    def _collect_latents(self, step: int) -> tuple[Tensor, Tensor]:
+        """Latents (N_rank, D) of the next batches and the place of each among all ranks' (see provq.kmeans)."""
+        count, rank, world = self.kmeans_batches, distributed.rank(), distributed.world_size()
+        sizes = torch.zeros(count * self.cfg.global_batch_size, dtype=torch.int64)  # tokens of each sample
+        latents, rows = [], []
+        self.raw.eval()
+        for i, batch in enumerate(self.batches(step, step + count)):
+            with self.autocast():
+                tokens, lengths = self.latents(batch)
+            # Micro-batch m of rank r holds rows [(m W + r) b, +b) of its global batch (StepSampler).
+            row = torch.arange(len(lengths)) + (i * world + rank) * self.micro_batch()
+            sizes[row] = lengths
+            latents.append(tokens.float())
+            rows.append(row)
+        self.raw.train()
+        mine = torch.cat(rows)
+        lengths = sizes[mine]
+        sizes = distributed.all_reduce_(sizes.to(self.device)).cpu()
+        starts = (sizes.cumsum(0) - sizes)[mine]
+        within = torch.arange(int(lengths.sum())) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+        return torch.cat(latents), (starts.repeat_interleave(lengths) + within).to(self.device)
+
+    # ------------------------------------------------------------------------------------------------ outputs
+
+    def validate(self, step: int) -> dict[str, Any]:
+        """Collective. Appends to validation.jsonl, reports to the adaptive warm-up, keeps the best discrete model."""
+        model = self.evaluated()
+        result = self.evaluate(model)
+        result |= self.drift.update(code=self.quantize.codebook, latent=self._in_eval_mode(model, self.probe))
+        self.validations.write({"step": step, "stage": self.quantize.stage} | result)
+        numbers = " ".join(f"{k} {result[k]:.4g}" for k in self.shown(result))
+        distributed.print0(f"validation at step {step}: {numbers}")
+        if self.quantize.adaptive and self.quantize.stage == 1 and self.quantize.observe(result[self.warmup_metric]):
+            patience = self.cfg.adaptive_warmup_patience
+            distributed.print0(f"warm-up ends at step {step}: no lower error in {patience} validations")
+        # A continuous autoencoder always reconstructs better: only models with codes compete.
+        score = result[self.best_metric]
+        if self.quantize.has_codebook and (score > self.best if self.higher_is_better else score < self.best):
+            self.best = score
+            self.checkpoints.save_named("best", {  # to use, not to resume
+                "step": step,
+                "model": self.raw.state_dict(),
+                "ema": self.ema and self.ema.state_dict(),
+                "validation": result,
+                "config": self.identity(),
+            })
+        return result
+
+    @torch.no_grad()
+    def _save_boundary(self, step: int, name: str, stage: int) -> None:
+        """Collective. The examples and RUN/latents/STEP_name.npz."""
+        model = self.evaluated()
+        stem = f"{step:07d}_{name}"
+        # The model in eval mode draws nothing, but loaders do: looking must not change the training.
+        with torch.random.fork_rng(devices=[]):
+            counts = self._in_eval_mode(model, self.count_codes) if model.quantize.has_codebook else None
+            if distributed.is_main():
+                self._in_eval_mode(model, lambda m: self.save_examples(m, stem))
+                save_snapshot(self.run_dir / "latents" / f"{stem}.npz", model.quantize,
+                              self._in_eval_mode(model, self.probe), counts, step=step, stage=stage)
+
+    @torch.no_grad()
+    def _in_eval_mode(self, model: Any, look: Any) -> Any:
+        was_training = model.training
+        model.eval()
+        result = look(model)
+        model.train(was_training)
+        return result
