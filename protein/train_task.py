@@ -1,0 +1,220 @@
+"""Trains probes on the tokens of structure tokenizers and writes the paper's Table 3: how good are they downstream?
+
+    python protein/train_task.py --all --data struct_token_bench_release_data --results-dir runs/structtokenbench \\
+        --tokenizer foldseek VQ=runs/vq ProVQ=runs/provq-s0 ProVQ=runs/provq-s1
+    python protein/train_task.py --task interface.jsonl --tokenizer foldseek --preset small --results-dir runs/interface
+
+--task: names of StructTokenBench's tasks, or JSONL files (see tasks.py). --tokenizer: see baselines.py; those of one
+LABEL are runs of one method. Every tokenizer meets every task with every learning rate and seed. Structures, tokens and
+finished probes are kept in --results-dir, so the same command again, or one with more tokenizers, tasks or seeds, does
+what is missing. Writes table3.md, .csv and .html there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import re
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+import torch
+
+from protein.baselines import StructureTokenizer, Tokens, open_tokenizer
+from protein.probe import LEARNING_RATES, ProbeConfig, ProbeData, probe_data, train_probe
+from protein.structure_io import Chain
+from protein.task_report import write_report
+from protein.tasks import MAX_LENGTH, STRUCTTOKENBENCH, Task, load_prepared, read_task, save_prepared
+from tokenizer.runtime import config, distributed
+from tokenizer.runtime.checkpoint import atomic_write, atomic_write_text
+from tokenizer.runtime.config import REQUIRED, arg
+
+CHAINS_PER_FILE = 256  # of tokens: what is lost when a run is killed
+PRESETS: dict[str, dict[str, Any]] = {
+    "structtokenbench": {},                            # the defaults
+    "small": {"max_steps": 600, "warmup_steps": 50},   # a few hundred chains on a CPU
+}
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    results_dir: str = arg(REQUIRED, "folder for everything that is written")
+    tokenizer: tuple[str, ...] = arg(REQUIRED, "foldseek, foldseek-onehot, untrained, protokens:FOLDER, or a run, "
+                                     "export or checkpoint; LABEL=... names it in tables")
+    task: tuple[str, ...] = arg((), f"{', '.join(STRUCTTOKENBENCH)}, or JSONL files")
+    all: bool = arg(False, "all tasks of StructTokenBench")
+    preset: str = arg("structtokenbench", "which probe", choices=tuple(PRESETS))
+    data: str | None = arg(None, "StructTokenBench's archive, unpacked: the folder struct_token_bench_release_data")
+    seeds: int = arg(3, "probes per learning rate, of seeds 0, 1, ...")
+    learning_rates: tuple[float, ...] = arg(LEARNING_RATES, "to choose from on the validation split")
+    max_steps: int = arg(10000, "updates per probe")
+    warmup_steps: int = arg(200, "updates in which the learning rate rises from 0")
+    batch_size: int | None = arg(None, "chains per update; none: 8, and 64 for classification")
+    max_length: int = arg(MAX_LENGTH, "leave out chains with more residues")
+    device: str = arg("auto", "of tokenizers and probes", choices=("auto", "cpu", "cuda"))
+
+    def __post_init__(self) -> None:
+        config.require_at_least(self, 1, "seeds max_steps batch_size max_length")
+        config.require_at_least(self, 0, "warmup_steps")
+        if not self.learning_rates or min(self.learning_rates) <= 0:
+            raise ValueError(f"--learning-rates is {self.learning_rates}; they must be positive")
+        if self.all == bool(self.task):
+            raise ValueError("give --task NAME or FILE.jsonl ..., or --all")
+        for name in self.task:
+            if name not in STRUCTTOKENBENCH and not name.endswith(".jsonl"):
+                raise ValueError(f"--task {name} is neither a file NAME.jsonl nor one of {', '.join(STRUCTTOKENBENCH)}")
+
+    def tasks(self) -> list[str]:
+        return list(STRUCTTOKENBENCH) if self.all else list(dict.fromkeys(self.task))
+
+    def probe(self, kind: str) -> ProbeConfig:
+        batch = self.batch_size or (64 if kind == "classification" else ProbeConfig.batch_size)
+        return ProbeConfig(max_steps=self.max_steps, warmup_steps=self.warmup_steps, batch_size=batch)
+
+
+def parse_config(argv: list[str] | None = None) -> TaskConfig:
+    return config.parse(TaskConfig, argv, presets=PRESETS, prog="protein/train_task.py", description=__doc__ or "",
+                        pick_preset=lambda given: given.get("preset", "structtokenbench"))
+
+
+# ------------------------------------------------------------------------------------------------- tasks and tokens
+
+def open_task(cfg: TaskConfig, name: str, folder: Path) -> tuple[Task, str]:
+    """The task and its identity; from folder/NAME.npz if it has been read before."""
+    path = Path(name)
+    source = f"{hashlib.sha256(path.read_bytes()).hexdigest()} {path.resolve()}"
+    prepared = folder / f"{_slug(path.stem)}.npz"
+    task = load_prepared(prepared, source)
+    if task is None:
+        task = read_task(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_prepared(task, prepared, source)
+    return task.filtered(cfg.max_length), source
+
+
+def tokenize(tokenizer: StructureTokenizer, chains: Sequence[Chain], folder: Path, source: str) -> list[Tokens]:
+    """Tokens of every chain, from folder where they are there. source: says which chains they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    identity = json.dumps([tokenizer.identity(), source])
+    out: list[Tokens] = []
+    for first in range(0, len(chains), CHAINS_PER_FILE):
+        part = chains[first : first + CHAINS_PER_FILE]
+        path = folder / f"{first:06d}.npz"
+        tokens = _load_tokens(path, identity, part)
+        if tokens is None:
+            tokens = [tokenizer.encode(chain) for chain in part]
+            buffer = io.BytesIO()
+            np.savez_compressed(buffer, identity=identity, tokens=np.concatenate(tokens))
+            atomic_write(path, lambda file, buffer=buffer: file.write(buffer.getbuffer()))  # type: ignore[misc]
+        out += tokens
+    return out
+
+
+def _load_tokens(path: Path, identity: str, chains: Sequence[Chain]) -> list[Tokens] | None:
+    if not path.exists():
+        return None
+    with np.load(path) as file:
+        if str(file["identity"]) != identity:
+            return None
+        return np.split(file["tokens"], np.cumsum([len(chain) for chain in chains])[:-1])
+
+
+def probe_inputs(task: Task, tokenizer: StructureTokenizer, folder: Path, source: str) -> dict[str, ProbeData]:
+    """Split -> arrays."""
+    chains = list({id(e.chain): e.chain for examples in task.splits.values() for e in examples}.values())
+    tokenizer.fit(list({id(e.chain): e.chain for e in task.splits["train"]}.values()))
+    tokens = {id(chain): row for chain, row in zip(chains, tokenize(tokenizer, chains, folder, source), strict=True)}
+    return {split: probe_data(examples, [tokens[id(e.chain)] for e in examples], task.spec.kind)
+            for split, examples in task.splits.items()}
+
+
+def fingerprint(data: Mapping[str, ProbeData], codebook: torch.Tensor) -> str:
+    """Of all that a probe sees."""
+    digest = hashlib.sha256(codebook.numpy().tobytes())
+    for split, part in data.items():
+        digest.update(split.encode())
+        for tensor in (part.tokens, part.starts, part.labels):
+            digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+# ----------------------------------------------------------------------------------------------------------- probes
+
+def sweep(cfg: TaskConfig, task: Task, source: str, tokenizer: StructureTokenizer, device: torch.device) -> None:
+    """All learning rates and seeds of one tokenizer on one task; a file each."""
+    root, kind = Path(cfg.results_dir), task.spec.kind
+    run = f"{_slug(tokenizer.label)}-{hashlib.sha256(tokenizer.identity().encode()).hexdigest()[:8]}"
+    data = probe_inputs(task, tokenizer, root / "tokens" / run / _slug(task.spec.name), source)
+    codebook = tokenizer.codebook()
+    settings = {**asdict(cfg.probe(kind)), "inputs": fingerprint(data, codebook)}
+    common = {
+        "label": tokenizer.label, "tokenizer": run, "task": task.spec.name, "kind": kind,
+        "category": task.spec.category, "tests": list(task.spec.tests), "left_out": dict(task.left_out),
+        "counts": {split: {"chains": len(part), "labels": part.count} for split, part in data.items()},
+        "settings": settings,
+    }
+    folder = root / "results" / run / _slug(task.spec.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed, rate in ((seed, rate) for seed in range(cfg.seeds) for rate in cfg.learning_rates):
+        path = folder / f"seed{seed}-lr{rate:g}.json"
+        if path.exists():
+            _check_same(path, settings)
+            continue
+        began = time.monotonic()
+        found = train_probe(data, codebook, len(task.classes), cfg.probe(kind), rate, seed, device)
+        protocols = {name: {"step": best["step"], "score": _number(best["score"]), "valid": _number(best["valid"]),
+                            "tests": {split: _number(value) for split, value in best["tests"].items()}}
+                     for name, best in found.items()}
+        result = {**common, "seed": seed, "learning_rate": rate, "protocols": protocols,
+                  "seconds": round(time.monotonic() - began, 2)}
+        atomic_write_text(path, json.dumps(result, indent=1) + "\n")
+        shown = ", ".join(f"{name} {best['valid']:.4f}" for name, best in found.items())
+        distributed.print0(f"{task.spec.name} | {tokenizer.label} | seed {seed} | lr {rate:g} | validation: {shown}")
+
+
+def _check_same(path: Path, settings: Mapping[str, Any]) -> None:
+    changed = config.diff(json.loads(path.read_text(encoding="utf-8"))["settings"], settings)
+    if changed:
+        what = "; ".join(f"{name}: {old!r} there, {new!r} now" for name, old, new in changed)
+        raise ValueError(f"{path} was made with other settings ({what}); use those, or another --results-dir")
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", text).strip("-")
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = parse_config(argv)
+    try:
+        device = distributed.init(cfg.device)
+        root = Path(cfg.results_dir)
+        tokenizers = [open_tokenizer(name, device) for name in cfg.tokenizer]
+        labels, names = [tokenizer.label for tokenizer in tokenizers], []
+        for name in cfg.tasks():
+            task, source = open_task(cfg, name, root / "structures")
+            names.append(task.spec.name)
+            for tokenizer in tokenizers:
+                sweep(cfg, task, source, tokenizer, device)
+                write_report(root, labels, names)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"train_task.py: error: {error}") from error
+    distributed.finalize()
+    distributed.print0(f"wrote {root / 'table3.md'}, .csv and .html")
+
+
+if __name__ == "__main__":
+    main()
