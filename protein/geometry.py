@@ -28,7 +28,7 @@ _R = TypeVar("_R")
 def _without_autocast(function: Callable[_P, _R]) -> Callable[_P, _R]:
     @functools.wraps(function)
     def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        device = next(arg.device for arg in args if isinstance(arg, Tensor))
+        device = next(arg.device for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor))
         with torch.autocast(device.type, enabled=False):
             return function(*args, **kwargs)
 
@@ -140,7 +140,7 @@ def knn_graph(
     """Each residue and its nearest ones: index int64 (B, L, S) and near bool (B, L, S), S = min(k, L); ESM3's order.
 
     ca: (B, L, 3). valid: bool (B, L), residues with coordinates. present: bool (B, L), residues that are no padding;
-    None: all. near: neighbour and residue are both valid.
+    None: all. near: neighbour and residue are both valid and present.
 
     Slot 0 is the residue itself. Then by CA distance where both residues are valid; then, where one is not, by the
     distance |i - j| along the array; padding last. Equal distances: the lower index first (ESM3 leaves that open).
@@ -151,6 +151,9 @@ def knn_graph(
     _check(valid, ca=ca)
     if ca.ndim != 3 or k < 1:
         raise ValueError(f"ca {tuple(ca.shape)} must be (B, L, 3) and k {k} at least 1")
+    if present is not None:
+        _check(present, ca=ca)
+        valid = valid & present
     batch, length, _ = ca.shape
     k = min(k, length)
     ca = torch.where(valid[..., None], ca.float(), 0.0)
@@ -270,7 +273,8 @@ def superpose(mobile: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 def rmsd(mobile: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Root of the mean squared distance after superposition: points (..., P, 3), mask (..., P) -> float32 (...).
 
-    NaN where the mask is empty. Mirror images are not alike.
+    NaN where the mask is empty, with a gradient of zero; so is that of structures that agree exactly.
+    Mirror images are not alike.
     """
     # About target's centre: float32 has few digits left for points far from the origin.
     _check(mask, mobile=mobile, target=target)
@@ -278,8 +282,8 @@ def rmsd(mobile: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     count = mask.sum(-1)
     x, y = (torch.where(mask[..., None], p - p.sum(-2, keepdim=True) / count.clamp(min=1)[..., None, None], 0.0)
             for p in safe)
-    squared = (superpose(x, y, mask) - y).square().sum(-1)
-    return (torch.where(mask, squared, 0.0).sum(-1) / count).sqrt()
+    difference = torch.where(mask[..., None], superpose(x, y, mask) - y, 0.0)
+    return torch.linalg.vector_norm(difference, dim=(-2, -1)) / count.sqrt()
 
 
 def backbone_rmsd(predicted: Tensor, target: Tensor, mask: Tensor) -> Tensor:
