@@ -28,31 +28,24 @@ from autoregressive import sharding
 from autoregressive.code_shards import CodeDataset, open_codes
 from autoregressive.gpt import GPT, GPTConfig
 from autoregressive.sampling import SamplingConfig, generate
-from autoregressive.train_config import (
-    TrainConfig,
-    check,
-    learning_rate,
-    parse_config,
-    resumable,
-    shards,
-)
+from autoregressive.train_config import TrainConfig, check, parse_config, resumable, shards
 from tokenizer.data import make_loader, split_holdout, spread
 from tokenizer.pretrained import load_tokenizer, tokenizer_hash
 from tokenizer.runtime import distributed
 from tokenizer.runtime.ema import EMA
 from tokenizer.runtime.seeding import fold
-from tokenizer.runtime.training import DTYPES, Stateful, TrainingRun, accumulating, launch
+from tokenizer.runtime.training import (
+    DTYPES,
+    Stateful,
+    TrainingRun,
+    accumulating,
+    build_adamw,
+    launch,
+    set_learning_rate,
+)
 from tokenizer.vq_model import VQModel
 
 SAMPLES = 16  # pictures in a grid of samples
-
-
-def build_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices and embeddings only, as LlamaGen."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=True)
 
 
 class Trainer(TrainingRun):
@@ -75,7 +68,7 @@ class Trainer(TrainingRun):
         self.raw = self._build()
         average = self._build() if cfg.ema and self.sharded else None
         self.ema = EMA(self.raw, cfg.ema_decay, average=average) if cfg.ema else None
-        self.optimizer = build_optimizer(self.raw, cfg)
+        self.optimizer = build_adamw(self.raw, cfg)
         self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.mixed_precision == "fp16")
         self.best = math.inf
         self.resume()
@@ -165,9 +158,7 @@ class Trainer(TrainingRun):
     def train_step(self, batches: Iterator[dict[str, Any]], step: int) -> dict[str, Tensor]:
         """-> loss (nats per code) and accuracy, means over the micro-batches; grad_norm."""
         parts = self.cfg.gradient_accumulation_steps
-        lr = learning_rate(self.cfg, step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.optimizer, self.cfg, step)
         total = torch.zeros(2, device=self.device)
         for part in range(parts):
             batch = next(batches)

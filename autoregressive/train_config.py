@@ -5,14 +5,13 @@ The defaults are LlamaGen's protocol for class-conditional ImageNet, which the p
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from autoregressive.gpt import GPT_PRESETS
 from tokenizer.runtime import config
 from tokenizer.runtime.config import arg
-from tokenizer.runtime.training import RESUMABLE_RUN, RunConfig, check_run
+from tokenizer.runtime.training import RESUMABLE_RUN, RunConfig, check_optimizer, check_run
 
 FSDP_FROM = 700e6  # parameters: GPT-XL and larger are sharded by default
 
@@ -102,11 +101,10 @@ def parse_config(argv: list[str] | None = None, description: str = "") -> TrainC
 def check(cfg: TrainConfig, world_size: int) -> None:
     """Raise ValueError, naming flag, value and fix, for settings that cannot work. Reads no data."""
     check_run(cfg, world_size)
-    config.require_at_least(cfg, 0, "val_size num_workers sample_every lr_warmup_steps min_lr weight_decay")
+    check_optimizer(cfg)
+    config.require_at_least(cfg, 0, "val_size num_workers sample_every")
     config.require_at_least(cfg, 1, "sample_cfg_scale codebook_size")
-    config.require_fraction(cfg, "class_dropout_prob dropout_p token_dropout_p drop_path_rate beta1 beta2")
-    if cfg.lr <= 0 or cfg.min_lr > cfg.lr:
-        raise ValueError(f"--lr is {cfg.lr} with --min-lr {cfg.min_lr}; lr must be positive and not below min_lr")
+    config.require_fraction(cfg, "class_dropout_prob dropout_p token_dropout_p drop_path_rate")
     if not cfg.code_path:
         raise ValueError("--preset c2i needs --code-path: the folder that autoregressive/extract_codes.py wrote")
     if shards(cfg, world_size) and world_size == 1:
@@ -120,22 +118,6 @@ def shards(cfg: TrainConfig, world_size: int) -> bool:
     if cfg.data_parallel == "auto":
         return world_size > 1 and GPT_PRESETS[cfg.gpt_model].num_parameters >= FSDP_FROM
     return cfg.data_parallel == "fsdp"
-
-
-def learning_rate(cfg: TrainConfig, step: int) -> float:
-    """Of the update that is step number `step`, counted from 0: a pure function, so there is nothing to resume.
-
-    Rises linearly over --lr-warmup-steps, then stays (LlamaGen), or falls to --min-lr at --max-steps along half a
-    cosine or a line.
-    """
-    assert cfg.max_steps is not None
-    if step < cfg.lr_warmup_steps:
-        return cfg.lr * (step + 1) / cfg.lr_warmup_steps
-    if cfg.lr_schedule == "constant":
-        return cfg.lr
-    progress = (step - cfg.lr_warmup_steps) / max(cfg.max_steps - cfg.lr_warmup_steps, 1)
-    height = 1 - progress if cfg.lr_schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
-    return cfg.min_lr + (cfg.lr - cfg.min_lr) * height
 
 
 assert RESUMABLE <= {field.name for field in fields(TrainConfig)}

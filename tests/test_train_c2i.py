@@ -17,8 +17,9 @@ from PIL import Image
 
 from autoregressive import extract_codes, sample_c2i, train_c2i
 from autoregressive.pretrained import load_gpt
-from autoregressive.train_config import TrainConfig, learning_rate
+from autoregressive.train_config import TrainConfig
 from tokenizer import train_provq
+from tokenizer.runtime.training import learning_rate
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMINGS = {"images_per_second", "elapsed_seconds"}

@@ -75,6 +75,46 @@ def check_run(cfg: Any, world_size: int) -> None:
                          f"processes x --gradient-accumulation-steps {cfg.gradient_accumulation_steps}")
 
 
+def check_optimizer(cfg: Any) -> None:
+    """ValueError, naming flag, value and fix, for settings of `build_adamw` and `learning_rate` that cannot work."""
+    config.require_at_least(cfg, 0, "lr_warmup_steps min_lr weight_decay")
+    config.require_fraction(cfg, "beta1 beta2")
+    if cfg.lr <= 0 or cfg.min_lr > cfg.lr:
+        raise ValueError(f"--lr is {cfg.lr} with --min-lr {cfg.min_lr}; lr must be positive and not below min_lr")
+
+
+def build_adamw(model: nn.Module, cfg: Any) -> torch.optim.AdamW:
+    """AdamW with cfg.lr, beta1, beta2; cfg.weight_decay on matrices and embeddings only: not on norms and biases."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": cfg.weight_decay},
+              {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=True)
+
+
+LR_SCHEDULES = ("constant", "cosine", "linear")
+
+
+def learning_rate(cfg: Any, step: int) -> float:
+    """Of the update that is step number `step`, counted from 0: a pure function, so there is nothing to resume.
+
+    Rises linearly over cfg.lr_warmup_steps, then stays (cfg.lr_schedule "constant"), or falls to cfg.min_lr at
+    cfg.max_steps along half a cosine or a line.
+    """
+    if step < cfg.lr_warmup_steps:
+        return float(cfg.lr * (step + 1) / cfg.lr_warmup_steps)
+    if cfg.lr_schedule == "constant":
+        return float(cfg.lr)
+    progress = (step - cfg.lr_warmup_steps) / max(cfg.max_steps - cfg.lr_warmup_steps, 1)
+    height = 1 - progress if cfg.lr_schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return float(cfg.min_lr + (cfg.lr - cfg.min_lr) * height)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, cfg: Any, step: int) -> None:
+    """`learning_rate` into all groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(cfg, step)
+
+
 class CannotContinue(RuntimeError):
     """A run met something that its user has to mend; the message says what. Shown without a traceback."""
 
