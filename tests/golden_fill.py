@@ -27,7 +27,7 @@ def load_shapes(name: str) -> dict[str, tuple[int, ...]]:
 def is_filled(key: str) -> bool:
     """Whether the rule draws numbers for this key; it skips buffers, which keep their initial values."""
     skipped = ("codebook_used", "running_mean", "running_var", "num_batches_tracked", "scaling_layer.shift",
-               "scaling_layer.scale", "freqs_cis", "causal_mask")
+               "scaling_layer.scale", "freqs_cis", "causal_mask", "codebook.N", "codebook.z_avg")
     return not key.endswith(skipped) and ".kv_cache." not in key
 
 
@@ -38,11 +38,11 @@ def fill_values(shapes: dict[str, tuple[int, ...]], seed: int = 1234) -> dict[st
     for key in sorted(filter(is_filled, shapes)):
         shape = tuple(shapes[key])
         draw = torch.randn(shape, generator=generator, dtype=torch.float32)
-        if key == "quantize.embedding.weight":
+        if key in ("quantize.embedding.weight", "codebook.embeddings"):
             values[key] = draw
         elif len(shape) >= 2:
             values[key] = draw * (1.0 / math.sqrt(math.prod(shape[1:])))
-        elif key.endswith(".bias"):
+        elif key.endswith((".bias", "_scale_per_head")):
             values[key] = 0.1 * draw
         else:
             assert key.endswith(".weight"), key

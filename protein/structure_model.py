@@ -1,0 +1,225 @@
+"""VQ autoencoder of protein backbones around a ProVQ quantizer: coordinates -> one token per residue -> coordinates.
+
+The paper (Sec. 5.1.3) keeps the tokenizer of StructTokenBench (Yuan et al., ICML 2025), which is ESM3's encoder and a
+smaller ESM3 decoder, and changes the quantizer only: VanillaVQ is quantizer="vq", AminoAseed "aminoaseed", ESM3's own
+"ema". Encoder and decoder carry StructTokenBench's state-dict keys, so its weights load (load_structtokenbench).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from protein.geometry import valid_residues
+from protein.structure_decoder import Decoded, PairLogits, RegressionHead, VectorDecoder
+from protein.structure_encoder import StructureEncoder
+from tokenizer.pretrained import check_state_dict
+from tokenizer.provq import QUANTIZERS, AdaptiveWarmup, Curriculum, ProVQ, ProVQOutput, VectorQuantizer, make_quantizer
+
+SEQUENCE_VOCABULARY = 33  # ESM's alphabet: the inverse folding head scores these letters
+
+
+@dataclass(frozen=True)
+class StructureModelConfig:
+    """What rebuilds the modules; defaults are StructTokenBench's sizes. ValueError: impossible values."""
+
+    encoder_width: int = 1024            # channels of a slot
+    encoder_heads: int = 128             # vector heads of geometric attention
+    encoder_layers: int = 2              # geometric blocks
+    neighbours: int = 16                 # residues of a neighbourhood, itself among them
+    decoder_width: int = 1024            # channels of a token
+    decoder_heads: int = 16              # attention heads
+    decoder_layers: int = 8              # transformer blocks
+    codebook_size: int = 512             # K, codes
+    codebook_embed_dim: int = 1024       # D, channels of one code
+    quantizer: str = "vq"                # key of provq.QUANTIZERS
+    commit_loss_beta: float = 0.25       # weight of the commitment term
+    codebook_ema_decay: float = 0.99     # "ema" only: decay of the running means per optimizer step
+    codebook_restart_below: float = 0.0  # "ema" only: restart codes under this fraction of the mean count; 0 = never
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if field.type == "int" and getattr(self, field.name) < 1:
+                raise ValueError(f"{field.name}={getattr(self, field.name)} must be at least 1")
+        if self.quantizer not in QUANTIZERS:
+            raise ValueError(f"quantizer={self.quantizer!r} is unknown; choose one of {', '.join(QUANTIZERS)}")
+        if self.decoder_width % (2 * self.decoder_heads):
+            raise ValueError(f"decoder_width={self.decoder_width} must be an even multiple of "
+                             f"decoder_heads={self.decoder_heads}")
+        for name in ("codebook_ema_decay", "codebook_restart_below"):
+            value = getattr(self, name)
+            if self.quantizer != "ema" and value != getattr(type(self), name):
+                raise ValueError(f"{name}={value} has an effect with quantizer='ema' only, got {self.quantizer!r}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> StructureModelConfig:
+        """Pick this class's fields out of a larger configuration (a training config names them alike).
+
+        Raises ValueError naming the absent fields: a default could differ from what the weights were made with.
+        """
+        names = [field.name for field in fields(cls)]
+        missing = [name for name in names if name not in values]
+        if missing:
+            raise ValueError(f"structure model configuration lacks {', '.join(missing)}")
+        return cls(**{name: values[name] for name in names})
+
+    def to_dict(self) -> dict[str, int | float | str]:
+        """JSON-ready primitives; inverse of from_dict."""
+        return asdict(self)
+
+
+PRESETS: dict[str, dict[str, int]] = {
+    # For generated backbones and tests: 1 M parameters.
+    "tiny": {"encoder_width": 64, "encoder_heads": 16, "decoder_width": 128, "decoder_heads": 4, "decoder_layers": 3,
+             "codebook_size": 64, "codebook_embed_dim": 16},
+    # This project's own: trains on a CPU, 10.1 M parameters.
+    "small": {"encoder_width": 256, "encoder_heads": 32, "decoder_width": 256, "decoder_heads": 4, "decoder_layers": 4,
+              "codebook_size": 512, "codebook_embed_dim": 64},
+    "paper": {},  # the defaults: 138.9 M parameters
+}
+
+
+class StructureOutput(NamedTuple):
+    """What a training step needs; B chains padded to L residues."""
+
+    decoded: Decoded         # coordinates, frames, hidden states
+    pairs: PairLogits        # distance and direction bins of residue pairs
+    sequence_logits: Tensor  # (B, L, 33): inverse folding
+    quantized: ProVQOutput   # its loss is already weighted by the curriculum
+    mask: Tensor             # (B, L) bool: residues with coordinates that the mask given did not exclude
+
+
+class StructureVQModel(nn.Module):
+    """Encoder -> ProVQ -> decoder, on chains of N, CA, C coordinates.
+
+    Args:
+        config: architecture and quantizer.
+        curriculum: training schedule of the quantizer; None means discrete from the first step, the plain baseline.
+        adaptive: ends the warm-up by validation scores, see provq.AdaptiveWarmup.
+
+    Every method takes a mask (B, L) bool, True = residue; None: all. Residues without finite N, CA and C are left out
+    in any case. Masked residues get no token and influence nothing: a padded batch equals its chains one by one.
+    Geometry, distances and losses are float32 under autocast.
+    """
+
+    def __init__(
+        self, config: StructureModelConfig, curriculum: Curriculum | None = None, *,
+        adaptive: AdaptiveWarmup | None = None,
+    ):
+        super().__init__()
+        self.config = config
+        self.encoder = StructureEncoder(
+            config.encoder_width, config.encoder_heads, config.encoder_layers, config.codebook_embed_dim,
+            config.neighbours,
+        )
+        self.quantize = ProVQ(
+            _quantizer(config), Curriculum(0, 0) if curriculum is None else curriculum, channel_dim=-1,
+            adaptive=adaptive,
+        )
+        self.decoder = VectorDecoder(
+            config.codebook_embed_dim, config.decoder_width, config.decoder_heads, config.decoder_layers
+        )
+        self.inverse_folding_head = RegressionHead(config.decoder_width, SEQUENCE_VOCABULARY)
+
+    def forward(
+        self, coords: Tensor, mask: Tensor | None = None, residue_index: Tensor | None = None
+    ) -> StructureOutput:
+        """coords (B, L, A >= 3, 3) Angstrom, residue_index (B, L) int -> see StructureOutput. Raises like encode."""
+        mask = self.residues(coords, mask)
+        out = self.quantize(self.encoder(coords[:, :, :3], mask, residue_index), mask)
+        decoded = self.decoder(out.quantized, mask)
+        pairs = self.decoder.pair_logits(decoded.hidden)
+        return StructureOutput(decoded, pairs, self.inverse_folding_head(decoded.hidden), out, mask)
+
+    def residues(self, coords: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Residues that get a token, (B, L) bool. ValueError: coords not (B, L, A >= 3, 3), or a mask unlike them."""
+        if coords.ndim != 4 or coords.shape[2] < 3 or coords.shape[3] != 3 or not coords.is_floating_point():
+            raise ValueError("coordinates must be floating point (B, L, A, 3) with atoms N, CA, C first, "
+                             f"got {coords.dtype} {tuple(coords.shape)}")
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != coords.shape[:2]):
+            raise ValueError(f"mask must be bool {tuple(coords.shape[:2])}, got {mask.dtype} {tuple(mask.shape)}")
+        return valid_residues(coords[:, :, :3], mask)
+
+    def encode_latents(
+        self, coords: Tensor, mask: Tensor | None = None, residue_index: Tensor | None = None
+    ) -> Tensor:
+        """coords (B, L, A >= 3, 3), residue_index (B, L) int: position in the sequence, by default in the array ->
+        latents before quantization (B, L, D). Raises like encode."""
+        return self.encoder(coords[:, :, :3], self.residues(coords, mask), residue_index)
+
+    @torch.no_grad()
+    def encode(self, coords: Tensor, mask: Tensor | None = None, residue_index: Tensor | None = None) -> Tensor:
+        """Like encode_latents -> tokens (B, L) int64, -1 where masked.
+
+        ValueError: see `residues`. RuntimeError: no codebook yet.
+        """
+        valid = self.residues(coords, mask)
+        return self.quantize.encode(self.encoder(coords[:, :, :3], valid, residue_index), valid)
+
+    def decode(self, tokens: Tensor, mask: Tensor | None = None) -> Decoded:
+        """tokens (B, L) int, -1 = none, or quantized vectors (B, L, D) float -> see Decoded.
+
+        `decoder.pair_logits(decoded.hidden)` gives what the pairwise heads say. ValueError: another shape, or a token
+        that is no code.
+        """
+        if tokens.is_floating_point():
+            if tokens.ndim != 3 or tokens.shape[-1] != self.config.codebook_embed_dim:
+                raise ValueError(f"quantized vectors must be (B, L, {self.config.codebook_embed_dim}), "
+                                 f"got {tuple(tokens.shape)}")
+            return self.decoder(tokens, mask)
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens must be (B, L), got {tuple(tokens.shape)}")
+        if bool((tokens >= self.config.codebook_size).any()):
+            raise ValueError(f"token {int(tokens.max())} is no code: the codebook has {self.config.codebook_size}")
+        valid = tokens >= 0 if mask is None else (tokens >= 0) & mask
+        return self.decoder(self.quantize.decode(tokens), valid)
+
+
+def _quantizer(config: StructureModelConfig) -> VectorQuantizer:
+    options: dict[str, float] = {"beta": config.commit_loss_beta}
+    if config.quantizer == "ema":
+        options |= {"decay": config.codebook_ema_decay, "restart_below": config.codebook_restart_below}
+    return make_quantizer(config.quantizer, config.codebook_size, config.codebook_embed_dim, **options)
+
+
+# -------------------------------------------------------------------------------------- weights of StructTokenBench
+
+_QUANTIZER_KEYS = {  # ours -> StructTokenBench's, below quantize.quantizer. and quantizer.
+    "vq": {"embedding.weight": "codebook.weight"},
+    "aminoaseed": {"table": "codebook.weight", "map.weight": "linear_proj.weight", "map.bias": "linear_proj.bias"},
+}
+
+
+def _structtokenbench_keys(model: StructureVQModel) -> dict[str, str]:
+    """StructTokenBench's name for each weight of the model, ours -> theirs; ProVQ's own state has none."""
+    if model.config.quantizer not in _QUANTIZER_KEYS:
+        raise ValueError("StructTokenBench has the quantizers VanillaVQ (quantizer='vq') and AminoAseed "
+                         f"('aminoaseed'), no {model.config.quantizer!r}")
+    names = {key: key for key in model.state_dict() if not key.startswith("quantize.")}
+    for ours, theirs in _QUANTIZER_KEYS[model.config.quantizer].items():
+        names[f"quantize.quantizer.{ours}"] = f"quantizer.{theirs}"
+    return names
+
+
+def to_structtokenbench(model: StructureVQModel) -> dict[str, Tensor]:
+    """The model's weights under the keys of StructTokenBench's VQVAEModel. ValueError: a quantizer it does not have."""
+    state = model.state_dict()
+    return {theirs: state[ours] for ours, theirs in _structtokenbench_keys(model).items()}
+
+
+def load_structtokenbench(model: StructureVQModel, state: Mapping[str, Tensor], source: str = "state dict") -> None:
+    """Load the weights of a VQVAEModel, with or without the prefix `model.` of its checkpoints, which hold them under
+    "module"; they include a codebook.
+
+    ValueError: weights that are missing, unexpected or of another shape, each named (source: where they came from), or
+    a quantizer that StructTokenBench does not have.
+    """
+    state = {key.removeprefix("model."): value for key, value in state.items()}
+    names, own = _structtokenbench_keys(model), model.state_dict()
+    check_state_dict(state, {theirs: own[ours] for ours, theirs in names.items()}, source)
+    weights = {ours: state[theirs] for ours, theirs in names.items()}
+    model.load_state_dict(own | weights | {"quantize.initialised": torch.tensor(True)})
