@@ -155,10 +155,9 @@ class Trainer(TrainingRun):
         """Sharded models cast their parameters themselves."""
         return torch.autocast(self.device.type, enabled=False) if self.sharded else super().autocast()
 
-    def train_step(self, batches: Iterator[dict[str, Any]], step: int) -> dict[str, Tensor]:
+    def train_step(self, batches: Iterator[dict[str, Any]], step: int) -> dict[str, Tensor]:  # noqa: ARG002
         """-> loss (nats per code) and accuracy, means over the micro-batches; grad_norm."""
         parts = self.cfg.gradient_accumulation_steps
-        set_learning_rate(self.optimizer, self.cfg, step)
         total = torch.zeros(2, device=self.device)
         for part in range(parts):
             batch = next(batches)
@@ -169,6 +168,9 @@ class Trainer(TrainingRun):
         norm = self.update(self.optimizer, self.raw, self.scaler)
         self.scaler.update()
         return {"loss": total[0], "accuracy": total[1], "grad_norm": norm}
+
+    def before_step(self, step: int) -> None:
+        set_learning_rate(self.optimizer, self.cfg, step)
 
     def labels(self) -> dict[str, Any]:
         return {"lr": self.optimizer.param_groups[0]["lr"]}

@@ -11,7 +11,7 @@ import math
 import random
 import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -208,7 +208,12 @@ def _ignore_sigterm(_worker: int) -> None:
 
 
 def make_loader(
-    dataset: Dataset, batch_sampler: Iterable[list], *, num_workers: int = 0, pin_memory: bool = False
+    dataset: Dataset,
+    batch_sampler: Iterable[list],
+    *,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    collate: Callable[[list[Any]], dict[str, Any]] = collate,
 ) -> DataLoader:
     """DataLoader over batches of keys (StepSampler, or a plain list of lists). Batches do not depend on num_workers.
 

@@ -1,0 +1,194 @@
+"""Structure tokens on disk: .fasta (people read it), .jsonl (programs read it line by line), .npz (arrays).
+
+A residue without a backbone has token -1. Each file keeps what decode.py needs to write a structure: sequence, residue
+numbers, insertion codes, and the hash of the tokenizer, since tokens mean nothing to another one.
+
+    >1abc_A chain=A tokenizer=9f86d081 sequence=MKV numbers=5,6,7A     .fasta: one header, one line of tokens per chain
+    17 402 -1
+    {"name": "1abc", "chain": "A", "tokens": [17, 402, -1], ...}    .jsonl: the fields of TokenChain, one chain per line
+    tokens, offsets, names, chains, sequences, numbers, tokenizer   .npz: chain i is tokens[offsets[i]:offsets[i + 1]]
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tokenizer.runtime.checkpoint import atomic_write, atomic_write_text
+
+FORMATS = (".fasta", ".jsonl", ".npz")
+_NUMBER = re.compile(r"(-?\d+)(\D?)")
+
+
+@dataclass(frozen=True, eq=False)
+class TokenChain:
+    """The tokens of one chain of L residues. ValueError, naming the chain, for parts that do not fit together.
+
+    tokens: int64 (L,), -1 for none. numbers: L residue numbers with insertion codes, such as "52A". tokenizer: its
+    hash; "" if unknown.
+    """
+
+    name: str
+    chain: str
+    tokens: npt.NDArray[np.int64]
+    sequence: str
+    numbers: tuple[str, ...]
+    tokenizer: str = ""
+
+    def __post_init__(self) -> None:
+        lengths = {"tokens": len(self.tokens), "sequence": len(self.sequence), "numbers": len(self.numbers)}
+        if len(set(lengths.values())) > 1 or not len(self.tokens):
+            counts = ", ".join(f"{n} {what}" for what, n in lengths.items())
+            raise ValueError(f"chain {self.label}: {counts}; they must be equally many, and at least 1")
+        if self.tokens.min() < -1:
+            raise ValueError(f"chain {self.label}: token {self.tokens.min()}; tokens are at least 0, or -1 for none")
+        odd = [number for number in self.numbers if not _NUMBER.fullmatch(number)]
+        if odd:
+            raise ValueError(f"chain {self.label}: {odd[0]!r} is no residue number")
+
+    @property
+    def label(self) -> str:
+        """NAME_CHAIN, or NAME alone when the chain id is blank."""
+        return f"{self.name}_{self.chain}" if self.chain else self.name
+
+    def residue_numbers(self) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
+        """Numbers int64 (L,) and insertion codes, "" for none."""
+        parts = [_NUMBER.fullmatch(number) for number in self.numbers]
+        return (np.array([int(part[1]) for part in parts if part], dtype=np.int64),
+                tuple(part[2] for part in parts if part))
+
+
+def check_name(path: Path) -> str:
+    """The format that a file's name asks for. ValueError: none of FORMATS."""
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(f"{path}: tokens are kept in {', '.join(FORMATS)}")
+    return path.suffix.lower()
+
+
+def write_tokens(path: Path, chains: Sequence[TokenChain]) -> None:
+    """Write chains in the format of the file's extension, atomically. ValueError: another extension, or no chains."""
+    kind = check_name(path)
+    if not chains:
+        raise ValueError(f"{path}: no chains to write")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == ".npz":
+        arrays = {
+            "tokens": np.concatenate([chain.tokens for chain in chains]).astype(np.int32),
+            "offsets": np.concatenate([[0], np.cumsum([len(chain.tokens) for chain in chains])]),
+            "names": np.array([chain.name for chain in chains]),
+            "chains": np.array([chain.chain for chain in chains]),
+            "sequences": np.array([chain.sequence for chain in chains]),
+            "numbers": np.array([",".join(chain.numbers) for chain in chains]),
+            "tokenizer": np.array([chain.tokenizer for chain in chains]),
+        }
+        atomic_write(path, lambda file: np.savez_compressed(file, **arrays))
+    else:
+        atomic_write_text(path, "".join((_fasta if kind == ".fasta" else _json)(chain) for chain in chains))
+
+
+def _fasta(chain: TokenChain) -> str:
+    if re.search(r"\s", chain.label):
+        raise ValueError(f"chain {chain.label!r}: .fasta cannot hold a name with spaces; use .jsonl or .npz")
+    return (f">{chain.label} chain={chain.chain} tokenizer={chain.tokenizer} sequence={chain.sequence} "
+            f"numbers={','.join(chain.numbers)}\n{' '.join(map(str, chain.tokens))}\n")
+
+
+def _json(chain: TokenChain) -> str:
+    return json.dumps({"name": chain.name, "chain": chain.chain, "tokens": chain.tokens.tolist(),
+                       "sequence": chain.sequence, "numbers": list(chain.numbers),
+                       "tokenizer": chain.tokenizer}) + "\n"
+
+
+def read_tokens(path: Path) -> list[TokenChain]:
+    """The chains of one file. FileNotFoundError; ValueError naming file, and line or entry, for what is wrong.
+
+    A .fasta or .jsonl of another program needs only names and tokens: then residues are unknown ("X") and numbered from
+    1, and the tokenizer is unknown.
+    """
+    kind = check_name(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    chains = list(_from_npz(path) if kind == ".npz" else _from_lines(path, kind))
+    if not chains:
+        raise ValueError(f"{path}: holds no chains")
+    return chains
+
+
+def _chain(values: dict[str, Any]) -> TokenChain:
+    tokens = values["tokens"]
+    if not isinstance(tokens, list) or not tokens or not all(type(token) is int for token in tokens):
+        raise ValueError("tokens must be a list of integers, at least one")
+    absent = {"sequence": "X" * len(tokens), "numbers": [str(i + 1) for i in range(len(tokens))], "chain": "",
+              "tokenizer": ""}
+    values = absent | {key: value for key, value in values.items() if value not in ("", None)}
+    texts = [key for key in ("name", "chain", "sequence", "tokenizer") if not isinstance(values[key], str)]
+    if texts or not isinstance(values["numbers"], list):
+        raise ValueError(f"{(texts or ['numbers'])[0]} is of the wrong type")
+    return TokenChain(values["name"], values["chain"], np.array(tokens, dtype=np.int64), values["sequence"],
+                      tuple(map(str, values["numbers"])), values["tokenizer"])
+
+
+def _from_lines(path: Path, kind: str) -> Iterable[TokenChain]:
+    header: dict[str, Any] | None = None
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            if kind == ".jsonl":
+                yield _chain(json.loads(line))
+            elif line.startswith(">"):
+                if header is not None:
+                    raise ValueError("a header without tokens before it")
+                header = _fasta_header(line)
+            elif header is None:
+                raise ValueError("tokens without a header before them")
+            else:
+                yield _chain(header | {"tokens": [int(word) for word in re.split(r"[\s,]+", line.strip())]})
+                header = None
+        except KeyError as error:
+            raise ValueError(f"{path}, line {number}: no {error.args[0]}") from error
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+    if header is not None:
+        raise ValueError(f"{path}: the last header has no tokens; the file is cut off")
+
+
+def _fasta_header(line: str) -> dict[str, Any]:
+    label, *words = line[1:].split()
+    fields = dict(word.split("=", 1) for word in words if "=" in word)
+    chain, numbers = fields.get("chain", ""), fields.get("numbers")
+    return {"name": label.removesuffix(f"_{chain}") if chain else label, "chain": chain,
+            "sequence": fields.get("sequence"), "numbers": numbers.split(",") if numbers else None,
+            "tokenizer": fields.get("tokenizer")}
+
+
+def _from_npz(path: Path) -> Iterable[TokenChain]:
+    try:
+        with np.load(io.BytesIO(path.read_bytes())) as file:
+            arrays = {key: file[key] for key in file.files}
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{path}: damaged, or no .npz file ({error})") from error
+    absent = [key for key in ("tokens", "offsets", "names") if key not in arrays]
+    if absent:
+        raise ValueError(f"{path}: no array {', '.join(absent)}")
+    offsets, count, total = arrays["offsets"], len(arrays["names"]), len(arrays["tokens"])
+    ascends = offsets.shape == (count + 1,) and bool((np.diff(offsets) > 0).all())
+    if not ascends or offsets[0] != 0 or offsets[-1] != total:
+        raise ValueError(f"{path}: offsets do not cut {total} tokens into {count} chains")
+    for i, name in enumerate(arrays["names"]):
+        values = {"name": str(name), "tokens": arrays["tokens"][offsets[i] : offsets[i + 1]].tolist()}
+        for key, field in (("chains", "chain"), ("sequences", "sequence"), ("tokenizer", "tokenizer")):
+            values[field] = str(arrays[key][i]) if key in arrays else None
+        values["numbers"] = str(arrays["numbers"][i]).split(",") if "numbers" in arrays else None
+        try:
+            yield _chain(values)
+        except ValueError as error:
+            raise ValueError(f"{path}, entry {i}: {error}") from error

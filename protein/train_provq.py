@@ -1,0 +1,243 @@
+"""Trains a protein structure tokenizer on the ProVQ curriculum (paper, sections 4 and 5.1.3).
+
+    torchrun --nproc_per_node=1 protein/train_provq.py                                    # generated backbones, minutes
+    torchrun --nproc_per_node=8 protein/train_provq.py --preset paper --data-path pdb/                      # VanillaVQ
+    torchrun --nproc_per_node=8 protein/train_provq.py --preset paper --data-path pdb/ --quantizer aminoaseed
+
+--results-dir is the run's folder: the same command again resumes the run, at the very step.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+from torch import Tensor
+
+from protein.losses import structure_losses
+from protein.structure_data import (
+    StructureBatchSampler,
+    StructureDataset,
+    StructureSet,
+    collate,
+    hold_out_entries,
+    open_structures,
+    usable_chains,
+)
+from protein.structure_io import ATOMS, Chain, write_structure
+from protein.structure_model import StructureModelConfig, StructureVQModel
+from protein.train_config import LOSSES, RESUMABLE, TrainConfig, check, parse_config, weight_field
+from protein.validation import StructureMeter
+from tokenizer.curriculum_run import CurriculumRun, build_curriculum, kmeans_batches, uses_kmeans
+from tokenizer.data import consecutive, make_loader, spread
+from tokenizer.runtime import config, distributed
+from tokenizer.runtime.ema import EMA
+from tokenizer.runtime.training import Stateful, accumulating, build_adamw, launch, set_learning_rate
+
+PROBED, EXAMPLES = 16, 4  # validation chains whose drift is watched, and that are written at each stage's end
+
+
+def build_model(cfg: TrainConfig) -> StructureVQModel:
+    """The tokenizer with its curriculum; weights are a function of --global-seed alone. ValueError: see its parts."""
+    curriculum, adaptive = build_curriculum(cfg)
+    torch.manual_seed(cfg.global_seed)
+    return StructureVQModel(StructureModelConfig.from_dict(config.to_dict(cfg)), curriculum, adaptive=adaptive)
+
+
+class Trainer(CurriculumRun):
+    """Everything that one run holds. Built from a checked configuration; `run` trains it to the end."""
+
+    best_metric, higher_is_better, warmup_metric = "rmsd", False, "rmsd"
+
+    def __init__(self, cfg: TrainConfig, device: torch.device):
+        fingerprints = self._open_data(cfg)
+        if cfg.max_steps is None:
+            assert cfg.epochs is not None  # check() saw to it
+            cfg = replace(cfg, max_steps=math.ceil(cfg.epochs * len(self.train_set) / cfg.global_batch_size))
+        super().__init__(cfg, device, resumable=RESUMABLE, inputs=fingerprints)
+        self.raw = build_model(cfg).to(device)
+        self.optimizer = build_adamw(self.raw, cfg)
+        self.scaler = torch.amp.GradScaler(enabled=False)  # fp16 is not offered: coordinates need the range
+        self.ema = EMA(self.raw, cfg.ema_decay) if cfg.ema else None
+        self.kmeans_batches = 0
+        if uses_kmeans(cfg):
+            tokens = int(cfg.global_batch_size * self.train_set.lengths.mean())
+            self.kmeans_batches = kmeans_batches(cfg, tokens)
+        self.resume()
+        self.model = self.parallel(self.raw)
+
+    def _open_data(self, cfg: TrainConfig) -> dict[str, str]:
+        def opened(flag: str, path: str | None) -> StructureSet:
+            try:
+                return open_structures(path, max_bad=cfg.max_bad_structures, num_workers=cfg.num_workers,
+                                       ideal_chains=cfg.ideal_chains, seed=cfg.global_seed)
+            except (ValueError, OSError) as error:
+                raise ValueError(f"{flag}: {error}") from error
+
+        structures = opened("--data-path", cfg.data_path)
+        val_structures = opened("--val-path", cfg.val_path) if cfg.val_path else structures
+        chains = usable_chains(structures, min_length=cfg.min_length, max_length=cfg.max_length, overlong=cfg.overlong)
+        if cfg.val_path:
+            train, val = chains.indices, usable_chains(
+                val_structures, min_length=cfg.min_length, max_length=cfg.max_length, overlong=cfg.overlong).indices
+        else:
+            train, val = hold_out_entries(structures, chains.indices, cfg.val_fraction, cfg.global_seed)
+        if not len(val):
+            raise ValueError("no chain is held out for validation: give --val-path, or --val-fraction above 0")
+        val = val[spread(len(val), cfg.val_size or len(val))]
+        self.train_set = StructureDataset(structures, train, max_length=cfg.max_length, seed=cfg.global_seed)
+        self.val_set = StructureDataset(val_structures, val, max_length=cfg.max_length)
+        distributed.print0(f"{len(train)} training and {len(val)} validation chains; left out: {chains.short} shorter "
+                           f"than {cfg.min_length} residues, {chains.long} longer than {cfg.max_length}")
+        return {"data_fingerprint": structures.fingerprint(), "val_fingerprint": val_structures.fingerprint()}
+
+    def stateful(self) -> dict[str, Stateful | None]:
+        return {"model": self.raw, "ema": self.ema, "optimizer": self.optimizer, "drift": self.drift}
+
+    # --------------------------------------------------------------------------------------------------- steps
+
+    def batches(self, start: int, end: int) -> Iterator[dict[str, Tensor]]:
+        cfg = self.cfg
+        sampler = StructureBatchSampler(
+            self.train_set.lengths, cfg.global_batch_size, seed=cfg.global_seed, start_step=start, end_step=end,
+            rank=distributed.rank(), world=distributed.world_size(), micro_batches=cfg.gradient_accumulation_steps,
+        )
+        yield from self._load(self.train_set, sampler)
+
+    def _load(self, dataset: StructureDataset, batches: Any) -> Iterator[dict[str, Tensor]]:
+        pin = self.device.type == "cuda"
+        for batch in make_loader(dataset, batches, num_workers=self.cfg.num_workers, pin_memory=pin,
+                                 collate=collate):
+            yield {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+
+    def train_step(self, batches: Iterator[dict[str, Tensor]], step: int) -> dict[str, Tensor]:  # noqa: ARG002
+        """-> unweighted terms, means over the micro-batches; code_counts.
+
+        Losses are means over chains, so that the gradient is that of the global batch however it is split; the
+        quantizer's is a mean over the tokens of a micro-batch, of which all have about as many.
+        """
+        cfg, parts = self.cfg, self.cfg.gradient_accumulation_steps
+        totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
+        for part in range(parts):
+            batch = next(batches)
+            with accumulating(self.model, part < parts - 1):
+                with self.autocast():
+                    out = self.model(batch["coords"], batch["mask"], batch["residue_index"])
+                terms = structure_losses(out, batch["coords"], batch["sequence"], batch["residue_index"],
+                                         as_coded=cfg.losses_as_coded)
+                weighted = [getattr(cfg, weight_field(name)) * terms[name] for name in LOSSES]
+                loss = torch.stack(weighted).sum() + out.quantized.loss
+                (loss / parts).backward()
+            logged = {f"{name}_loss": value.detach() for name, value in terms.items()} | {"loss": loss.detach()}
+            logged |= {f"{k}_loss": out.quantized.losses.get(k, loss.new_zeros(())) for k in ("codebook", "commit")}
+            for name, value in logged.items():
+                totals[name] = totals[name] + value / parts
+        totals["grad_norm"] = self.update(self.optimizer, self.raw, self.scaler)
+        return self.counted(totals)
+
+    def before_step(self, step: int) -> None:
+        super().before_step(step)
+        set_learning_rate(self.optimizer, self.cfg, step)
+
+    def labels(self) -> dict[str, Any]:
+        return super().labels() | {"lr": self.optimizer.param_groups[0]["lr"]}
+
+    # -------------------------------------------------------------------------------------- what is tokenized
+
+    def latents(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        z, valid = self._latents(self.raw, batch)
+        return z[valid], valid.sum(1).cpu()
+
+    def _latents(self, model: StructureVQModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Latents (B, L, D) and the residues (B, L) that have one."""
+        z = model.encode_latents(batch["coords"], batch["mask"], batch["residue_index"])
+        return z, model.residues(batch["coords"], batch["mask"])
+
+    def _val_batches(self, places: list[int]) -> Iterator[dict[str, Tensor]]:
+        """Batches of similar lengths; which chain shares one with which changes nothing but the padding."""
+        places = sorted(places, key=lambda place: self.val_set.lengths[place])
+        size = self.micro_batch()
+        yield from self._load(self.val_set, [[places[i] for i in rows] for rows in consecutive(len(places), size)])
+
+    def _mine(self) -> list[int]:
+        return list(range(distributed.rank(), len(self.val_set), distributed.world_size()))
+
+    @torch.no_grad()
+    def evaluate(self, model: StructureVQModel) -> dict[str, float]:
+        was_training = model.training
+        model.eval()
+        quantize = model.quantize
+        meter = StructureMeter(quantize.num_codes, quantize.dim, self.device)
+        for batch in self._val_batches(self._mine()):
+            z, valid = self._latents(model, batch)
+            out = quantize(z, valid)
+            meter.add_chains(model.decode(out.quantized, valid).coords, batch["coords"], valid)
+            known = out.indices is not None
+            meter.codes.add(quantize.quantizer.latent(z[valid]), out.quantized[valid] if known else None,
+                            out.indices[valid] if known else None)
+        model.train(was_training)
+        return meter.result(quantize.codebook if quantize.has_codebook else None)
+
+    def shown(self, result: Mapping[str, Any]) -> list[str]:  # noqa: ARG002
+        return ["rmsd", "lddt", "tm", "usage", "perplexity"]
+
+    def probe(self, model: StructureVQModel) -> Tensor:
+        """Of 16 chains."""
+        found = [self._latents(model, batch) for batch in self._val_batches(spread(len(self.val_set), PROBED))]
+        return torch.cat([z[valid] for z, valid in found])
+
+    def count_codes(self, model: StructureVQModel) -> Tensor:
+        counts = torch.zeros(model.quantize.num_codes, dtype=torch.int64, device=self.device)
+        for batch in self._val_batches(self._mine()):
+            tokens = model.encode(batch["coords"], batch["mask"], batch["residue_index"])
+            counts += torch.bincount(tokens[tokens >= 0], minlength=len(counts))
+        return distributed.all_reduce_(counts)
+
+    def save_examples(self, model: StructureVQModel, stem: str) -> None:
+        """RUN/structures/STEM/: a few chains as they are and as they come back, for a molecular viewer."""
+        folder = self.run_dir / "structures" / stem
+        folder.mkdir(parents=True, exist_ok=True)
+        for place in spread(len(self.val_set), EXAMPLES):
+            batch = next(self._load(self.val_set, [[place]]))
+            z, valid = self._latents(model, batch)
+            decoded = model.decode(model.quantize(z, valid).quantized, valid).coords
+            decoded = torch.where(valid[..., None, None], decoded, torch.nan)
+            for what, coords in (("target", batch["coords"]), ("decoded", decoded)):
+                _write(folder / f"{place:04d}_{what}.pdb", coords[0], batch["residue_index"][0])
+
+    def summary(self) -> dict[str, Any]:
+        return super().summary() | {"training_chains": len(self.train_set), "validation_chains": len(self.val_set)}
+
+
+def _write(path: Path, backbone: Tensor, residue_index: Tensor) -> None:
+    """backbone (L, 3, 3) of N, CA, C; the residues are called glycine, the model sees none of their side chains."""
+    length = len(backbone)
+    coords = torch.full((length, len(ATOMS), 3), torch.nan)
+    coords[:, :3] = backbone
+    write_structure(path, Chain(
+        name=path.stem, chain_id="A", sequence="G" * length, coords=coords.numpy(),
+        residue_numbers=residue_index.cpu().numpy() + 1, insertion_codes=("",) * length,
+        bfactors=torch.full((length,), torch.nan).numpy()))
+
+
+def main(argv: list[str] | None = None) -> None:
+    def build() -> Trainer:
+        cfg = parse_config(argv, __doc__)
+        device = distributed.init(cfg.device)
+        check(cfg, distributed.world_size())
+        return Trainer(cfg, device)
+
+    launch("protein/train_provq.py", build)
+
+
+if __name__ == "__main__":
+    main()
