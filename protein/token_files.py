@@ -14,6 +14,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,7 +175,7 @@ def _from_npz(path: Path) -> Iterable[TokenChain]:
     try:
         with np.load(io.BytesIO(path.read_bytes())) as file:
             arrays = {key: file[key] for key in file.files}
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: damaged, or no .npz file ({error})") from error
     absent = [key for key in ("tokens", "offsets", "names") if key not in arrays]
     if absent:
