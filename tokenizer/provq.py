@@ -30,7 +30,9 @@ Every collective is a no-op in one process. Checkpoints: `state_dict()` holds te
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import operator
 from typing import Any, Callable, NamedTuple, Sequence
 
 import torch
@@ -46,6 +48,9 @@ _is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._utils.is
 # Elements of the N x K distance matrix that exist at a time. 2 MiB of float32 stays in a CPU core's cache (3x faster
 # than one large matrix, see evaluations/benchmarks/code_search.py); a GPU wants fewer, larger launches (128 MiB).
 CPU_SEARCH_ELEMENTS, GPU_SEARCH_ELEMENTS = 2**19, 2**25
+
+# ProVQ.collect keeps this many tokens per code, over all ranks, of at least this many calls.
+RESERVOIR_TOKENS_PER_CODE, RESERVOIR_CALLS = 16, 16
 
 
 # ------------------------------------------------------------------------------------------------ collectives
@@ -596,10 +601,12 @@ class ProVQ(nn.Module):
     step. A (0, 0) curriculum is the bare quantizer bit for bit, and after training `provq.quantizer` alone suffices.
 
     Call `set_step(step)` before the forwards of a step and, so that a checkpoint holds all of it, `set_step(step + 1)`
-    after the optimizer's. The state dict adds step, initialised, warmup_end, best_score and stale_checks; a loaded
-    warmup_end, where an adaptive warm-up ended, overrides the constructor's. Keep the module in float32 (use autocast):
-    in half precision alpha and running means would lose their small changes.
+    after the optimizer's. The state dict adds step, initialised, warmup_end, best_score and stale_checks, and while
+    `collect` holds latents, those; a loaded warmup_end, where an adaptive warm-up ended, overrides the constructor's.
+    Keep the module in float32 (use autocast): in half precision alpha and running means would lose small changes.
     """
+
+    REQUIRED: tuple[str, ...] = ("codebook", "set_codebook_", "latent", "lookup", "num_codes", "dim")  # of quantizers
 
     quantizer: Any  # typed by its methods
     step: Tensor  # int64 []: optimizer steps done
@@ -617,10 +624,10 @@ class ProVQ(nn.Module):
         TypeError: a quantizer without the methods. ValueError: channel_dim; adaptive without a warm-up to end.
         """
         super().__init__()
-        missing = [m for m in ("codebook", "set_codebook_", "latent", "lookup", "num_codes", "dim")
-                   if not hasattr(quantizer, m)]
+        missing = [m for m in self.REQUIRED if not hasattr(quantizer, m)]
         if missing:
-            raise TypeError(f"{type(quantizer).__name__} lacks {', '.join(missing)}, which ProVQ needs of a quantizer")
+            raise TypeError(f"{type(quantizer).__name__} lacks {', '.join(missing)}, which ProVQ needs of a quantizer "
+                            "(a foreign module: adapt() it, or attach() to it)")
         if channel_dim not in (1, -1):
             raise ValueError(f"channel_dim must be 1 (B, D, ...) or -1 (B, ..., D), got {channel_dim}")
         if adaptive and curriculum.warmup_steps == 0:
@@ -639,6 +646,7 @@ class ProVQ(nn.Module):
         self.register_buffer("_alpha", torch.tensor(0.0), persistent=False)
         self.register_buffer("_omega", torch.tensor(0.0), persistent=False)
         self._counts = torch.zeros(self.quantizer.num_codes, dtype=torch.int64)  # per rank: no buffer (see EMA above)
+        self._empty_reservoir()
         self._mirror()
 
     def _mirror(self) -> None:
@@ -649,8 +657,18 @@ class ProVQ(nn.Module):
         self._alpha.fill_(self._curriculum.alpha(self._step))
         self._omega.fill_(self._curriculum.omega(self._step))
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if len(self._reservoir):
+            destination[prefix + "reservoir"] = self._reservoir
+            destination[prefix + "reservoir_state"] = self._reservoir_state
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        self._empty_reservoir()
+        if prefix + "reservoir" in state_dict:  # popped: they come and go, and strict loading must not mind
+            self._reservoir = state_dict.pop(prefix + "reservoir").clone()
+            self._reservoir_state = state_dict.pop(prefix + "reservoir_state").clone()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._mirror()
 
     @property
@@ -734,6 +752,67 @@ class ProVQ(nn.Module):
             self._mirror()
         return ended
 
+    def _empty_reservoir(self) -> None:
+        # Plain tensors, not buffers: DistributedDataParallel would overwrite other ranks' latents with rank 0's.
+        self._reservoir = torch.zeros(0, self.quantizer.dim)
+        self._reservoir_state = torch.zeros(2, dtype=torch.int64)  # tokens taken so far; tokens in the last call
+
+    def _make_reservoir(self) -> None:
+        size = max(RESERVOIR_TOKENS_PER_CODE * self.num_codes // _world(), 2 * RESERVOIR_CALLS)
+        self._reservoir = torch.zeros(size, self.dim, device=self.step.device)
+        self._reservoir_state = self._reservoir_state.to(self.step.device)
+
+    @torch.no_grad()
+    def collect(self, latents: Tensor) -> None:
+        """Keep a sample of latents (N, D), this rank's valid tokens, for `maybe_init_codebook`. Call it in the warm-up.
+
+        Bounded: RESERVOIR_TOKENS_PER_CODE x K tokens over all ranks, the latest, and of no call more than a 16th of
+        that: the encoder moves, so old latents are dropped, and one batch alone would be too uniform. Draws no random
+        numbers and does not synchronise. ValueError: latents are not (N, D).
+        """
+        self._check_tokens(latents)
+        if not len(latents):
+            return
+        if not len(self._reservoir):
+            self._make_reservoir()
+        if self._reservoir.device != latents.device:
+            self._reservoir = self._reservoir.to(latents.device)
+            self._reservoir_state = self._reservoir_state.to(latents.device)
+        size, n = len(self._reservoir), len(latents)
+        take = min(n, size // RESERVOIR_CALLS)
+        # One row of each of `take` equal parts of the batch. Where in its part is a hash (Knuth's) of a running number,
+        # in whole numbers: a fixed stride would see the same places of every image.
+        i = torch.arange(take, device=latents.device)
+        taken = self._reservoir_state[0]
+        within = (taken + i) * 2654435769 % 2**32
+        rows = (i * n + (within * n >> 32)) // take
+        self._reservoir[(taken + i) % size] = latents[rows].float()
+        self._reservoir_state[0] += take
+        self._reservoir_state[1] = n
+
+    def _check_tokens(self, latents: Tensor) -> None:
+        if latents.ndim != 2 or latents.shape[1] != self.dim:
+            raise ValueError(f"latents must be (N, D = {self.dim}), got {tuple(latents.shape)}")
+
+    def maybe_init_codebook(self, *, copies: Sequence[nn.Module] = (), **options: Any) -> dict[str, float] | None:
+        """Once, when the warm-up has ended: `init_codebook` from what `collect` kept. Else None. Collective then.
+
+        Call it in every step after set_step. options: those of `init_codebook`, above all `optimizers`. copies: moving
+        averages of the quantizer (same state-dict keys), which take the new codes over at once.
+        """
+        if not self.needs_init:
+            return None
+        kept = self._reservoir[: int(self._reservoir_state[0])].to(self.step.device)
+        info = self.init_codebook(kept, **options)
+        state = self._owner().state_dict()
+        for copy in copies:
+            copy.load_state_dict({name: state[name] for name in copy.state_dict()})
+        return info
+
+    def _owner(self) -> nn.Module:
+        """The module that stands in the model."""
+        return self
+
     @torch.no_grad()
     def init_codebook(
         self, latents: Tensor | None, *, iters: int = 20, start: str = "kmeans++", seed: int = 0,
@@ -749,19 +828,31 @@ class ProVQ(nn.Module):
             raise RuntimeError("init_codebook was called before: the codebook is initialised once")
         info: dict[str, float] = {}
         if latents is not None:
-            if latents.ndim != 2 or latents.shape[1] != self.dim:
-                raise ValueError(f"latents must be (N, D = {self.dim}), got {tuple(latents.shape)}")
-            result = kmeans(self.quantizer.latent(latents), self.num_codes, iters=iters, start=start, seed=seed,
-                            order=order, spherical=getattr(self.quantizer, "l2_norm", False))
-            self.quantizer.set_codebook_(result.centroids, result.counts)
-            info = {"inertia": result.inertia, "iterations": result.iterations, "tokens": int(result.counts.sum()),
-                    "empty": int((result.counts == 0).sum())}
+            self._check_tokens(latents)
+            rest, info = self.quantizer.latent(latents), {"empty": 0}
+            # A residual quantizer has levels: each gets the centroids of what those before it left over.
+            levels = getattr(self.quantizer, "levels", (self.quantizer,))
+            for level in levels:
+                result = kmeans(rest, level.num_codes, iters=iters, start=start, seed=seed, order=order,
+                                spherical=getattr(level, "l2_norm", False))
+                level.set_codebook_(result.centroids, self._per_batch(result.counts))
+                if len(levels) > 1:
+                    rest = rest - F.embedding(nearest_code(rest, result.centroids), result.centroids)
+                info = {"inertia": result.inertia, "iterations": result.iterations, "tokens": int(result.counts.sum()),
+                        "empty": info["empty"] + int((result.counts == 0).sum())}
+        parameters = getattr(self.quantizer, "codebook_parameters", self.quantizer.parameters)
         for optimizer in optimizers:
-            for parameter in self.quantizer.parameters():
+            for parameter in parameters():
                 optimizer.state.pop(parameter, None)
         self.initialised.fill_(True)
         self._initialised = True
+        self._empty_reservoir()
         return info
+
+    def _per_batch(self, counts: Tensor) -> Tensor:
+        # Running means of a foreign quantizer count tokens of one rank's batches, not those of the whole sample.
+        batch = int(self._reservoir_state[1])
+        return counts * (batch / counts.sum()) if batch else counts
 
     def _flatten(self, z: Tensor, mask: Tensor | None) -> tuple[Tensor, tuple[int, ...]]:
         """z -> its valid tokens (N, D) and its shape without channels."""
@@ -804,27 +895,38 @@ class ProVQ(nn.Module):
             # 0 x every parameter: DistributedDataParallel sees the codebook used, without find_unused_parameters.
             loss = sum((0.0 * p.float().sum() for p in self.quantizer.parameters() if p.requires_grad),
                        torch.zeros((), device=z.device))
-            quantized = self._restore(self.quantizer.latent(tokens).to(z.dtype), shape, mask)
+            quantized = self._restore(self._smooth(tokens).to(z.dtype), shape, mask)
             indices = None if continuous else torch.full(shape, -1, dtype=torch.int64, device=z.device)
             return ProVQOutput(quantized, indices, loss, {})
 
         out = self.quantizer(tokens)
-        mixed, loss = out.codes, torch.stack([v.float() for v in out.losses.values()]).sum()
+        mixed, loss = out.codes, torch.zeros((), device=z.device)
+        if out.losses:
+            loss = torch.stack([v.float() for v in out.losses.values()]).sum()
         if self.training:
             if self._stage == 2:
                 alpha = self._alpha.clone()  # backward needs it, and set_step may come before backward
-                mixed = alpha * self.quantizer.latent(tokens) + (1.0 - alpha) * out.codes  # Eq. 2
+                mixed = alpha * self._smooth(tokens) + (1.0 - alpha) * out.codes  # Eq. 2
                 loss = self._omega.clone() * loss  # Eq. 4
-            if not _recomputing():
-                if self._counts.device != out.indices.device:
-                    self._counts = self._counts.to(out.indices.device)
-                self._counts.index_add_(0, out.indices, torch.ones_like(out.indices))
+            self._count(out.indices)
         return ProVQOutput(
             quantized=self._restore(mixed.to(z.dtype), shape, mask),
             indices=self._restore_indices(out.indices, shape, mask),
             loss=loss,
             losses={name: value.detach() for name, value in out.losses.items()},
         )
+
+    def _smooth(self, tokens: Tensor) -> Tensor:
+        """What the decoder sees at alpha = 1, (N, D)."""
+        latent = self.quantizer.latent(tokens)
+        return self.quantizer.output(latent) if isinstance(self.quantizer, Adapter) else latent
+
+    def _count(self, indices: Tensor) -> None:
+        if _recomputing():
+            return
+        if self._counts.device != indices.device:
+            self._counts = self._counts.to(indices.device)
+        self._counts.index_add_(0, indices.clamp_min(0), (indices >= 0).long())
 
     @torch.no_grad()
     def encode(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -855,3 +957,585 @@ class ProVQ(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self._full_curriculum}, {self.adaptive}, channel_dim={self.channel_dim}"
+
+
+# --------------------------------------------------------------------------------------- other people's quantizers
+
+Path = tuple[int, ...]  # where something is in a host's return value: (1, 0) is out[1][0]
+
+
+def _get(out: Any, path: Path) -> Any:
+    return functools.reduce(operator.getitem, path, out)
+
+
+def _put(out: Any, path: Path, value: Any) -> Any:
+    """out, a tuple of tuples (or of named ones), with value in that place."""
+    if not path:
+        return value
+    items = list(out)
+    items[path[0]] = _put(out[path[0]], path[1:], value)
+    return type(out)(*items) if hasattr(out, "_fields") else tuple(items)
+
+
+class Adapter(nn.Module):
+    """A foreign quantizer, `.module`, in the terms of ProVQ; `adapt` picks the subclass.
+
+    One more host is one more subclass: what it calls its sizes, where its z has channels, where its return value has
+    what, which options are not supported, and how codes are set. Only `set_codebook_` changes the host.
+    """
+
+    classes: tuple[str, ...]  # class names that "auto" recognises, if the attributes are there as well
+    sizes = ("n_e", "e_dim")  # attributes of the host: K and D
+    needs: tuple[str, ...]  # further attributes
+    supports: dict[str, Any] = {}  # noqa: RUF012  # option of the host -> the only value that is supported
+    accepts: tuple[str, ...] = ()  # what its forward may be given besides z, by keyword
+    settable = True  # whether there are codes to set
+
+    channel_dim = 1  # of z: 1 (B, D, ...) or -1 (B, ..., D)
+    spatial = 2  # dimensions of z besides batch and channels
+    flat_indices = False  # (B h w,) instead of (B, h, w)
+    index_dtype = torch.int64
+    trailing: Path = ()  # shape of indices beyond that
+    loss_shape: Path = ()
+    l2_norm = False  # codes and latents on the unit sphere
+
+    template: Any = (None, None, None)  # the return value, of a host that has not been called
+    quantized_at: Path = (0,)
+    indices_at: Path | None = (1,)
+    losses_at: dict[str, Path] = {"vq": (2,)}  # noqa: RUF012
+
+    def __init__(self, module: Any):
+        super().__init__()
+        self.module = module
+        self.num_codes, self.dim = (getattr(module, name, 0) for name in self.sizes)
+        for option, value in self.supports.items():
+            got = module
+            for name in option.split("."):
+                got = getattr(got, name, value)  # an option that this version of the host lacks is not set
+            if got != value:
+                raise ValueError(f"{type(module).__name__}: {option} = {got!r} is not supported, only {value!r}")
+
+    def latent(self, x: Tensor) -> Tensor:
+        """Tokens (..., D) as the host compares them with its codes."""
+        return F.normalize(x, dim=-1) if self.l2_norm else x
+
+    def output(self, codes: Tensor) -> Tensor:
+        """Codes, or latents in their place, as the host hands them to the decoder: (..., D)."""
+        return codes
+
+    def channels(self, z: Tensor) -> int:
+        """Channel dimension of this z."""
+        return -1 if z.ndim == 2 else self.channel_dim
+
+    def codebook_parameters(self) -> list[nn.Parameter]:
+        """What optimizers must forget when codes are set. Projections go on as they are."""
+        return [p for name, p in self.module.named_parameters() if not name.startswith("project_")]
+
+    def countable(self, indices: Tensor) -> Tensor:
+        """Indices of the host as indices into the counts of `ProVQ.usage`; negative: not counted."""
+        return indices
+
+    def silent(self, z: Tensor, quantized: Tensor) -> Any:
+        """The host's return value in the warm-up: losses 0, indices -1."""
+        out = _put(self.template, self.quantized_at, quantized)
+        if self.indices_at:
+            lead = z.movedim(self.channels(z), -1).shape[:-1]
+            shape = (lead.numel(),) if self.flat_indices else (*lead, *self.trailing)
+            out = _put(out, self.indices_at, torch.full(shape, -1, dtype=self.index_dtype, device=z.device))
+        for path in self.losses_at.values():
+            out = _put(out, path, torch.zeros(self.loss_shape, device=z.device))
+        return out
+
+    def forward(self, x: Tensor) -> Quantized:
+        """Quantize tokens x (N, D) by the host; see `Quantized`. Used by ProVQ(adapt(module), ...), not by `attach`."""
+        z = x.contiguous()[None]
+        if self.channel_dim == 1:
+            z = z.movedim(-1, 1).reshape(1, self.dim, -1, *[1] * (self.spatial - 1))
+        out = self.module(z)
+        losses = {name: _get(out, path) for name, path in self.losses_at.items()}
+        codes = _get(out, self.quantized_at).movedim(self.channel_dim, -1).reshape(-1, self.dim)
+        return Quantized(codes, _get(out, self.indices_at or ()).reshape(-1).long(),
+                         {name: loss for name, loss in losses.items() if loss is not None})
+
+
+class TableAdapter(Adapter):
+    """A host with one table of codes: it has all that ProVQ needs of a quantizer."""
+
+    def table(self) -> Tensor:
+        """Codes (K, C) as the host has them, differentiable; C is D but where the host projects."""
+        return self.module.embedding.weight
+
+    def codebook(self) -> Tensor:
+        return F.normalize(self.table(), dim=-1) if self.l2_norm else self.table()
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        return self.output(F.embedding(indices, self.codebook()))
+
+    @torch.no_grad()
+    def set_codebook_(self, centroids: Tensor, counts: Tensor | None = None) -> None:  # noqa: ARG002
+        self.table().data.copy_(centroids)
+
+
+class LlamaGenAdapter(TableAdapter):
+    """LlamaGen's VectorQuantizer. Its losses are None in eval(); the entropy loss is weighted like the others."""
+
+    classes, flat_indices = ("VectorQuantizer",), True
+    needs = ("embedding", "l2_norm", "entropy_loss_ratio", "show_usage")
+    template, indices_at = (None, (None, None, None, 0), (None, None, None)), (2, 2)
+    losses_at = {"codebook": (1, 0), "commit": (1, 1), "entropy": (1, 2)}  # noqa: RUF012
+
+    def __init__(self, module: Any):
+        super().__init__(module)
+        self.l2_norm = module.l2_norm
+        if module.show_usage:  # a Parameter that the host writes to: raises on a CPU, and on a GPU its graph grows
+            module._buffers["codebook_used"] = module.codebook_used.detach()
+
+    def silent(self, z: Tensor, quantized: Tensor) -> Any:
+        out = super().silent(z, quantized)
+        return out if self.module.training else _put(out, (1,), self.template[1])
+
+
+class TamingAdapter(TableAdapter):
+    """taming-transformers' VectorQuantizer2 and its copies (latent-diffusion, ...). Its legacy beta stays as it is."""
+
+    classes: tuple[str, ...] = ("VectorQuantizer2",)
+    needs: tuple[str, ...] = ("embedding", "legacy", "sane_index_shape")
+    supports = {"remap": None}  # noqa: RUF012
+    template: Any = (None, None, (None, None, None))
+    indices_at, losses_at = (2, 2), {"vq": (1,)}
+
+    def __init__(self, module: Any):
+        super().__init__(module)
+        self.flat_indices = not getattr(module, "sane_index_shape", False)
+
+
+def _running_means(centroids: Tensor, counts: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """cluster_size (K,) and embed_avg (K, C) of which the hosts' smoothed quotient gives the centroids back."""
+    size = centroids.new_ones(len(centroids)) if counts is None else counts.to(centroids.dtype)
+    total = size.sum()
+    return size, centroids * ((size + eps) * total / (total + len(size) * eps))[:, None]
+
+
+class TamingEMAAdapter(TamingAdapter):
+    """taming-transformers' EMAVectorQuantizer (of copies that run: the original's constructor raises NameError)."""
+
+    classes, sizes = ("EMAVectorQuantizer",), ("num_tokens", "codebook_dim")
+    needs = ("embedding.weight", "embedding.cluster_size", "embedding.embed_avg")
+
+    @torch.no_grad()
+    def set_codebook_(self, centroids: Tensor, counts: Tensor | None = None) -> None:
+        table = self.module.embedding
+        size, average = _running_means(centroids, counts, table.eps)
+        for target, value in ((table.weight, centroids), (table.cluster_size, size), (table.embed_avg, average)):
+            target.data.copy_(value)
+
+    def silent(self, z: Tensor, quantized: Tensor) -> Any:
+        out = super().silent(z, quantized)  # perplexity 0, and no code in the one-hot rows
+        return _put(_put(out, (2, 0), z.new_zeros(())), (2, 1), z.new_zeros(z.numel() // self.dim, self.num_codes))
+
+
+class SimVQAdapter(TamingAdapter):
+    """youngsheen/SimVQ: SimVQ (images), SimVQ1D (audio). Codes are set in the frozen table, its map to the identity."""
+
+    classes, needs = ("SimVQ", "SimVQ1D"), ("embedding", "embedding_proj", "sane_index_shape")
+    quantized_at, indices_at, losses_at = (0, 0), (0, 2), {"commitment": (1, 2)}
+
+    def __init__(self, module: Any):
+        super().__init__(module)
+        self.spatial = 1 if type(module).__name__.endswith("1D") else 2
+        breakdown = type(module).forward.__globals__["LossBreakdown"]  # the named tuple of its file
+        self.template = ((None, torch.tensor(0.0), None), breakdown(*[torch.tensor(0.0)] * 4))
+
+    def table(self) -> Tensor:
+        return self.module.embedding_proj(self.module.embedding.weight)
+
+    @torch.no_grad()
+    def set_codebook_(self, centroids: Tensor, counts: Tensor | None = None) -> None:  # noqa: ARG002
+        self.module.embedding.weight.data.copy_(centroids)
+        _make_identity(self.module.embedding_proj)
+
+
+def _make_identity(linear: nn.Linear) -> None:
+    nn.init.eye_(linear.weight)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
+
+
+class EMACodebookAdapter(TableAdapter):
+    """ESM's EMACodebook. Its EMA update is not released, so the codebook must be frozen: it stays at the centroids."""
+
+    classes, sizes, channel_dim = ("EMACodebook",), ("n_codes", "embedding_dim"), -1
+    needs, supports = ("embeddings", "N", "z_avg", "freeze_codebook"), {"freeze_codebook": True}
+
+    def table(self) -> Tensor:
+        return self.module.embeddings
+
+    @torch.no_grad()
+    def set_codebook_(self, centroids: Tensor, counts: Tensor | None = None) -> None:  # noqa: ARG002
+        self.module.embeddings.copy_(centroids)
+        self.module.z_avg.copy_(centroids)
+        self.module.N.fill_(1.0)
+        self.module._need_init = False
+
+
+class DiVeQAdapter(TableAdapter):
+    """diveq's DIVEQ and DIVEQDetach: z (N, D); no loss, codes learn through z~. `inference` is not intercepted."""
+
+    classes, sizes, channel_dim = ("DIVEQ", "DIVEQDetach"), ("num_embeddings", "embedding_dim"), -1
+    needs, template = ("codebook", "codebook_usage", "replacement_iters"), (None, None, 0.0)  # perplexity is last
+    losses_at = {}  # noqa: RUF012
+
+    def table(self) -> Tensor:
+        return self.module.codebook
+
+    def forward(self, x: Tensor) -> Quantized:
+        codes, indices, _ = self.module(x)
+        return Quantized(codes, indices, {})
+
+
+class _Projected(Adapter):
+    """vector-quantize-pytorch: linear maps into and out of the space of the codes, or identities."""
+
+    sizes, channel_dim = ("codebook_size", "dim"), -1
+
+    def latent(self, x: Tensor) -> Tensor:
+        return self.module.project_in(x)
+
+    def output(self, codes: Tensor) -> Tensor:
+        return self.module.project_out(codes)
+
+
+class VectorQuantizeAdapter(_Projected, TableAdapter):
+    """vector-quantize-pytorch's VectorQuantize: EMA, learned or cosine codes. Instead of its kmeans_init, ProVQ's."""
+
+    classes, accepts = ("VectorQuantize",), ("mask",)
+    needs = ("_codebook.embed", "_codebook.initted", "project_in", "project_out")
+    supports = {"heads": 1, "_codebook.affine_param": False, "_codebook.vq_bridge": None,  # noqa: RUF012
+                "return_zeros_for_masked_padding": True}
+
+    def __init__(self, module: Any):
+        super().__init__(module)
+        self.l2_norm = module.use_cosine_sim
+        self.spatial = 2 if module.accept_image_fmap else 3 if module.accept_3d_fmap else 1
+        self.channel_dim = -1 if self.spatial == 1 and module.channel_last else 1
+
+    def table(self) -> Tensor:
+        return self.module._codebook.embed[0]
+
+    def latent(self, x: Tensor) -> Tensor:
+        return self.module._codebook.transform_input(super().latent(x))
+
+    @torch.no_grad()
+    def set_codebook_(self, centroids: Tensor, counts: Tensor | None = None) -> None:
+        book = self.module._codebook
+        if counts is not None and book.use_ddp:
+            counts = counts * _world()  # it adds up the batches of all ranks
+        size, average = _running_means(centroids, counts, book.eps)
+        for target, value in ((book.embed, centroids), (book.cluster_size, size), (book.embed_avg, average)):
+            target.data.copy_(value[None])
+        book.initted.data.fill_(True)
+
+
+class ResidualVQAdapter(_Projected):
+    """vector-quantize-pytorch's ResidualVQ, set level by level. It has no single codebook: `attach` takes it only."""
+
+    classes, accepts = ("ResidualVQ",), ("mask",)
+    needs = ("layers", "num_quantizers", "project_in", "project_out")
+    supports = {"shared_codebook": False, "implicit_neural_codebook": False, "accept_image_fmap": False,  # noqa: RUF012
+                "return_zeros_for_masked_padding": True}
+
+    def __init__(self, module: Any):
+        super().__init__(module)
+        self.levels = [VectorQuantizeAdapter(layer) for layer in module.layers]
+        if any(level.l2_norm for level in self.levels):
+            raise ValueError("ResidualVQ: use_cosine_sim = True is not supported: a sum of unit codes is no latent")
+        self.num_codes = sum(level.num_codes for level in self.levels)
+        self.dim = getattr(module.project_in, "in_features", module.codebook_dim)
+        self.trailing = self.loss_shape = (len(self.levels),)
+
+    def countable(self, indices: Tensor) -> Tensor:
+        first = torch.tensor([0, *[level.num_codes for level in self.levels]], device=indices.device).cumsum(0)[:-1]
+        return torch.where(indices < 0, indices, indices + first)
+
+
+class LucidrainsSimVQAdapter(TableAdapter):
+    """vector-quantize-pytorch's SimVQ. Codes are set in the frozen codebook, its map to the identity."""
+
+    classes, spatial = ("SimVQ",), 1
+    needs = ("frozen_codebook", "code_transform", "channel_first")
+
+    def __init__(self, module: Any):
+        super().__init__(module)
+        linear = module.code_transform
+        if not isinstance(linear, nn.Linear) or linear.in_features != linear.out_features:
+            raise ValueError("SimVQ: a codebook_transform, or frozen_codebook_dim != dim, is not supported: only a "
+                             "square nn.Linear can become the identity")
+        self.num_codes, self.dim = module.codebook_size, linear.out_features
+        self.channel_dim = 1 if module.channel_first else -1
+
+    def table(self) -> Tensor:
+        return self.module.codebook
+
+    @torch.no_grad()
+    def set_codebook_(self, centroids: Tensor, counts: Tensor | None = None) -> None:  # noqa: ARG002
+        self.module.frozen_codebook.copy_(centroids)
+        _make_identity(self.module.code_transform)
+
+
+class _Grid(_Projected):
+    """Codes on a fixed grid: warm-up and mix are all there is to do, by `attach` only."""
+
+    settable, supports = False, {"orthogonal_rotation": False}
+
+    def __init__(self, module: Any):
+        super().__init__(module)
+        self.trailing = (module.num_codebooks,) if module.keep_num_codebooks_dim else ()
+
+    def channels(self, z: Tensor) -> int:
+        return 1 if z.ndim >= 4 or self.module.channel_first else -1
+
+    def bounded(self, z: Tensor) -> Tensor:
+        """Projected latents (..., codebooks, C) just before they are rounded."""
+        raise NotImplementedError
+
+    def latent(self, x: Tensor) -> Tensor:
+        return self.bounded(super().latent(x).unflatten(-1, (self.module.num_codebooks, -1))).flatten(-2)
+
+
+class FSQAdapter(_Grid):
+    """vector-quantize-pytorch's FSQ: the warm-up is its bounded latent without the rounding."""
+
+    classes, template, losses_at, index_dtype = ("FSQ",), (None, None), {}, torch.int32
+    needs = ("_levels", "preserve_symmetry", "bound_hard_clamp", "return_indices", "project_in", "project_out")
+
+    def __init__(self, module: Any):
+        super().__init__(module)
+        self.num_codes = int(module._levels.prod())
+        self.indices_at = (1,) if module.return_indices else None
+
+    def bounded(self, z: Tensor) -> Tensor:
+        hard, levels = self.module.bound_hard_clamp, self.module._levels
+        half, offset = (levels - 1) * (1 + 1e-3) / 2, torch.where(levels % 2 == 0, 0.5, 0.0)
+        if self.module.preserve_symmetry:
+            half, offset, levels = torch.ones_like(half), torch.zeros_like(half), torch.full_like(levels, 2)
+        shift = offset / half
+        z = (z + shift).clamp(-1.0, 1.0) if hard else torch.tanh(z + torch.atanh(shift))
+        return (z * half - offset) / (levels // 2)
+
+
+class LFQAdapter(_Grid):
+    """vector-quantize-pytorch's LFQ, and BSQ (spherical): the warm-up is the latent whose signs it takes."""
+
+    classes, needs = ("LFQ",), ("codebook_scale", "maybe_l2norm", "soft_clamp_input_value", "project_in", "project_out")
+
+    def __init__(self, module: Any):
+        super().__init__(module)
+        self.template = type(module).forward.__globals__["Return"](None, None, None)  # the named tuple of its file
+
+    def bounded(self, z: Tensor) -> Tensor:
+        clamp = self.module.soft_clamp_input_value
+        return self.module.maybe_l2norm(z if clamp is None else (z / clamp).tanh() * clamp)
+
+
+class CustomAdapter(TableAdapter):
+    """Any module, by functions that get it as first argument. For ProVQ(adapt(...)) only: its tuple is unknown."""
+
+    def __init__(
+        self, module: nn.Module, *, call: Callable[..., tuple[Tensor, Tensor, dict[str, Tensor]]],
+        codebook: Callable[..., Tensor], set_codebook: Callable[..., None],
+        lookup: Callable[..., Tensor] | None = None, latent: Callable[..., Tensor] | None = None,
+    ):
+        """Of tokens x (N, D), codes (K, D), indices (...) int64 and cluster sizes (K,) or None:
+
+        call(module, x) -> codes (N, D), indices (N,), weighted losses by name; codebook(module) -> (K, D);
+        set_codebook(module, centroids, counts); lookup(module, indices) -> (..., D), by default rows of the codebook;
+        latent(module, x) -> (N, D) comparable with codes, by default x.
+        """
+        super().__init__(module)
+        self._call, self._set = functools.partial(call, module), functools.partial(set_codebook, module)
+        for name, function in {"table": codebook, "lookup": lookup, "latent": latent}.items():
+            if function is not None:
+                self.__dict__[name] = functools.partial(function, module)  # in front of the method
+        self.num_codes, self.dim = self.table().shape
+
+    @torch.no_grad()
+    def set_codebook_(self, centroids: Tensor, counts: Tensor | None = None) -> None:
+        self._set(centroids, counts)
+
+    def forward(self, x: Tensor) -> Quantized:
+        return Quantized(*self._call(x))
+
+
+ADAPTERS: dict[str, type[Adapter]] = {
+    "llamagen": LlamaGenAdapter, "taming": TamingAdapter, "taming-ema": TamingEMAAdapter, "simvq": SimVQAdapter,
+    "esm": EMACodebookAdapter, "diveq": DiVeQAdapter, "lucidrains": VectorQuantizeAdapter,
+    "lucidrains-residual": ResidualVQAdapter, "lucidrains-simvq": LucidrainsSimVQAdapter, "lucidrains-fsq": FSQAdapter,
+    "lucidrains-lfq": LFQAdapter,
+}
+
+
+def _missing(module: Any, adapter: type[Adapter]) -> list[str]:
+    """Attributes that the adapter needs and the module has not."""
+    missing = []
+    for path in adapter.needs:
+        owner = module
+        for name in path.split("."):
+            owner = getattr(owner, name, _missing)  # a stand-in for "nothing": None is a value
+        if owner is _missing:
+            missing.append(path)
+    return missing
+
+
+def adapt(module: nn.Module, kind: str = "auto", **callables: Any) -> Adapter:
+    """A foreign quantizer for ProVQ(adapt(module), curriculum). kind: a name in ADAPTERS, "custom" or "auto".
+
+    "auto" goes by class name and attributes, a kind by attributes alone (for renamed copies). "custom" takes the
+    callables of `CustomAdapter`. TypeError: not recognised, or attributes are missing. ValueError: an option of the
+    host that is not supported, by name; unknown kind.
+    """
+    if kind == "custom":
+        return CustomAdapter(module, **callables)
+    if callables:
+        raise TypeError(f"{', '.join(callables)}: only kind='custom' takes callables")
+    name = type(module).__name__
+    if kind == "auto":
+        found = [adapter for cls in type(module).__mro__ for adapter in ADAPTERS.values()  # the nearest class first
+                 if cls.__name__ in adapter.classes and not _missing(module, adapter)]
+        if not found:
+            known = "; ".join(f"{k}: {' or '.join(a.classes)} with {', '.join(a.needs)}" for k, a in ADAPTERS.items())
+            raise TypeError(f"{name} is none of the quantizers that adapt() knows ({known}): give kind=, or "
+                            "kind='custom' and callables")
+        return found[0](module)
+    if kind not in ADAPTERS:
+        raise ValueError(f"unknown kind {kind!r}; choose one of auto, custom, {', '.join(ADAPTERS)}")
+    missing = _missing(module, ADAPTERS[kind])
+    if missing:
+        raise TypeError(f"{name} is no {kind} quantizer: it lacks {', '.join(missing)}")
+    return ADAPTERS[kind](module)
+
+
+# ---------------------------------------------------------------------------------------------------- drop-in mode
+
+class Attached(ProVQ):
+    """The curriculum of a host's quantizer where it stands: what `attach` returns, and the quantizer's child `provq`.
+
+    All of ProVQ but the call. The host is called as ever and returns its own tuple, with quantized mixed (Eq. 2) and
+    losses weighted (Eq. 4). In the warm-up its forward does not run: quantized is the latent, losses are 0, indices -1.
+    In stage 3, and in eval() once there is a codebook, the tuple is the host's, untouched.
+    """
+
+    REQUIRED = ("latent", "output", "num_codes", "dim")
+
+    def __init__(self, adapter: Adapter, curriculum: Curriculum, adaptive: AdaptiveWarmup | None = None):
+        super().__init__(adapter, curriculum, channel_dim=adapter.channel_dim, adaptive=adaptive)
+        # Known, but no child: the host holds this module, and a module tree must have no cycle.
+        self.__dict__["quantizer"] = self._modules.pop("quantizer")
+
+    def _owner(self) -> nn.Module:
+        return self.quantizer.module
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # A checkpoint of the host alone says nothing of the curriculum, which then stays as it is.
+        if any(name.startswith(prefix) for name in state_dict):
+            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def set_step(self, step: int) -> None:
+        super().set_step(step)
+        if self._stage == 1 and self.quantizer.settable and not len(self._reservoir):
+            self._make_reservoir()  # not in the first forward: then torch.compile would trace the warm-up twice
+
+    def maybe_init_codebook(self, *, copies: Sequence[nn.Module] = (), **options: Any) -> dict[str, float] | None:
+        if self.needs_init and not self.quantizer.settable:
+            return self.init_codebook(None)
+        return super().maybe_init_codebook(copies=copies, **options)
+
+    def forward(self, z: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The host's forward, on the curriculum.
+
+        TypeError: arguments that change the host's tuple, before stage 3. ValueError: channels. RuntimeError: training
+        past the warm-up without `maybe_init_codebook`.
+        """
+        adapter, module = self.quantizer, self.quantizer.module
+        if self.training and self.needs_init:
+            raise RuntimeError(f"step {self._step} is past the warm-up: call maybe_init_codebook() after set_step()")
+        unknown = [*map(repr, args), *(name for name in kwargs if name not in adapter.accepts)]
+        continuous = self._stage == 1 if self.training else not self.has_codebook
+        if not continuous and (self._stage == 3 or not self.training):
+            out = type(module).forward(module, z, *args, **kwargs)
+            if self.training and not unknown:
+                self._count_host(out)
+            return out
+
+        if unknown:
+            raise TypeError(f"{type(module).__name__}: {', '.join(unknown)} in a call is not supported before stage 3")
+        dim, mask = adapter.channels(z), kwargs.get("mask")
+        if z.shape[dim] != self.dim:
+            raise ValueError(f"latents need {self.dim} channels in dimension {dim}, got {tuple(z.shape)}")
+        tokens = z.movedim(dim, -1)
+        smooth = adapter.output(adapter.latent(tokens))
+        if mask is not None:
+            smooth = torch.where(mask[..., None], smooth, 0.0)  # like the host
+        smooth = smooth.movedim(-1, dim)
+        if continuous:
+            if self.training:
+                if adapter.settable and not _recomputing():
+                    self.collect((tokens if mask is None else tokens[mask]).detach().reshape(-1, self.dim))
+                for parameter in module.parameters():  # then DistributedDataParallel sees the codebook used
+                    if parameter.requires_grad:
+                        smooth = smooth + 0.0 * parameter.float().sum()
+            return adapter.silent(z, smooth)
+
+        out = type(module).forward(module, z, **kwargs)
+        self._count_host(out)
+        quantized = _get(out, adapter.quantized_at)
+        alpha, omega = self._alpha.clone(), self._omega.clone()  # backward needs them, after the next set_step
+        mixed = alpha * smooth + (1.0 - alpha) * quantized
+        out = _put(out, adapter.quantized_at, mixed.to(quantized.dtype))
+        for path in adapter.losses_at.values():
+            out = _put(out, path, omega * _get(out, path))
+        return out
+
+    def _count_host(self, out: Any) -> None:
+        if self.quantizer.indices_at:
+            indices = self.quantizer.countable(_get(out, self.quantizer.indices_at))
+            self._count(indices.reshape(-1).long())
+
+
+def _attached_forward(module: nn.Module, z: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return module.get_submodule("provq")(z, *args, **kwargs)
+
+
+def attach(
+    module: nn.Module, curriculum: Curriculum, *, kind: str = "auto", adaptive: AdaptiveWarmup | None = None,
+) -> Attached:
+    """Put a host's quantizer on the curriculum where it stands; returns the handle, which is also `module.provq`.
+
+    module keeps its class, attributes, methods, parameters and state-dict keys, and gains the entries `provq.*`, the
+    state of ProVQ. kind: see `adapt`, whose errors this has as well. RuntimeError: attached before. In the host:
+
+        provq = attach(model.quantize, Curriculum(warmup_steps=50_000, transition_steps=20_000))    # before DDP
+        for ...:
+            provq.set_step(step)                                # optimizer steps done
+            provq.maybe_init_codebook(optimizers=[optimizer])   # k-means, once, when the warm-up ends
+
+    Not for nn.DataParallel: its replicas would share this one module.
+    """
+    if "forward" in module.__dict__ or hasattr(module, "provq"):
+        raise RuntimeError(f"{type(module).__name__}: forward is replaced already; attach once, before others do that")
+    attached = Attached(adapt(module, kind), curriculum, adaptive)
+    device = next((t.device for t in (*module.parameters(), *module.buffers())), None)
+    module.add_module("provq", attached.to(device).train(module.training))
+    module.forward = functools.partial(_attached_forward, module)  # unlike a closure, it survives deepcopy and pickle
+    return attached
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Undo every `attach` inside model, in place: the host as it was, with the codes that it has now."""
+    for module in [m for m in model.modules() if isinstance(m._modules.get("provq"), Attached)]:
+        del module.forward, module._modules["provq"]
+    return model
+
+
+def host_state_dict(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state dict of a model with attached quantizers, without ProVQ's entries: loads strictly into the host alone."""
+    return {name: value for name, value in state_dict.items() if name.split(".")[-2:-1] != ["provq"]}

@@ -23,11 +23,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from provq_cases import RECIPES, quantizer
+from provq_hosts import VectorQuantizer
 
-from tokenizer.provq import AdaptiveWarmup, Curriculum, EMAVectorQuantizer, ProVQ, kmeans
+from tokenizer.provq import AdaptiveWarmup, Curriculum, EMAVectorQuantizer, ProVQ, attach, kmeans
 
 SCENARIOS: dict[str, Callable[[int, int], dict[str, Any]]] = {}
-LOOSE = {"ema_restart"}  # draws from the process's random generator: only the ranks have to agree
+LOOSE = {"ema_restart", "attached_host"}  # random numbers, or what a rank collects: only the ranks have to agree
 
 
 def scenario(function: Callable) -> Callable:
@@ -239,6 +240,40 @@ def _ddp(recipe: str, rank: int, world: int) -> dict[str, Any]:
 
 for _recipe in RECIPES:
     SCENARIOS[f"ddp_{_recipe}"] = lambda rank, world, recipe=_recipe: _ddp(recipe, rank, world)
+
+
+@scenario
+def attached_host(rank: int, world: int) -> dict[str, Any]:
+    """A host's own loop under DistributedDataParallel, without find_unused_parameters, through all stages."""
+    torch.manual_seed(1)
+    quantize = VectorQuantizer(16, 4, 0.25, 0.0, l2_norm=True, show_usage=False)
+
+    class Host(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.quantize, self.decoder = nn.Conv2d(3, 4, 4, 4), quantize, nn.ConvTranspose2d(4, 3, 4, 4)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+            z, losses, _ = self.quantize(self.encoder(x))
+            return self.decoder(z), losses
+
+    inner = Host()
+    provq = attach(inner.quantize, Curriculum(3, 2))
+    model = inner if world == 1 else DistributedDataParallel(inner)
+    optimizer = torch.optim.Adam(inner.parameters(), lr=0.01)
+    for step in range(7):
+        provq.set_step(step)
+        info = provq.maybe_init_codebook(optimizers=[optimizer])
+        if info:
+            assert info["tokens"] == 3 * world * (16 // world), info
+        x = _share(_normal(8, 3, 16, 16, seed=step), rank, world, first=0.5)
+        y, (codebook, commit, entropy, _) = model(x)
+        optimizer.zero_grad()
+        ((y - x).square().mean() + codebook + commit + entropy).backward()
+        assert all(p.grad is not None for p in inner.parameters())
+        optimizer.step()
+    assert provq.usage()["counts"].sum() == 4 * 8 * 16, "four discrete steps of eight images of 16 tokens"
+    return dict(inner.state_dict())
 
 
 # ------------------------------------------------------------------------------------------------------- runner
