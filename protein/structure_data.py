@@ -1,0 +1,437 @@
+"""Protein chains for training: sources, a cache, entries held out, crops, batches of similar lengths.
+
+A source is a folder of structure files, a folder that protein/prepare_structures.py wrote, or generated backbones; all
+give the same `StructureSet`. Everything random about an item is a function of (seed, epoch, index), see tokenizer/data.
+
+    CACHE/manifest.json       format, numbers, fingerprint of the content, files that could not be read
+    CACHE/names.json          names and ids of the n chains
+    CACHE/offsets.npy         (n + 1,) int64: chain i has rows offsets[i] to offsets[i + 1] of
+    CACHE/coords.npy          (residues, 5, 3) float32: N, CA, C, O, CB in Angstrom, NaN where absent
+    CACHE/sequence.npy        (residues,) uint8: letters as losses.sequence_ids numbers them
+    CACHE/residue_index.npy   (residues,) int32: see Chain.residue_index
+    CACHE/bfactors.npy        (residues,) float32: see Chain
+    CACHE/observed.npy        (n,) int32: residues that have N, CA and C
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from protein.losses import PADDING, sequence_ids
+from protein.structure_io import ATOMS, Chain, Failure, iterate_folder
+from tokenizer.runtime import config, distributed
+from tokenizer.runtime.checkpoint import atomic_write, atomic_write_text, sync_folder
+from tokenizer.runtime.seeding import StepSampler, fold
+
+FORMAT = "provq-structures-1"
+MANIFEST, NAMES, OFFSETS, OBSERVED = "manifest.json", "names.json", "offsets.npy", "observed.npy"
+_ROWS: dict[str, tuple[str, tuple[int, ...]]] = {  # one row per residue: name -> type and shape of a row
+    "coords": ("<f4", (len(ATOMS), 3)), "sequence": ("|u1", ()), "residue_index": ("<i4", ()), "bfactors": ("<f4", ()),
+}
+_HEADER = 128  # bytes of an .npy header of any of these arrays
+OVERLONG = ("crop", "drop")
+WINDOW = 32  # global batches
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# chains as arrays
+
+
+class ChainArrays(NamedTuple):
+    """One chain or a stretch of it, L residues: views of the set's arrays."""
+
+    coords: npt.NDArray[Any]         # float32 (L, 5, 3), see structure_io.ATOMS; NaN where absent
+    sequence: npt.NDArray[Any]       # uint8 (L,), see losses.sequence_ids
+    residue_index: npt.NDArray[Any]  # int32 (L,), see Chain.residue_index
+    bfactors: npt.NDArray[Any]       # float32 (L,), see Chain
+
+    @property
+    def mask(self) -> npt.NDArray[np.bool_]:
+        """bool (L,): N, CA and C are all there."""
+        return np.asarray(np.isfinite(self.coords[:, :3]).all((1, 2)))
+
+
+@dataclass(frozen=True, eq=False)
+class StructureSet:
+    """n chains, laid end to end. names: of their structures, see Chain.name; several chains may share one."""
+
+    names: list[str]
+    chain_ids: list[str]
+    offsets: npt.NDArray[np.int64]   # (n + 1,)
+    arrays: ChainArrays              # of all chains; memory-mapped if they come from a cache
+    observed: npt.NDArray[np.int32]  # (n,) residues that have N, CA and C
+    content: str                     # hash of the above
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, i: int) -> ChainArrays:
+        if not 0 <= i < len(self):
+            raise IndexError(f"chain {i} of {len(self)}")
+        return self.residues(i, 0, int(self.offsets[i + 1] - self.offsets[i]))
+
+    def residues(self, i: int, start: int, stop: int) -> ChainArrays:
+        """Residues [start, stop) of chain i, counted in its arrays."""
+        first = int(self.offsets[i])
+        return ChainArrays(*(array[first + start : first + stop] for array in self.arrays))
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """(n,) residues of each chain, with or without coordinates."""
+        return np.diff(self.offsets)
+
+    def fingerprint(self) -> str:
+        """64 hex digits of the content; a cache has the same as the folder that it was made from."""
+        return self.content
+
+
+def _arrays(chain: Chain) -> ChainArrays:
+    return ChainArrays(
+        np.ascontiguousarray(chain.coords, dtype="<f4"),
+        sequence_ids(chain.sequence).numpy().astype(np.uint8),
+        chain.residue_index().astype("<i4"),
+        np.ascontiguousarray(chain.bfactors, dtype="<f4"),
+    )
+
+
+class _Hash:
+    """Of chains in their order; the same whether they lie in memory or go to a file one by one."""
+
+    def __init__(self) -> None:
+        self._sha256 = hashlib.sha256()
+
+    def add(self, chain: Chain, arrays: ChainArrays) -> None:
+        self._sha256.update(json.dumps([chain.name, chain.chain_id, len(chain)]).encode())
+        for array in arrays:
+            self._sha256.update(array.tobytes())
+
+    def result(self) -> str:
+        return self._sha256.hexdigest()
+
+
+def structure_set(chains: Iterable[Chain]) -> StructureSet:
+    """Chains in memory -> a set. ValueError: no chain."""
+    names, chain_ids, parts, content = [], [], [], _Hash()
+    for chain in chains:
+        names.append(chain.name)
+        chain_ids.append(chain.chain_id)
+        parts.append(_arrays(chain))
+        content.add(chain, parts[-1])
+    if not parts:
+        raise ValueError("no chains")
+    offsets = np.cumsum([0, *(len(part.sequence) for part in parts)])
+    arrays = ChainArrays(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+    observed = np.array([part.mask.sum() for part in parts], dtype=np.int32)
+    return StructureSet(names, chain_ids, offsets, arrays, observed, content.result())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sources
+
+
+def open_structures(
+    path: str | Path | None, *, max_bad: int = 0, num_workers: int = 0, ideal_chains: int = 2000, seed: int = 0
+) -> StructureSet:
+    """The chains of a folder of structure files (with its subfolders), of a cache, or, without a path, generated ones.
+
+    max_bad: unreadable files to skip, each with a line that says why. num_workers: processes that read files.
+    ideal_chains, seed: of the generated backbones. Files are read anew by every process of a distributed run: make a
+    cache of more than some thousands.
+
+    Raises FileNotFoundError, and ValueError naming the file: more unreadable files than max_bad, a damaged cache.
+    """
+    if path is None:
+        from protein.backbones import generate_backbones
+
+        # With "_" in their names they would be one entry.
+        return structure_set(replace(chain, name=chain.name.replace("_", "-"))
+                             for chain in generate_backbones(ideal_chains, seed))
+    path = Path(path)
+    if path.is_file():
+        raise ValueError(f"{path} is a file; name the folder of structure files, or of prepare_structures.py")
+    if (path / MANIFEST).exists():
+        return read_cache(path)
+    if all((path / f"{name}.npy").exists() for name in _ROWS):
+        raise ValueError(f"{path} has no {MANIFEST}, but the other files of prepare_structures.py; run it again")
+    return structure_set(chain for found in iterate_folder(path, max_failures=max_bad, num_workers=num_workers)
+                         for chain in report_failure(found))
+
+
+def report_failure(found: list[Chain] | Failure) -> list[Chain]:
+    """What `iterate_folder` yields -> its chains; of a file that could not be read, none and a line that says why."""
+    if isinstance(found, Failure):
+        distributed.print0(f"skipped {found.reason}")
+        return []
+    return found
+
+
+def write_cache(folder: str | Path, chains: Iterable[Chain], description: Mapping[str, Any]) -> StructureSet:
+    """Write chains to a new folder, one by one, and open it. The folder appears when it is complete.
+
+    description: what else the manifest should say; read when the chains are through.
+    ValueError: the folder exists, or there are no chains.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise ValueError(f"{folder} exists already; name a new folder")
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+    temporary.mkdir(parents=True)
+    try:
+        names, chain_ids, offsets, observed, content = [], [], [0], [], _Hash()
+        with ExitStack() as stack:
+            files = [stack.enter_context(open(temporary / f"{name}.npy", "wb")) for name in _ROWS]
+            for file in files:
+                file.write(bytes(_HEADER))
+            for chain in chains:
+                arrays = _arrays(chain)
+                for file, array in zip(files, arrays, strict=True):
+                    file.write(array.tobytes())
+                content.add(chain, arrays)
+                names.append(chain.name)
+                chain_ids.append(chain.chain_id)
+                offsets.append(offsets[-1] + len(chain))
+                observed.append(arrays.mask.sum())
+            if not names:
+                raise ValueError("no chains")
+            for file, (kind, row) in zip(files, _ROWS.values(), strict=True):
+                file.seek(0)
+                np.lib.format.write_array_header_1_0(
+                    file, {"descr": kind, "fortran_order": False, "shape": (offsets[-1], *row)})
+                assert file.tell() == _HEADER, (kind, file.tell())
+                file.flush()
+                os.fsync(file.fileno())
+        atomic_write(temporary / OFFSETS, lambda file: np.save(file, np.array(offsets, dtype=np.int64)))
+        atomic_write(temporary / OBSERVED, lambda file: np.save(file, np.array(observed, dtype=np.int32)))
+        atomic_write_text(temporary / NAMES, json.dumps({"names": names, "chain_ids": chain_ids}))
+        manifest = {"format": FORMAT, "chains": len(names), "residues": offsets[-1], "fingerprint": content.result()}
+        atomic_write_text(temporary / MANIFEST, json.dumps({**manifest, **description}, indent=1) + "\n")
+        os.replace(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_folder(folder.parent)
+    return read_cache(folder)
+
+
+def read_cache(folder: Path) -> StructureSet:
+    """Open what `write_cache` wrote. ValueError: names the file that is absent, cut short or of another kind."""
+    again = "run protein/prepare_structures.py again"
+    manifest = config.load(folder / MANIFEST)
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f"{folder / MANIFEST} has format {manifest.get('format')!r}, expected {FORMAT!r}; {again}")
+    chains, residues, content = (manifest.get(key) for key in ("chains", "residues", "fingerprint"))
+    if not (isinstance(chains, int) and isinstance(residues, int) and isinstance(content, str)):
+        raise ValueError(f"{folder / MANIFEST} lacks chains, residues or fingerprint; {again}")
+    offsets = _open_array(folder / OFFSETS, (chains + 1,), "<i8")
+    if offsets[0] != 0 or offsets[-1] != residues or (np.diff(offsets) < 1).any():
+        raise ValueError(f"{folder / OFFSETS} does not divide {residues} residues into {chains} chains; {again}")
+    names = config.load(folder / NAMES)
+    if any(len(names.get(key, ())) != chains for key in ("names", "chain_ids")):
+        raise ValueError(f"{folder / NAMES} does not have the names of {chains} chains; {again}")
+    arrays = ChainArrays(*(_open_array(folder / f"{name}.npy", (residues, *row), kind)
+                           for name, (kind, row) in _ROWS.items()))
+    observed = _open_array(folder / OBSERVED, (chains,), "<i4")
+    return StructureSet(names["names"], names["chain_ids"], offsets, arrays, observed, content)
+
+
+def _open_array(path: Path, shape: tuple[int, ...], kind: str) -> npt.NDArray[Any]:
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing; run prepare_structures.py again") from error
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{path} is damaged or cut short ({error}); run prepare_structures.py again") from error
+    if array.shape != shape or array.dtype != np.dtype(kind):
+        raise ValueError(f"{path} holds {array.dtype} {array.shape}, the manifest says {np.dtype(kind)} {shape}")
+    return np.asarray(array)  # a view of the mapped file, without memmap's slow slicing
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# which chains
+
+
+class Usable(NamedTuple):
+    indices: npt.NDArray[np.int64]  # ascending
+    short: int                      # chains left out because they are too short
+    long: int                       # or too long
+
+
+def usable_chains(structures: StructureSet, *, min_length: int, max_length: int, overlong: str = "crop") -> Usable:
+    """Chains of at least min_length residues that have N, CA and C; with overlong "drop", of at most max_length in all.
+
+    StructTokenBench drops chains of more than 512 residues and has no minimum. ValueError: none is left.
+    """
+    if overlong not in OVERLONG:
+        raise ValueError(f"overlong {overlong!r} is none of {', '.join(OVERLONG)}")
+    short = structures.observed < min_length
+    long = ~short & (structures.lengths > max_length) if overlong == "drop" else np.zeros_like(short)
+    indices = np.flatnonzero(~(short | long))
+    if not len(indices):
+        raise ValueError(f"none of {len(structures)} chains is left: {short.sum()} have fewer than {min_length} "
+                         f"residues with N, CA and C, {long.sum()} more than {max_length} residues")
+    return Usable(indices, int(short.sum()), int(long.sum()))
+
+
+def entry(name: str) -> str:
+    """What a structure is a part or a form of, by its file's name without folders: an entry never straddles a split.
+
+    The PDB id, in lower case, where the name begins with one: 1ABC_A, 1abc-assembly1, pdb1abc, pdb_00001abc, and
+    domains of CATH (1abcA01) and SCOP (d1abca_). AF-P12345 for AlphaFold's AF-P12345-F2-model_v4. Else all up to the
+    first "_": rather too much in one entry than one protein on both sides.
+    """
+    stem = name.rpartition("/")[2]
+    lower = stem.lower()
+    if lower.startswith("pdb_"):
+        return lower[4:12].removeprefix("0000")
+    if lower.startswith("af-"):
+        return "-".join(stem.split("-")[:2])
+    for prefix in ("", "pdb", "d"):
+        code = lower.removeprefix(prefix)[:4]
+        if lower.startswith(prefix) and len(code) == 4 and code.isalnum() and code[0].isdigit() and not code.isdigit():
+            return code
+    return stem.partition("_")[0]
+
+
+def hold_out_entries(
+    structures: StructureSet, indices: npt.NDArray[np.int64], fraction: float, seed: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Divide chains into training and held-out ones by entries: indices (n,) -> two arrays of them, ascending.
+
+    fraction of the entries, at least one if it is not 0, is held out: those with the smallest hash of seed and entry.
+    So who is held out depends on the names only, and few change sides when others join. Sequences may still be alike
+    on both sides: cluster them and use two folders, if that matters.
+
+    Raises ValueError when nothing would be left to train on.
+    """
+    entries = {int(i): entry(structures.names[i]) for i in indices}
+    ranked = sorted(set(entries.values()), key=lambda e: hashlib.sha256(f"{seed}/{e}".encode()).digest())
+    size = max(1, round(fraction * len(ranked))) if fraction else 0
+    if size >= len(ranked):
+        raise ValueError(f"cannot hold out {size} of {len(ranked)} entries (such as {ranked[0]}, an entry being the "
+                         'names alike up to "_"): one at least must remain for training. Validate on a folder of its own')
+    chosen = set(ranked[:size])
+    held_out = np.array([entries[int(i)] in chosen for i in indices], dtype=bool)
+    return indices[~held_out], indices[held_out]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# items and batches
+
+
+class StructureDataset(Dataset):
+    """Chains by (epoch, position), or by position alone, which is epoch 0.
+
+    indices: of the chains in the set, positions count within them. max_length: residues; of longer chains a stretch of
+    that length, whose place is a function of seed, epoch and index.
+    """
+
+    def __init__(self, structures: StructureSet, indices: Sequence[int] | npt.NDArray[np.int64], *, max_length: int,
+                 seed: int = 0):
+        self.structures = structures
+        self.indices = np.array(indices, dtype=np.int64)
+        self.max_length = max_length
+        self.seed = seed
+        if not len(self.indices):
+            raise ValueError("the subset of chains is empty")
+        if max_length < 1 or self.indices.min() < 0 or self.indices.max() >= len(structures):
+            raise ValueError(f"max_length {max_length} must be positive, and indices [{self.indices.min()}, "
+                             f"{self.indices.max()}] among the {len(structures)} chains")
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """(n,) residues of each item."""
+        return np.minimum(self.structures.lengths[self.indices], self.max_length)
+
+    def __getitem__(self, key: tuple[int, int] | int) -> dict[str, Any]:
+        """coords float32 (L, 3, 3) of N, CA, C, NaN where absent, about the centre of the CAs of whole residues;
+        residue_index int64 (L,), sequence int64 (L,), index (in the set).
+
+        Not turned at random: the encoder sees relative frames, the losses distances and products of vectors.
+        """
+        epoch, position = key if isinstance(key, tuple) else (0, key)
+        index = int(self.indices[position])
+        length = int(self.structures.lengths[index])
+        start = fold(self.seed, epoch, index) % (length - self.max_length + 1) if length > self.max_length else 0
+        chain = self.structures.residues(index, start, min(length, start + self.max_length))
+        coords = chain.coords[:, :3]
+        whole = chain.mask
+        centre = coords[whole, 1].mean(0, dtype=np.float64) if whole.any() else np.zeros(3)
+        return {
+            "coords": torch.from_numpy((coords - centre).astype(np.float32)),
+            "residue_index": torch.from_numpy(chain.residue_index.astype(np.int64)),
+            "sequence": torch.from_numpy(chain.sequence.astype(np.int64)),
+            "index": index,
+        }
+
+
+def collate(items: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Items -> coords float32 (B, L, 3, 3), residue_index and sequence int64 (B, L), mask bool (B, L): True = residue
+    of the chain, with or without coordinates; index, length int64 (B,). Padded with NaN, 0 and losses.PADDING.
+    """
+    length = torch.tensor([len(item["sequence"]) for item in items])
+    batch, longest = len(items), int(length.max())
+    padded = {
+        "coords": torch.full((batch, longest, 3, 3), torch.nan),
+        "residue_index": torch.zeros(batch, longest, dtype=torch.int64),
+        "sequence": torch.full((batch, longest), PADDING, dtype=torch.int64),
+    }
+    for row, item in enumerate(items):
+        for name, array in padded.items():
+            array[row, : len(item[name])] = item[name]
+    mask = torch.arange(longest) < length[:, None]
+    return {**padded, "mask": mask, "index": torch.tensor([item["index"] for item in items]), "length": length}
+
+
+class StructureBatchSampler(StepSampler):
+    """StepSampler whose batches hold chains of similar lengths, so that little is padded.
+
+    The stream of StepSampler is cut into windows of `window` global batches (no more than an epoch has). The chains of
+    a window are sorted by length, cut into global batches, and those are shuffled. So each chain still occurs once per
+    epoch (a window may reach into the next one), batches are a function of the step, and the rows of a step, in the
+    order of their lengths, do not depend on world or micro_batches.
+
+    lengths: (n,) residues of each sample. Other arguments and errors: StepSampler.
+    """
+
+    def __init__(self, lengths: Sequence[int] | npt.NDArray[np.int64], global_batch: int, *, seed: int,
+                 window: int = WINDOW, **options: Any):
+        super().__init__(len(lengths), global_batch, seed=seed, **options)
+        if window < 1:
+            raise ValueError(f"window {window} must be at least 1")
+        self.lengths = np.asarray(lengths, dtype=np.int64)
+        self.window = min(window, max(1, self.num_samples // global_batch))
+        self._cached_window: tuple[int, list[tuple[int, int]]] | None = None
+
+    def _sample(self, position: int) -> tuple[int, int]:
+        number, offset = divmod(position, self.window * self.global_batch)
+        if self._cached_window is None or self._cached_window[0] != number:
+            self._cached_window = number, self._arranged(number)
+        return self._cached_window[1][offset]
+
+    def _arranged(self, number: int) -> list[tuple[int, int]]:
+        """The samples of a window in the order in which they are used."""
+        size = self.window * self.global_batch
+        sample = super()._sample
+        keys = [sample(position) for position in range(number * size, (number + 1) * size)]
+        keys.sort(key=lambda key: self.lengths[key[1]])  # stable: equal lengths stay shuffled
+        batches = [keys[i : i + self.global_batch] for i in range(0, size, self.global_batch)]
+        order = sorted(range(self.window), key=lambda batch: fold(self.seed, number, batch))
+        return [key for batch in order for key in batches[batch]]
