@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from protein.structure_model import PRESETS as MODELS
-from tokenizer.curriculum_run import CurriculumConfig, check_curriculum
+from tokenizer.curriculum_run import CODEBOOK_INITS, CurriculumConfig, check_curriculum
 from tokenizer.runtime import config
 from tokenizer.runtime.config import arg, flag_name
 from tokenizer.runtime.training import LR_SCHEDULES, RESUMABLE_RUN, check_optimizer
@@ -24,6 +24,9 @@ class TrainConfig(CurriculumConfig):
     codebook_embed_dim: int = arg(1024, "channels of a code, D; StructTokenBench: 1024")
     warmup_steps: int = arg(20_000, "stage 1, plain autoencoder, in optimizer steps; paper: 20000")
     transition_steps: int = arg(10_000, "stage 2, soft transition, in optimizer steps; paper: 10000")
+    codebook_init: str = arg("auto", "when stage 1 is over: kmeans of latents, latents drawn at random, or none; auto: "
+                                     "kmeans after a warm-up, else latents, as StructTokenBench; paper: kmeans",
+                             choices=CODEBOOK_INITS)
     loss_lambda: float = arg(1.0, "weight of the quantization loss when stage 2 begins, lambda; paper: 1")
     # data
     preset: str = arg("auto", "set of defaults, below; auto: small with --data-path, else ideal",
@@ -94,11 +97,17 @@ def pick_preset(given: dict[str, Any]) -> str:
 
 
 def parse_config(argv: list[str] | None = None, description: str = "") -> TrainConfig:
-    """Flags -> configuration with preset and folder decided. SystemExit(2) names the flag that is wrong."""
+    """Flags -> configuration with preset, folder and the start of the codebook decided.
+
+    SystemExit(2) names the flag that is wrong.
+    """
     cfg = config.parse(TrainConfig, argv, presets=PRESETS, pick_preset=pick_preset, exclusive=("max_steps", "epochs"),
                        description=description, prog="protein/train_provq.py")
     preset = pick_preset({"preset": cfg.preset, "data_path": cfg.data_path})
-    return replace(cfg, preset=preset, results_dir=cfg.results_dir or f"runs/protein-{preset}")
+    init = cfg.codebook_init
+    if init == "auto":
+        init = "kmeans" if cfg.warmup_steps else "latents"
+    return replace(cfg, preset=preset, results_dir=cfg.results_dir or f"runs/protein-{preset}", codebook_init=init)
 
 
 def check(cfg: TrainConfig, world_size: int) -> None:

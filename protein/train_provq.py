@@ -37,7 +37,7 @@ from protein.structure_io import ATOMS, Chain, write_structure
 from protein.structure_model import StructureModelConfig, StructureVQModel
 from protein.train_config import LOSSES, RESUMABLE, TrainConfig, check, parse_config, weight_field
 from protein.validation import StructureMeter
-from tokenizer.curriculum_run import CurriculumRun, build_curriculum, kmeans_batches, uses_kmeans
+from tokenizer.curriculum_run import CurriculumRun, build_curriculum, kmeans_batches
 from tokenizer.data import consecutive, make_loader, spread
 from tokenizer.runtime import config, distributed
 from tokenizer.runtime.ema import EMA
@@ -68,10 +68,7 @@ class Trainer(CurriculumRun):
         self.optimizer = build_adamw(self.raw, cfg)
         self.scaler = torch.amp.GradScaler(enabled=False)  # fp16 is not offered: coordinates need the range
         self.ema = EMA(self.raw, cfg.ema_decay) if cfg.ema else None
-        self.kmeans_batches = 0
-        if uses_kmeans(cfg):
-            tokens = int(cfg.global_batch_size * self.train_set.lengths.mean())
-            self.kmeans_batches = kmeans_batches(cfg, tokens)
+        self.kmeans_batches = kmeans_batches(cfg, int(cfg.global_batch_size * self.train_set.lengths.mean()))
         self.resume()
         self.model = self.parallel(self.raw)
 

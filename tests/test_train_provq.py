@@ -3,19 +3,17 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+import training_runs
 from PIL import Image
+from training_runs import Killed, rows, to_words
 
 from tokenizer import train_provq
 from tokenizer.provq import Curriculum
 from tokenizer.runtime.checkpoint import load_file
-from tokenizer.runtime.metrics import TIMING_FIELDS
 from tokenizer.train_config import PRESETS, TrainConfig, check, parse_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,39 +23,17 @@ ROW_KEYS = {"step", "stage", "alpha", "omega", "loss", "recon_loss", "commit_los
             "images_per_second"}
 
 WARMUP, TRANSITION, STEPS = 4, 4, 12
-TINY = {"--image-size": 16, "--codebook-size": 16, "--global-batch-size": 8, "--max-steps": STEPS,
-        "--warmup-steps": WARMUP, "--transition-steps": TRANSITION, "--log-every": 1, "--val-every": 4,
-        "--val-size": 16, "--ckpt-every": 1, "--kmeans-batches": 2, "--kmeans-iters": 5, "--device": "cpu"}
+TINY = {"image_size": 16, "codebook_size": 16, "global_batch_size": 8, "max_steps": STEPS, "warmup_steps": WARMUP,
+        "transition_steps": TRANSITION, "log_every": 1, "val_every": 4, "val_size": 16, "ckpt_every": 1,
+        "kmeans_batches": 2, "kmeans_iters": 5, "device": "cpu"}
 
 
 def flags(run_dir, **changes):
-    merged = TINY | {"--results-dir": run_dir} | {f"--{k.replace('_', '-')}": v for k, v in changes.items()}
-    words = []
-    for name, value in merged.items():
-        words += [name] if value is True else [] if value is None else [name, str(value)]
-    return words
-
-
-def rows(run_dir, name="metrics.jsonl", timings=False):
-    parsed = [json.loads(line) for line in (Path(run_dir) / name).read_text().splitlines()]
-    return parsed if timings else [{k: v for k, v in row.items() if k not in TIMING_FIELDS} for row in parsed]
-
-
-def final(run_dir, step=STEPS):
-    return load_file(Path(run_dir) / "checkpoints" / f"{step:07d}.pt")
+    return to_words(TINY | {"results_dir": run_dir} | changes)
 
 
 def assert_same_run(a, b):
-    assert rows(a) == rows(b)
-    assert rows(a, "validation.jsonl") == rows(b, "validation.jsonl")
-    one, other = final(a), final(b)
-    for part in ("model", "ema", "discriminator"):
-        if one[part] is None:
-            assert other[part] is None
-            continue
-        assert one[part].keys() == other[part].keys()
-        for key in one[part]:
-            assert torch.equal(one[part][key], other[part][key]), f"{part} {key}"
+    training_runs.assert_same_run(a, b, STEPS)
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +72,6 @@ def test_best_is_the_best_model_with_codes(straight):
     assert best["validation"]["psnr"] == max(row["psnr"] for row in discrete)
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.mark.parametrize("at", [WARMUP - 1, WARMUP, WARMUP + 1, WARMUP + TRANSITION - 1, WARMUP + TRANSITION])
 def test_resume_is_exact_from_every_stage(straight, tmp_path, monkeypatch, at):
     train_step = train_provq.Trainer.train_step
@@ -136,28 +108,13 @@ def test_resume_between_checkpoints_and_log_rows(tmp_path, monkeypatch):
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
-def run(words, cwd="/", processes=None, **kwargs):
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    launcher = [sys.executable]
-    if processes:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.Popen([*launcher, str(SCRIPT), *words], cwd=cwd, env=env, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, **kwargs)
-
-
-def wait_for_row(run_dir, step, process):
-    path = Path(run_dir) / "metrics.jsonl"
-    for _ in range(1200):
-        if path.exists() and path.read_text().count("\n") >= step:
-            return
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.05)
-    raise AssertionError("the run did not get there")
+def run(words, **kwargs):
+    return training_runs.start(SCRIPT, words, **kwargs)
 
 
 def test_sigkill_then_the_same_command(straight, tmp_path):
     process = run(flags(tmp_path, ema=True))
-    wait_for_row(tmp_path, 6, process)
+    training_runs.wait_for_row(tmp_path, 6, process)
     process.kill()
     process.wait()
     assert not (tmp_path / "summary.json").exists()
@@ -168,7 +125,7 @@ def test_sigkill_then_the_same_command(straight, tmp_path):
 
 def test_sigterm_saves_and_exits_cleanly(tmp_path):
     process = run(flags(tmp_path, max_steps=2000, ckpt_every=100_000, val_every=100_000))
-    wait_for_row(tmp_path, 3, process)
+    training_runs.wait_for_row(tmp_path, 3, process)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0, out
@@ -181,7 +138,7 @@ def test_sigterm_to_the_whole_group_with_data_workers(tmp_path):
     """As torchrun and Slurm send it: also to the processes that load data."""
     words = flags(tmp_path, max_steps=5000, ckpt_every=100_000, val_every=100_000, num_workers=2)
     process = run(words, processes=1, start_new_session=True)
-    wait_for_row(tmp_path, 3, process)
+    training_runs.wait_for_row(tmp_path, 3, process)
     os.killpg(process.pid, signal.SIGTERM)
     out, _ = process.communicate(timeout=120)
     assert "stopped by a signal" in out

@@ -23,6 +23,8 @@ from tokenizer.runtime.ema import EMA
 from tokenizer.runtime.training import RunConfig, TrainingRun, check_run
 from tokenizer.snapshots import save_snapshot
 
+CODEBOOK_INITS = ("auto", "kmeans", "latents", "none")
+
 
 @dataclass(frozen=True)
 class CurriculumConfig(RunConfig):
@@ -44,8 +46,9 @@ class CurriculumConfig(RunConfig):
     adaptive_warmup_patience: int = arg(0, "end stage 1 after this many validations without a lower error, at "
                                            "--warmup-steps at the latest; 0: there; paper: 0")
     adaptive_warmup_min_steps: int = arg(0, "adaptive warm-up: never end before this step")
-    codebook_init: str = arg("auto", "when stage 1 is over: kmeans of latents, or none; auto: kmeans after a warm-up "
-                                     "and for aminoaseed; paper: kmeans", choices=("auto", "kmeans", "none"))
+    codebook_init: str = arg("auto", "when stage 1 is over: kmeans of latents, latents drawn at random, or none; auto: "
+                                     "kmeans after a warm-up, else latents for aminoaseed, else none; paper: kmeans",
+                             choices=CODEBOOK_INITS)
     kmeans_batches: int = arg(0, "global batches whose latents are clustered; 0: 32 latents per code, in at most 16 "
                                  "batches if those give every code one; paper: one batch")
     kmeans_iters: int = arg(20, "Lloyd iterations at most; paper: not given")
@@ -76,23 +79,27 @@ def build_curriculum(cfg: CurriculumConfig) -> tuple[Curriculum, AdaptiveWarmup 
     return Curriculum(cfg.warmup_steps, cfg.transition_steps, cfg.transition, cfg.loss_lambda), adaptive
 
 
-def uses_kmeans(cfg: CurriculumConfig) -> bool:
-    """Whether the codebook starts from data (--codebook-init)."""
-    auto = cfg.warmup_steps > 0 or cfg.quantizer == "aminoaseed"
-    return cfg.codebook_init == "kmeans" or (cfg.codebook_init == "auto" and auto)
+def codebook_init(cfg: CurriculumConfig) -> str:
+    """--codebook-init, or what its "auto" stands for."""
+    if cfg.codebook_init != "auto":
+        return cfg.codebook_init
+    return "kmeans" if cfg.warmup_steps else "latents" if cfg.quantizer == "aminoaseed" else "none"
 
 
 def kmeans_batches(cfg: Any, tokens_per_batch: int) -> int:
-    """Global batches that are clustered: --kmeans-batches, or what its 0 stands for.
+    """Global batches whose latents the codebook starts from: --kmeans-batches, or what its 0 stands for; 0: none.
 
     ValueError: they hold fewer latents than there are codes.
     """
+    if codebook_init(cfg) == "none":
+        return 0
+
     def batches(latents: int) -> int:
         return -(-latents // tokens_per_batch)  # rounded up
 
     count = cfg.kmeans_batches or max(batches(cfg.codebook_size), min(16, batches(32 * cfg.codebook_size)))
     if count * tokens_per_batch < cfg.codebook_size:
-        raise ValueError(f"k-means would see {count * tokens_per_batch} latents for --codebook-size "
+        raise ValueError(f"the codebook would start from {count * tokens_per_batch} latents for --codebook-size "
                          f"{cfg.codebook_size}: raise --kmeans-batches {cfg.kmeans_batches}, or use fewer codes")
     return count
 
@@ -220,14 +227,14 @@ class CurriculumRun(TrainingRun):
 
     def _maybe_init_codebook(self, step: int) -> None:
         """Once, when stage 1 is over: cluster the latents of the batches that come next (section 4.1)."""
-        cfg, quantize = self.cfg, self.quantize
-        wanted = uses_kmeans(cfg)
-        from_start = wanted and step == 0 and quantize.stage > 1  # k-means without a warm-up
+        cfg, quantize, init = self.cfg, self.quantize, codebook_init(self.cfg)
+        from_start = init != "none" and step == 0 and quantize.stage > 1  # without a warm-up
         if not (quantize.needs_init or from_start):
             return
-        latents, order = self._collect_latents(step) if wanted else (None, None)
-        info = quantize.init_codebook(latents, iters=cfg.kmeans_iters, start=cfg.kmeans_start, seed=cfg.global_seed,
-                                      order=order, optimizers=[self.optimizer])
+        latents, order = self._collect_latents(step) if init != "none" else (None, None)
+        iters, start = (cfg.kmeans_iters, cfg.kmeans_start) if init == "kmeans" else (0, "random")
+        info = quantize.init_codebook(latents, iters=iters, start=start, seed=cfg.global_seed, order=order,
+                                      optimizers=[self.optimizer])
         if self.ema:
             self.ema.copy_(self.raw, "quantize.")  # an average with codes from before k-means would mean nothing
         distributed.print0(f"codebook initialised at step {step}: {info or 'kept as it was'}")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tokenizer.curriculum_run import CurriculumConfig, check_curriculum, kmeans_batches, uses_kmeans
+from tokenizer.curriculum_run import CurriculumConfig, check_curriculum, kmeans_batches
 from tokenizer.data import AUGMENTATIONS, ImageSource, open_images, split_holdout, spread
 from tokenizer.losses import GENERATOR_LOSSES, RECONSTRUCTION_LOSSES
 from tokenizer.runtime import config
@@ -121,8 +121,7 @@ def check(cfg: TrainConfig, world_size: int) -> None:
     factor = ARCHITECTURES[cfg.vq_model].downsample
     if cfg.image_size < factor or cfg.image_size % factor:
         raise ValueError(f"--image-size {cfg.image_size} must be a multiple of {factor}, the factor of {cfg.vq_model}")
-    if uses_kmeans(cfg):
-        kmeans_batches(cfg, tokens_per_batch(cfg))
+    kmeans_batches(cfg, tokens_per_batch(cfg))  # raises
 
 
 class DataSplit(NamedTuple):

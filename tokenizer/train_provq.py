@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torchvision.utils import save_image
 
 from tokenizer import losses
-from tokenizer.curriculum_run import CurriculumRun, build_curriculum, kmeans_batches, uses_kmeans
+from tokenizer.curriculum_run import CurriculumRun, build_curriculum, kmeans_batches
 from tokenizer.data import BadImageCounter, ImageDataset, default_augment, make_loader, spread
 from tokenizer.discriminator import NLayerDiscriminator
 from tokenizer.perceptual import LPIPS
@@ -74,7 +74,7 @@ class Trainer(CurriculumRun):
         self.opt_d = self.disc and torch.optim.Adam(self.disc.parameters(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))
         self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.mixed_precision == "fp16")
         self.ema = EMA(self.raw, cfg.ema_decay) if cfg.ema else None
-        self.kmeans_batches = kmeans_batches(cfg, tokens_per_batch(cfg)) if uses_kmeans(cfg) else 0
+        self.kmeans_batches = kmeans_batches(cfg, tokens_per_batch(cfg))
         self.resume()
         # Only training is worth the compile time; everything else goes through self.raw, under its own names.
         core = torch.compile(self.raw) if cfg.compile else self.raw
