@@ -160,8 +160,7 @@ def data_table(results: Results) -> Table:
             out.rows.append([Cell(name), Cell(task["kind"]), Cell(split), *(Cell(f"{counts[key]:,}")
                              for key in ("chains", "labels"))])
         left_out = ", ".join(f"{reason}: {count}" for reason, count in task["left_out"].items())
-        if left_out:
-            out.notes.append(f"{name}, left out: {left_out}.")
+        out.notes.append(f"{name}: from {task['origin']}. Left out: {left_out or 'nothing'}.")
     return out
 
 

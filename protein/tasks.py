@@ -88,13 +88,14 @@ class Example:
 class Task:
     """splits: "train", "valid" and those of spec.tests -> examples. classes: names of the labels 0, 1, ...
 
-    left_out: reason -> number of examples that the source has and `splits` has not.
+    left_out: reason -> number of examples that the source has and `splits` has not. origin: what it was read from.
     """
 
     spec: TaskSpec
     splits: dict[str, list[Example]]
     classes: tuple[str, ...] = ()
     left_out: Counter[str] = field(default_factory=Counter)
+    origin: str = ""
 
     def filtered(self, max_length: int = MAX_LENGTH, max_chain: int = MAX_CHAIN) -> Task:
         """Without the examples that StructTokenBench leaves out for their length, and those without any label.
@@ -118,7 +119,7 @@ class Task:
         if empty:
             reasons = ", ".join(f"{reason} ({count})" for reason, count in left_out.items()) or "the source has none"
             raise ValueError(f"{self.spec.name}: no examples in {', '.join(empty)}; left out: {reasons}")
-        return Task(self.spec, splits, self.classes, left_out)
+        return Task(self.spec, splits, self.classes, left_out, self.origin)
 
 
 # ------------------------------------------------------------------------------------------------------- JSONL files
@@ -143,7 +144,7 @@ def read_task(path: str | Path) -> Task:
         raise ValueError(f"{path}: no example of split {absent[0] if absent else 'test'}; a task needs train, valid "
                          "and at least one other")
     spec = TaskSpec(name, kind, str(header.get("category", "Own tasks")), tests)
-    task = Task(spec, {split: [] for split in ("train", "valid", *tests)})
+    task = Task(spec, {split: [] for split in ("train", "valid", *tests)}, origin=path.name)
     if kind == "classification":
         task.classes = _classes(rows)
     files: dict[Path, list[Chain]] = {}
@@ -278,7 +279,7 @@ def save_prepared(task: Task, path: Path, source: str) -> None:
     place = {id(chain): i for i, chain in enumerate(chains)}
     arrays: dict[str, Any] = {
         "description": json.dumps({"source": source, "spec": vars(task.spec), "classes": task.classes,
-                                   "splits": list(task.splits), "left_out": task.left_out}),
+                                   "splits": list(task.splits), "left_out": task.left_out, "origin": task.origin}),
         "length": np.array([len(chain) for chain in chains]),
         "name": np.array([chain.name for chain in chains]),
         "chain_id": np.array([chain.chain_id for chain in chains]),
@@ -319,7 +320,7 @@ def load_prepared(path: Path, source: str) -> Task | None:
         ))
     spec = TaskSpec(**description["spec"] | {"tests": tuple(description["spec"]["tests"])})
     task = Task(spec, {split: [] for split in description["splits"]}, tuple(description["classes"]),
-                Counter(description["left_out"]))
+                Counter(description["left_out"]), description["origin"])
     start = 0
     for identifier, split, place in zip(*(arrays[key].tolist() for key in ("id", "split", "chain")), strict=True):
         chain = chains[place]

@@ -4,10 +4,12 @@
         --tokenizer foldseek VQ=runs/vq ProVQ=runs/provq-s0 ProVQ=runs/provq-s1
     python protein/train_task.py --task interface.jsonl --tokenizer foldseek --preset small --results-dir runs/interface
 
---task: names of StructTokenBench's tasks, or JSONL files (see tasks.py). --tokenizer: see baselines.py; those of one
-LABEL are runs of one method. Every tokenizer meets every task with every learning rate and seed. Structures, tokens and
-finished probes are kept in --results-dir, so the same command again, or one with more tokenizers, tasks or seeds, does
-what is missing. Writes table3.md, .csv and .html there.
+--task: names of StructTokenBench's tasks, or JSONL files (see tasks.py). From StructTokenBench's archive, --data, come
+its processed lists (see released_tasks.py) or, where these are missing and with --splits strict, the raw files together
+with --pdb-data (see task_archives.py). --tokenizer: see baselines.py; those of one LABEL are runs of one method. Every
+tokenizer meets every task with every learning rate and seed. Structures, tokens and finished probes are kept in
+--results-dir, so the same command again, or one with more tokenizers, tasks or seeds, does what is missing. Writes
+table3.md, .csv and .html there.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ import math
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +33,13 @@ if not __package__:
 import numpy as np
 import torch
 
+from protein import released_tasks
 from protein.baselines import StructureTokenizer, Tokens, open_tokenizer
 from protein.probe import LEARNING_RATES, ProbeConfig, ProbeData, probe_data, train_probe
 from protein.structure_io import Chain
+from protein.task_archives import Archive, read_raw
 from protein.task_report import write_report
+from protein.task_splits import MODES
 from protein.tasks import MAX_LENGTH, STRUCTTOKENBENCH, Task, load_prepared, read_task, save_prepared
 from tokenizer.runtime import config, distributed
 from tokenizer.runtime.checkpoint import atomic_write, atomic_write_text
@@ -55,6 +61,9 @@ class TaskConfig:
     all: bool = arg(False, "all tasks of StructTokenBench")
     preset: str = arg("structtokenbench", "which probe", choices=tuple(PRESETS))
     data: str | None = arg(None, "StructTokenBench's archive, unpacked: the folder struct_token_bench_release_data")
+    pdb_data: str | None = arg(None, "PDB structures: the folder with mmcif_files and obsolete.dat; for raw files only")
+    splits: str = arg("released", "strict: full CATH codes and whole chains, from the raw files", choices=MODES)
+    num_workers: int = arg(0, "processes that read structures of the PDB")
     seeds: int = arg(3, "probes per learning rate, of seeds 0, 1, ...")
     learning_rates: tuple[float, ...] = arg(LEARNING_RATES, "to choose from on the validation split")
     max_steps: int = arg(10000, "updates per probe")
@@ -65,7 +74,7 @@ class TaskConfig:
 
     def __post_init__(self) -> None:
         config.require_at_least(self, 1, "seeds max_steps batch_size max_length")
-        config.require_at_least(self, 0, "warmup_steps")
+        config.require_at_least(self, 0, "warmup_steps num_workers")
         if not self.learning_rates or min(self.learning_rates) <= 0:
             raise ValueError(f"--learning-rates is {self.learning_rates}; they must be positive")
         if self.all == bool(self.task):
@@ -73,6 +82,8 @@ class TaskConfig:
         for name in self.task:
             if name not in STRUCTTOKENBENCH and not name.endswith(".jsonl"):
                 raise ValueError(f"--task {name} is neither a file NAME.jsonl nor one of {', '.join(STRUCTTOKENBENCH)}")
+        if self.data is None and any(name in STRUCTTOKENBENCH for name in self.tasks()):
+            raise ValueError("tasks of StructTokenBench need --data, the folder struct_token_bench_release_data")
 
     def tasks(self) -> list[str]:
         return list(STRUCTTOKENBENCH) if self.all else list(dict.fromkeys(self.task))
@@ -91,12 +102,23 @@ def parse_config(argv: list[str] | None = None) -> TaskConfig:
 
 def open_task(cfg: TaskConfig, name: str, folder: Path) -> tuple[Task, str]:
     """The task and its identity; from folder/NAME.npz if it has been read before."""
-    path = Path(name)
-    source = f"{hashlib.sha256(path.read_bytes()).hexdigest()} {path.resolve()}"
-    prepared = folder / f"{_slug(path.stem)}.npz"
+    read: Callable[[], Task]
+    if name in STRUCTTOKENBENCH:
+        archive = Archive.open(cfg.data or "", cfg.pdb_data)
+        lists = released_tasks.list_files(archive, name)
+        processed = cfg.splits == "released" and all(path.exists() for path in lists.values())
+        source = json.dumps([name, cfg.splits, processed, str(archive.data.resolve())])
+        if processed:
+            read = partial(released_tasks.read_released, archive, name)
+        else:
+            read = partial(read_raw, archive, name, cfg.splits, cfg.num_workers)
+    else:
+        source = f"{hashlib.sha256(Path(name).read_bytes()).hexdigest()} {Path(name).resolve()}"
+        read = partial(read_task, name)
+    prepared = folder / f"{_slug(Path(name).stem)}.npz"
     task = load_prepared(prepared, source)
     if task is None:
-        task = read_task(path)
+        task = read()
         folder.mkdir(parents=True, exist_ok=True)
         save_prepared(task, prepared, source)
     return task.filtered(cfg.max_length), source
@@ -160,6 +182,7 @@ def sweep(cfg: TaskConfig, task: Task, source: str, tokenizer: StructureTokenize
     common = {
         "label": tokenizer.label, "tokenizer": run, "task": task.spec.name, "kind": kind,
         "category": task.spec.category, "tests": list(task.spec.tests), "left_out": dict(task.left_out),
+        "origin": task.origin,
         "counts": {split: {"chains": len(part), "labels": part.count} for split, part in data.items()},
         "settings": settings,
     }
@@ -210,7 +233,7 @@ def main(argv: list[str] | None = None) -> None:
             for tokenizer in tokenizers:
                 sweep(cfg, task, source, tokenizer, device)
                 write_report(root, labels, names)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"train_task.py: error: {error}") from error
     distributed.finalize()
     distributed.print0(f"wrote {root / 'table3.md'}, .csv and .html")

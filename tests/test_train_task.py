@@ -13,8 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helices import write_helix
+from mini_archive import processed_archive
 
 from protein import train_task
+from protein.baselines import FoldSeek
 from protein.task_report import Results, summarise, write_report
 from protein.tasks import read_task, residue_ids
 
@@ -82,9 +84,8 @@ def test_a_run_leaves_tables_of_all_tokenizers_and_tasks(straight):
 
 def test_what_is_finished_is_not_done_again(folder, straight, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in straight.rglob("*.*") if not path.name.startswith("table3")}
-    monkeypatch.setattr(train_task, "train_probe", None)
-    monkeypatch.setattr(train_task, "read_task", None)
-    monkeypatch.setattr(train_task.StructureTokenizer, "encode", None)
+    for place, name in ((train_task, "train_probe"), (train_task, "read_task"), (FoldSeek, "encode")):
+        monkeypatch.setattr(place, name, lambda *_: pytest.fail("done again"))
     train_task.main(words(folder, straight))
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
@@ -125,6 +126,7 @@ def test_other_settings_and_other_inputs_need_another_folder(folder, straight, c
     (["--task", "BindIn"], "--task BindIn is neither a file NAME.jsonl nor one of BindInt"),
     (["--task", "x.jsonl", "--seeds", "0"], "--seeds is 0; it must be at least 1"),
     (["--task", "x.jsonl", "--learning-rates", "0.1", "0"], r"they must be positive"),
+    (["--all"], "tasks of StructTokenBench need --data"),
     (["--task", "x.jsonl", "--preset", "large"], "'large' is not one of structtokenbench, small"),
 ])
 def test_mistakes_in_flags(tmp_path, capsys, more, message):
@@ -144,6 +146,26 @@ def test_mistakes_in_files(folder, tmp_path, monkeypatch, more, message):
         train_task.main(["--tokenizer", "foldseek", "--results-dir", str(tmp_path), "--device", "cpu", *more])
 
 
+def test_all_tasks_of_the_benchmark_in_one_command(tmp_path):
+    """From processed lists; a second tokenizer later adds its column and repeats nothing."""
+    more = ["--all", "--data", str(processed_archive(tmp_path / "archive")), "--results-dir", str(tmp_path / "out"),
+            "--max-steps", "2", "--warmup-steps", "1", "--seeds", "1", "--learning-rates", "0.01", "--device", "cpu"]
+    train_task.main(["--tokenizer", "foldseek", *more])
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "results").rglob("*.json")}
+    assert len(before) == 12
+    train_task.main(["--tokenizer", "foldseek-onehot", "foldseek", *more])
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    rows = list(csv.DictReader((tmp_path / "out" / "table3.csv").open()))
+    pooled = [row for row in rows if row["protocol"] == "pooled" and row["tokenizer"] == "FoldSeek"]
+    assert len([row for row in pooled if row["task"] != "Average"]) == 24
+    assert [row["category"] for row in pooled if row["task"] == "Average"] == [
+        "Functional site prediction", "Physicochemical property prediction", "Structure property prediction"]
+    text = (tmp_path / "out" / "table3.md").read_text()
+    assert "| Task | Split | FoldSeek, one-hot | FoldSeek |" in text
+    assert "| BindShake | Org | " in text
+    assert "Homo: from StructTokenBench's processed lists. Left out: a fold with few proteins: 20." in text
+
+
 # ------------------------------------------------------------------------------------------------ numbers in the tables
 
 def probe(label, run, task, seed, rate, score, fold, supfam, *, kind="binary"):
@@ -152,7 +174,7 @@ def probe(label, run, task, seed, rate, score, fold, supfam, *, kind="binary"):
                         "tests": {"Fold": fold + extra, "SupFam": None if supfam is None else supfam + extra}}
                  for name, extra in (("pooled", 0.0), ("as coded", 0.1))}
     return {"label": label, "tokenizer": run, "task": task, "kind": kind, "category": "Cat",
-            "tests": ["Fold", "SupFam"], "left_out": {}, "counts": {"train": {"chains": 1, "labels": 1}},
+            "tests": ["Fold", "SupFam"], "left_out": {}, "origin": "t", "counts": {"train": {"chains": 1, "labels": 1}},
             "settings": {"max_steps": 1, "inputs": "x"}, "seed": seed, "learning_rate": rate, "protocols": protocols}
 
 
