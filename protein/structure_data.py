@@ -322,8 +322,8 @@ def hold_out_entries(
     ranked = sorted(set(entries.values()), key=lambda e: hashlib.sha256(f"{seed}/{e}".encode()).digest())
     size = max(1, round(fraction * len(ranked))) if fraction else 0
     if size >= len(ranked):
-        raise ValueError(f"cannot hold out {size} of {len(ranked)} entries (such as {ranked[0]}, an entry being the "
-                         'names alike up to "_"): one at least must remain for training. Validate on a folder of its own')
+        raise ValueError(f"cannot hold out {size} of {len(ranked)} entries (such as {ranked[0]}; names alike up to the "
+                         'first "_" are one): one at least must remain for training. Validate on a folder of its own')
     chosen = set(ranked[:size])
     held_out = np.array([entries[int(i)] in chosen for i in indices], dtype=bool)
     return indices[~held_out], indices[held_out]
