@@ -14,8 +14,6 @@ from tokenizer.runtime import config
 from tokenizer.runtime.config import arg, flag_name
 from tokenizer.runtime.training import LR_SCHEDULES, RESUMABLE_RUN, check_optimizer
 
-LOSSES = ("distance", "direction", "binned_distance", "binned_direction", "inverse_folding")  # losses.structure_losses
-
 
 @dataclass(frozen=True)
 class TrainConfig(CurriculumConfig):
@@ -114,21 +112,24 @@ def check(cfg: TrainConfig, world_size: int) -> None:
     """Raise ValueError, naming flag, value and fix, for settings that cannot work. Reads no data."""
     check_curriculum(cfg, world_size)
     check_optimizer(cfg)
-    config.require_at_least(cfg, 0, "val_size num_workers max_bad_structures " + " ".join(map(weight_field, LOSSES)))
+    config.require_at_least(cfg, 0, "val_size num_workers max_bad_structures distance_weight direction_weight "
+                            "binned_distance_weight binned_direction_weight inverse_folding_weight")
     config.require_at_least(cfg, 1, "ideal_chains min_length")
     config.require_fraction(cfg, "val_fraction")
     if cfg.max_length < cfg.min_length:
         raise ValueError(f"--max-length {cfg.max_length} is below --min-length {cfg.min_length}")
-    if not any(getattr(cfg, weight_field(name)) for name in LOSSES):
-        flags = ", ".join(flag_name(weight_field(name)) for name in LOSSES)
+    if not any(loss_weights(cfg).values()):
+        flags = ", ".join(flag_name(f"{name}_weight") for name in loss_weights(cfg))
         raise ValueError(f"{flags} are all 0: nothing would be learned")
     if cfg.val_path and not cfg.data_path:
         raise ValueError("--val-path needs --data-path; without it generated backbones are held out")
 
 
-def weight_field(loss: str) -> str:
-    """The setting that is the weight of a loss."""
-    return f"{loss}_weight"
+def loss_weights(cfg: TrainConfig) -> dict[str, float]:
+    """Weight of each term of losses.structure_losses."""
+    return {"distance": cfg.distance_weight, "direction": cfg.direction_weight,
+            "binned_distance": cfg.binned_distance_weight, "binned_direction": cfg.binned_direction_weight,
+            "inverse_folding": cfg.inverse_folding_weight}
 
 
 assert RESUMABLE <= {field.name for field in fields(TrainConfig)}

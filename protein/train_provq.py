@@ -35,7 +35,7 @@ from protein.structure_data import (
 )
 from protein.structure_io import ATOMS, Chain, write_structure
 from protein.structure_model import StructureModelConfig, StructureVQModel
-from protein.train_config import LOSSES, RESUMABLE, TrainConfig, check, parse_config, weight_field
+from protein.train_config import RESUMABLE, TrainConfig, check, loss_weights, parse_config
 from protein.validation import StructureMeter
 from tokenizer.curriculum_run import CurriculumRun, build_curriculum, kmeans_batches
 from tokenizer.data import consecutive, make_loader, spread
@@ -131,7 +131,7 @@ class Trainer(CurriculumRun):
                     out = self.model(batch["coords"], batch["mask"], batch["residue_index"])
                 terms = structure_losses(out, batch["coords"], batch["sequence"], batch["residue_index"],
                                          as_coded=cfg.losses_as_coded)
-                weighted = [getattr(cfg, weight_field(name)) * terms[name] for name in LOSSES]
+                weighted = [weight * terms[name] for name, weight in loss_weights(cfg).items()]
                 loss = torch.stack(weighted).sum() + out.quantized.loss
                 (loss / parts).backward()
             logged = {f"{name}_loss": value.detach() for name, value in terms.items()} | {"loss": loss.detach()}

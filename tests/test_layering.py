@@ -23,6 +23,7 @@ PACKAGES = ("tokenizer", "autoregressive", "protein", "synthetic", "evaluations"
 FOLDERS = (*PACKAGES, "scripts", "tests")
 MAX_LINES = 600
 PROVQ = Path("tokenizer/provq.py")
+CURRICULUM_RUN = Path("tokenizer/curriculum_run.py")  # and what all tokenizers' trainers share
 IMAGE_SETS = Path("evaluations/image_sets.py")
 LONGER = {PROVQ: 1600}  # one file on purpose: it is copied into other projects by itself
 GUARD = "if not __package__:\n    sys.path[0] = str(Path(__file__).resolve().parents[{depth}])"
@@ -186,7 +187,8 @@ def attributes_read(tree):
 def check_no_dead_flags(root):
     for folder in PACKAGES:
         files = python_files(root, (folder,))
-        readers = files | python_files(root, ("tokenizer/runtime",))  # the loop that all trainers share
+        readers = files | python_files(root, ("tokenizer/runtime",))  # the loop that all trainers share,
+        readers |= {path: tree for path, tree in python_files(root, ("tokenizer",)).items() if path == CURRICULUM_RUN}
         read = {name for tree in readers.values() for name in attributes_read(tree)}
         for path, tree in files.items():
             for line, field in config_fields(tree):
