@@ -377,19 +377,19 @@ def test_flush_reduces_writes_and_resets(tmp_path, capsys):
     metrics.add({"loss": torch.tensor(1.0, requires_grad=True)}, weight=1)
     metrics.add({"loss": torch.tensor(4.0), "code_counts": torch.tensor([1, 0, 2])}, weight=2)
     metrics.add({"code_counts": torch.tensor([1, 0, 0])}, weight=7)
-    metrics.add_images(64)
+    metrics.add_samples(64)
     result = metrics.flush(
         4,
         {"stage": 2, "alpha": 0.625},
         derive=lambda reduced: {"used": int((reduced["code_counts"] > 0).sum())},
     )
     assert result["code_counts"].tolist() == [2.0, 0.0, 2.0]
-    assert result["images_per_second"] > 0
+    assert result["samples_per_second"] > 0
     [row] = rows_of(tmp_path / "metrics.jsonl")
     assert list(row.items()) == [("step", 4), ("stage", 2), ("alpha", 0.625), ("loss", 3.0), ("used", 2)]
     line = capsys.readouterr().out
     assert line.startswith("step 4/10 stage 2 alpha 0.625 loss 3 used 2 ")
-    assert " img/s eta 0:00:" in line
+    assert " samples/s eta 0:00:" in line
 
     metrics.add({"loss": torch.tensor(7.0)})
     assert metrics.flush(5)["loss"] == 7.0
@@ -445,13 +445,13 @@ def test_add_never_reads_a_value(tmp_path):
     metrics = logger(tmp_path, device=torch.device("meta"))
     for _ in range(2):
         metrics.add({"loss": torch.ones((), device="meta"), "code_counts": torch.ones(4, device="meta")}, weight=3)
-        metrics.add_images(1)
+        metrics.add_samples(1)
 
 
 def test_state_continues_between_two_flushes(tmp_path):
     def add(metrics, step):
         metrics.add({"loss": torch.tensor(0.1 * step), "code_counts": torch.tensor([step, 1])}, weight=step + 1)
-        metrics.add_images(3)
+        metrics.add_samples(3)
 
     straight, killed = logger(tmp_path / "a"), logger(tmp_path / "b")
     for step in range(4):

@@ -22,7 +22,7 @@ from tokenizer import train_provq
 from tokenizer.runtime.training import learning_rate
 
 ROOT = Path(__file__).resolve().parents[1]
-TIMINGS = {"images_per_second", "elapsed_seconds"}
+TIMINGS = {"samples_per_second", "elapsed_seconds"}
 
 
 @pytest.fixture(scope="module")

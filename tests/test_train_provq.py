@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "tokenizer" / "train_provq.py"
 DATA = ROOT.parent / "shared" / "data" / "images"
 ROW_KEYS = {"step", "stage", "alpha", "omega", "loss", "recon_loss", "commit_loss", "perplexity", "usage",
-            "images_per_second"}
+            "samples_per_second"}
 
 WARMUP, TRANSITION, STEPS = 4, 4, 12
 TINY = {"image_size": 16, "codebook_size": 16, "global_batch_size": 8, "max_steps": STEPS, "warmup_steps": WARMUP,

@@ -158,7 +158,7 @@ def two_process_worker(folder):
             indices = torch.tensor([index for _, index in rows])
             counts = torch.bincount(indices, minlength=10)
             metrics.add({"loss": data[indices].mean(), "index_counts": counts}, weight=len(rows))
-            metrics.add_images(len(rows))
+            metrics.add_samples(len(rows))
 
     add(metrics, 0, 3)
     first = metrics.flush(3, {"stage": 1})

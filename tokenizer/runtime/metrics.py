@@ -1,7 +1,7 @@
 """Training metrics: summed on the device, reduced once per flush, one strictly valid JSON line per flush.
 
 Rows are forced to disk before `flush` returns, so a checkpoint saved at step s finds the row of step s on disk
-already, and a resumed run only ever has to drop rows. Every field of a row but images_per_second and elapsed_seconds
+already, and a resumed run only ever has to drop rows. Every field of a row but samples_per_second and elapsed_seconds
 repeats bit for bit when a killed run continues from its newest checkpoint.
 """
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from tokenizer.runtime import distributed
 from tokenizer.runtime.checkpoint import atomic_write, sync_folder
 
-TIMING_FIELDS = ("images_per_second", "elapsed_seconds")  # the only fields of a row that two equal runs may differ in
+TIMING_FIELDS = ("samples_per_second", "elapsed_seconds")  # the only fields of a row that two equal runs may differ in
 _BAR_FIELDS = ("stage", "alpha", "loss")  # what fits beside a progress bar
 _PADDING = 256  # numbers; see MetricLogger._message
 
@@ -147,13 +147,13 @@ class MetricLogger:
 
     def _reset(self, window_start: float) -> None:
         self._window_start = window_start
-        self._images = 0
+        self._samples = 0
         self._weights: dict[str, float] = {}  # summed weight of each scalar and count, in the order of first use
         self._sums: dict[str, Tensor] = {}  # weighted sum of each, (1,) or (K,) on the device
 
-    def add_images(self, count: int) -> None:
-        """Count images that this rank has processed."""
-        self._images += count
+    def add_samples(self, count: int) -> None:
+        """Count samples that this rank has processed."""
+        self._samples += count
 
     def add(self, values: Mapping[str, Tensor], weight: float = 1.0) -> None:
         """Accumulate one step's metrics without waiting for the device.
@@ -190,7 +190,7 @@ class MetricLogger:
         derive:  more entries, from the reduced metrics; what turns code_counts into a perplexity in the row
 
         Returns, on every rank, the row and the reduced "_counts" as float64 (K,) on the CPU. The row has step, extra,
-        the means, the derived entries, images_per_second (when add_images was called) and elapsed_seconds.
+        the means, the derived entries, samples_per_second (when add_samples was called) and elapsed_seconds.
 
         Raises FloatingPointError on every rank, naming metric and step, for NaN or infinity; no row is written.
         """
@@ -199,7 +199,7 @@ class MetricLogger:
         total, squares = int(message[0]), int(message[1])
         if distributed.world_size() * squares != total**2:  # see _message
             raise RuntimeError(f"ranks added different metrics before step {step}; this rank: {self._layout()}")
-        images, weights, sums = self._unpack(message[2:])
+        samples, weights, sums = self._unpack(message[2:])
 
         means = {name: float(sums[name].item() / weights[name]) for name in sums if not name.endswith("_counts")}
         counts = {name: tensor for name, tensor in sums.items() if name.endswith("_counts")}
@@ -210,8 +210,8 @@ class MetricLogger:
         if derive is not None:
             _extend(row, derive({**row, **counts}))
         now = time.perf_counter()
-        if images:
-            row["images_per_second"] = images / (now - self._window_start)
+        if samples:
+            row["samples_per_second"] = samples / (now - self._window_start)
         row["elapsed_seconds"] = now - self._run_start
         self.write(row)
         if self._console is not None:
@@ -230,7 +230,7 @@ class MetricLogger:
 
     @contextmanager
     def untimed(self) -> Iterator[None]:
-        """What happens inside, such as a validation, does not count in images_per_second."""
+        """What happens inside, such as a validation, does not count in samples_per_second."""
         began = time.perf_counter()
         yield
         self._window_start += time.perf_counter() - began
@@ -246,14 +246,14 @@ class MetricLogger:
         return [(name, tensor.numel()) for name, tensor in self._sums.items()]
 
     def _message(self) -> Tensor:
-        """This rank's accumulators, float64 (n,) on the CPU: [h, h^2, images, weights, sums, padding].
+        """This rank's accumulators, float64 (n,) on the CPU: [h, h^2, samples, weights, sums, padding].
 
         A metric that only some ranks added would make the ranks reduce tensors of different sizes, which can hang.
         Padding makes such messages equally long in practice, and h, a 20-bit hash of the layout, exposes them: by
         Cauchy-Schwarz world * sum(h^2) = (sum h)^2 exactly when every rank sent the same h.
         """
         layout_hash = zlib.crc32(repr(self._layout()).encode()) & 0xFFFFF
-        host = torch.tensor([layout_hash, layout_hash**2, self._images, *self._weights.values()], dtype=torch.float64)
+        host = torch.tensor([layout_hash, layout_hash**2, self._samples, *self._weights.values()], dtype=torch.float64)
         sums = torch.cat([*self._sums.values(), torch.zeros(0, dtype=self._dtype, device=self._device)])
         packed = torch.cat([host, sums.cpu().double()])  # the one wait for the device
         return torch.nn.functional.pad(packed, (0, -len(packed) % _PADDING))
@@ -261,9 +261,9 @@ class MetricLogger:
     def _unpack(self, packed: Tensor) -> tuple[int, dict[str, float], dict[str, Tensor]]:
         """Images, weights and sums from a message without its first two numbers."""
         names, sizes = list(self._sums), [tensor.numel() for tensor in self._sums.values()]
-        images, weights, sums = torch.split(packed[: 1 + len(names) + sum(sizes)], [1, len(names), sum(sizes)])
+        samples, weights, sums = torch.split(packed[: 1 + len(names) + sum(sizes)], [1, len(names), sum(sizes)])
         return (
-            int(images.item()),
+            int(samples.item()),
             dict(zip(names, weights.tolist(), strict=True)),
             dict(zip(names, torch.split(sums, sizes), strict=True)),
         )
@@ -298,7 +298,7 @@ class MetricLogger:
         self._run_start = now - state["elapsed_seconds"]
         self._reset(window_start=now - state["window_seconds"])
         self._sums = {name: torch.zeros(size, dtype=self._dtype, device=self._device) for name, size in state["layout"]}
-        self._images, self._weights, sums = self._unpack(mine)
+        self._samples, self._weights, sums = self._unpack(mine)
         for name, tensor in sums.items():
             self._sums[name].copy_(tensor)
 
@@ -317,8 +317,8 @@ class _Console:
             self._bar = tqdm(total=total_steps, initial=resume_step, unit="step", dynamic_ncols=True)
 
     def show(self, row: Mapping[str, Any]) -> None:
-        step, rate = row["step"], row.get("images_per_second")
-        words = [f"{rate:.0f} img/s"] if rate is not None else []
+        step, rate = row["step"], row.get("samples_per_second")
+        words = [f"{rate:.0f} samples/s"] if rate is not None else []
         if self._bar is not None:
             words = [f"{name} {_short(row[name])}" for name in _BAR_FIELDS if name in row] + words
             self._bar.set_postfix_str(" ".join(words), refresh=False)

@@ -261,7 +261,7 @@ class TrainingRun(ABC):
                 self.before_step(step)
             labels = self.labels()
             self.metrics.add(self.train_step(batches, step))
-            self.metrics.add_images(cfg.global_batch_size // distributed.world_size())
+            self.metrics.add_samples(cfg.global_batch_size // distributed.world_size())
             done = step + 1
             self.after_step(done)
             if done % cfg.log_every == 0 or done == cfg.max_steps:
