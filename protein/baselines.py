@@ -2,7 +2,7 @@
 
     foldseek            3Di states (van Kempen et al., Nature Biotechnology 2024), as biotite computes them
     foldseek-onehot     the same states as one-hot vectors: a probe's LayerNorm leaves of a 2-dimensional code one sign
-    protokens:FOLDER    tokens that ProTokens' own program has computed, see ProTokens
+    tokens:FOLDER       tokens that another program has made, such as ProTokens' own, see TokenFiles
     untrained           this project's small model at random weights, its codes fitted by k-means
     PATH                a run or an export of train_provq.py, a checkpoint of StructTokenBench (VanillaVQ, AminoAseed),
                         ESM3's esm3_structure_encoder_v0.pth: whatever protein/pretrained.py loads
@@ -22,10 +22,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from protein import inert_pickle
+from protein import inert_pickle, token_files
 from protein.structure_io import Chain
 from protein.structure_model import PRESETS, StructureModelConfig, StructureVQModel
-from protein.tasks import align_ids
+from protein.tasks import align_ids, residue_ids
 from tokenizer.runtime.seeding import fold, seed_step
 
 Tokens = npt.NDArray[np.int64]
@@ -75,64 +75,55 @@ class FoldSeek(StructureTokenizer):
         return self.label
 
 
-class ProTokens(StructureTokenizer):
-    """Tokens made by ProTokens' own program (Lin et al., 2023), which needs JAX and TensorFlow, in a folder with
+class TokenFiles(StructureTokenizer):
+    """Tokens that another program has made, in a folder with
 
-        ProToken_Code_Book.pkl  the codebook as that program has it, or codebook.npy: float (512, 32)
-        tokens.jsonl            a line per chain: {"chain": "1abc_A", "residues": [1, 2, ...], "tokens": [17, 403, ...]}
+        tokens.jsonl  (or .npz, .fasta) in the form of token_files.py, a line per chain: {"name": "1abc", "chain": "A",
+                      "numbers": [1, 2, "52A"], "tokens": [17, 403, 8]}
+        codebook.npy  float (K, D); or ProToken_Code_Book.pkl, as ProTokens has it
 
-    chain is Chain.label, the structure's file name without extension and the chain's id. tokens are the encoder's
-    "protoken_index" where its seq_mask is set, residues the author's numbers (encoder_aux["residue_index"]) there.
-    Residues of a chain without a token get none.
+    name is the structure's file name without extension, numbers the residues' (insertion codes may be left out).
+    Residues without a token get none. ProTokens (Lin et al., 2023), whose program needs JAX and TensorFlow, gives the
+    encoder's "protoken_index" and the residue_index of its inputs, both where seq_mask is set.
     """
-
-    label = "ProTokens"
 
     def __init__(self, folder: str | Path):
         folder = Path(folder)
-        pickled, plain = folder / "ProToken_Code_Book.pkl", folder / "codebook.npy"
+        self.label = folder.name
+        plain, pickled = folder / "codebook.npy", folder / "ProToken_Code_Book.pkl"
         path = plain if plain.exists() else pickled
         values = np.load(path, allow_pickle=False) if path == plain else inert_pickle.load_file(path)
         if not isinstance(values, np.ndarray) or values.ndim != 2 or values.dtype.kind != "f":
             raise ValueError(f"{path}: no codebook, which is a float array (K, D)")
         self._codebook = torch.tensor(values, dtype=torch.float32)
-        self._tokens: dict[str, tuple[list[str], Tokens]] = {}
-        self._path = folder / "tokens.jsonl"
-        content = self._path.read_bytes()
-        self._hash = hashlib.sha256(content + values.tobytes()).hexdigest()
-        for number, line in enumerate(content.decode("utf-8").splitlines(), start=1):
-            self._add(f"{self._path}, line {number}", line)
-
-    def _add(self, where: str, line: str) -> None:
-        try:
-            row = json.loads(line)
-            name, residues, tokens = row["chain"], list(map(str, row["residues"])), np.array(row["tokens"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{where}: no object with chain, residues and tokens ({error!r})") from error
-        if len(residues) != len(tokens) or tokens.dtype.kind != "i":
-            raise ValueError(f"{where}: tokens: {len(tokens)} for {len(residues)} residues; both must be lists of "
-                             "integers, equally long")
-        if len(tokens) and not (0 <= tokens.min() and tokens.max() < len(self._codebook)):
-            raise ValueError(f"{where}: tokens: {tokens.min()} to {tokens.max()}; the codebook has "
-                             f"{len(self._codebook)} codes")
-        self._tokens[name] = residues, tokens
+        found = [folder / f"tokens{kind}" for kind in token_files.FORMATS if (folder / f"tokens{kind}").exists()]
+        self._path = found[0] if found else folder / "tokens.jsonl"
+        self._chains = {chain.label: chain for chain in token_files.read_tokens(self._path)}
+        for chain in self._chains.values():
+            if chain.tokens.max() >= len(values):
+                raise ValueError(f"{self._path}: chain {chain.label}: token {chain.tokens.max()}, but the codebook has "
+                                 f"{len(values)} codes")
+        self._hash = hashlib.sha256(self._path.read_bytes() + values.tobytes()).hexdigest()
 
     def encode(self, chain: Chain) -> Tokens:
-        if chain.label not in self._tokens:
+        if chain.label not in self._chains:
             raise ValueError(f"{self._path}: no tokens of chain {chain.label!r}")
-        residues, tokens = self._tokens[chain.label]
-        places = align_ids(residues, list(map(str, chain.residue_numbers.tolist())))
+        theirs = self._chains[chain.label]
+        ids = residue_ids(chain)
+        if not any(theirs.residue_numbers()[1]):
+            ids = list(map(str, chain.residue_numbers.tolist()))
+        places = align_ids(theirs.numbers, ids)
         if not (places >= 0).any():
             raise ValueError(f"{self._path}: chain {chain.label!r}: none of its residue numbers is in the structure")
         out = np.full(len(chain), -1, dtype=np.int64)
-        out[places[places >= 0]] = tokens[places >= 0]
+        out[places[places >= 0]] = theirs.tokens[places >= 0]
         return out
 
     def codebook(self) -> Tensor:
         return self._codebook
 
     def identity(self) -> str:
-        return f"ProTokens {self._hash}"
+        return f"tokens {self._hash}"
 
 
 def _tensors(chain: Chain, device: torch.device) -> list[Tensor]:
@@ -222,12 +213,12 @@ def open_tokenizer(name: str, device: torch.device) -> StructureTokenizer:
         tokenizer = FoldSeek(one_hot=spec == "foldseek-onehot")
     elif spec == "untrained":
         tokenizer = Untrained(device)
-    elif kind == "protokens" and rest:
-        tokenizer = ProTokens(rest)
+    elif kind == "tokens" and rest:
+        tokenizer = TokenFiles(rest)
     elif Path(spec).exists():
         tokenizer = Trained(spec, device)
     else:
         raise ValueError(f"--tokenizer {name}: {spec} is neither foldseek, foldseek-onehot, untrained, "
-                         "protokens:FOLDER nor a path that exists")
+                         "tokens:FOLDER nor a path that exists")
     tokenizer.label = label or tokenizer.label
     return tokenizer

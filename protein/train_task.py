@@ -55,7 +55,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 @dataclass(frozen=True)
 class TaskConfig:
     results_dir: str = arg(REQUIRED, "folder for everything that is written")
-    tokenizer: tuple[str, ...] = arg(REQUIRED, "foldseek, foldseek-onehot, untrained, protokens:FOLDER, or a run, "
+    tokenizer: tuple[str, ...] = arg(REQUIRED, "foldseek, foldseek-onehot, untrained, tokens:FOLDER, or a run, "
                                      "export or checkpoint; LABEL=... names it in tables")
     task: tuple[str, ...] = arg((), f"{', '.join(STRUCTTOKENBENCH)}, or JSONL files")
     all: bool = arg(False, "all tasks of StructTokenBench")

@@ -1,4 +1,4 @@
-"""Tokenizers behind one interface: FoldSeek against biotite, ProTokens' files, untrained and trained models."""
+"""Tokenizers behind one interface: FoldSeek against biotite, other programs' files, untrained and trained models."""
 
 import json
 import pickle
@@ -12,7 +12,7 @@ from biotite.structure.alphabet import to_3di
 from helices import helix
 
 from protein import baselines
-from protein.baselines import FoldSeek, ProTokens, Untrained, open_tokenizer
+from protein.baselines import FoldSeek, TokenFiles, Untrained, open_tokenizer
 from protein.structure_io import ATOMS, Chain
 from protein.structure_model import StructureModelConfig, StructureVQModel
 
@@ -55,42 +55,52 @@ def test_foldseeks_codes_are_its_20_centroids_or_one_hot():
 
 @pytest.fixture
 def protokens(tmp_path):
-    (tmp_path / "ProToken_Code_Book.pkl").write_bytes(pickle.dumps(np.ones((8, 3), np.float32)))
-    rows = [{"chain": "1abc_A", "residues": [3, 4, 5, 9], "tokens": [0, 7, 2, 1]}]
-    (tmp_path / "tokens.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return tmp_path
+    """As ProTokens has them: its codebook, and tokens of residue numbers without insertion codes."""
+    folder = tmp_path / "ProTokens"
+    folder.mkdir()
+    (folder / "ProToken_Code_Book.pkl").write_bytes(pickle.dumps(np.ones((8, 3), np.float32)))
+    row = {"name": "1abc", "chain": "A", "numbers": [3, 4, 5, 9], "tokens": [0, 7, 2, 1]}
+    (folder / "tokens.jsonl").write_text(json.dumps(row) + "\n")
+    return folder
 
 
-def test_protokens_go_to_the_residues_of_their_numbers(protokens):
-    tokenizer = ProTokens(protokens)
+def test_foreign_tokens_go_to_the_residues_of_their_numbers(protokens):
+    tokenizer = TokenFiles(protokens)
     assert tokenizer.encode(helix("1abc", 5, start=2)).tolist() == [-1, 0, 7, 2, -1]
+    twice = tokenizer.encode(helix("1abc", 4, numbers=[3, 4, 4, 5], codes=["", "", "A", ""])).tolist()
+    assert twice in ([0, 7, -1, 2], [0, -1, 7, 2]), "one of the two residues 4"
     assert tokenizer.codebook().shape == (8, 3)
     with pytest.raises(ValueError, match=r"tokens.jsonl: no tokens of chain '1abc_B'"):
         tokenizer.encode(helix("1abc", 5, chain_id="B"))
     with pytest.raises(ValueError, match="none of its residue numbers is in the structure"):
         tokenizer.encode(helix("1abc", 5, start=50))
     np.save(protokens / "codebook.npy", np.zeros((8, 3), np.float32))  # it has precedence
-    assert torch.equal(ProTokens(protokens).codebook(), torch.zeros(8, 3))
-    assert ProTokens(protokens).identity() != tokenizer.identity()
+    assert torch.equal(TokenFiles(protokens).codebook(), torch.zeros(8, 3))
+    assert TokenFiles(protokens).identity() != tokenizer.identity()
+
+
+def test_foreign_tokens_may_have_insertion_codes(protokens):
+    row = {"name": "1abc", "chain": "A", "numbers": ["3", "4A"], "tokens": [5, 6]}
+    (protokens / "tokens.jsonl").write_text(json.dumps(row) + "\n")
+    chain = helix("1abc", 3, numbers=[3, 4, 4], codes=["", "", "A"])
+    assert TokenFiles(protokens).encode(chain).tolist() == [5, -1, 6]
 
 
 @pytest.mark.parametrize(("row", "message"), [
-    ('{"chain": "a"}', "line 1: no object with chain, residues and tokens"),
-    ("[]", "line 1: no object with chain"),
-    ('{"chain": "a", "residues": [1], "tokens": [1, 2]}', "line 1: tokens: 2 for 1 residues"),
-    ('{"chain": "a", "residues": [1], "tokens": [0.5]}', "line 1: tokens: .* both must be lists of integers"),
-    ('{"chain": "a", "residues": [1], "tokens": [8]}', "line 1: tokens: 8 to 8; the codebook has 8 codes"),
+    ('{"name": "a"}', "tokens.jsonl, line 1: no tokens"),
+    ('{"name": "a", "tokens": [1, 2], "numbers": [1]}', "tokens.jsonl, line 1: chain a: 2 tokens, .* 1 numbers"),
+    ('{"name": "a", "tokens": [8]}', "tokens.jsonl: chain a: token 8, but the codebook has 8 codes"),
 ])
-def test_damaged_protokens_are_named(protokens, row, message):
+def test_damaged_token_files_are_named(protokens, row, message):
     (protokens / "tokens.jsonl").write_text(row + "\n")
-    with pytest.raises(ValueError, match=f"tokens.jsonl, {message}"):
-        ProTokens(protokens)
+    with pytest.raises(ValueError, match=message):
+        TokenFiles(protokens)
 
 
 def test_a_codebook_is_a_float_array(protokens):
     (protokens / "ProToken_Code_Book.pkl").write_bytes(pickle.dumps([1, 2]))
     with pytest.raises(ValueError, match=r"ProToken_Code_Book.pkl: no codebook"):
-        ProTokens(protokens)
+        TokenFiles(protokens)
 
 
 def test_untrained_tokens_depend_on_seed_and_training_chains_only():
@@ -147,7 +157,7 @@ def test_names_and_labels(tmp_path, loader, protokens):  # noqa: ARG001
     for name, kind, label in (
         ("foldseek", FoldSeek, "FoldSeek"), ("foldseek-onehot", FoldSeek, "FoldSeek, one-hot"),
         ("3Di=foldseek", FoldSeek, "3Di"), ("untrained", Untrained, "Untrained encoder"),
-        (f"protokens:{protokens}", ProTokens, "ProTokens"), (str(tmp_path / "model.pt"), baselines.Trained, "model"),
+        (f"tokens:{protokens}", TokenFiles, "ProTokens"), (str(tmp_path / "model.pt"), baselines.Trained, "model"),
         (f"ESM3={tmp_path / 'model.pt'}", baselines.Trained, "ESM3"),
     ):
         tokenizer = open_tokenizer(name, CPU)
