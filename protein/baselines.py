@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from protein import inert_pickle, token_files
+from protein.inference import encode_chains, padded_chains
 from protein.structure_io import Chain
 from protein.structure_model import PRESETS, StructureModelConfig, StructureVQModel
 from protein.tasks import align_ids, residue_ids
@@ -40,8 +41,8 @@ class StructureTokenizer(ABC):
         """Once for every task before `encode`, with the chains of the task's training split."""
 
     @abstractmethod
-    def encode(self, chain: Chain) -> Tokens:
-        """One token per residue, int64 (L,); -1 = none."""
+    def encode(self, chains: Sequence[Chain]) -> list[Tokens]:
+        """Of each chain one token per residue, int64 (L,); -1 = none."""
 
     @abstractmethod
     def codebook(self) -> Tensor:
@@ -62,10 +63,13 @@ class FoldSeek(StructureTokenizer):
         self._encoder = Encoder()
         self._one_hot = one_hot
 
-    def encode(self, chain: Chain) -> Tokens:
-        n, ca, c, _, cb = chain.coords.astype(np.float64).swapaxes(0, 1)
-        with np.errstate(invalid="ignore"):  # NaN of absent atoms
-            return self._encoder.encode(ca, cb, n, c).filled().astype(np.int64)
+    def encode(self, chains: Sequence[Chain]) -> list[Tokens]:
+        out = []
+        for chain in chains:
+            n, ca, c, _, cb = chain.coords.astype(np.float64).swapaxes(0, 1)
+            with np.errstate(invalid="ignore"):  # NaN of absent atoms
+                out.append(self._encoder.encode(ca, cb, n, c).filled().astype(np.int64))
+        return out
 
     def codebook(self) -> Tensor:
         centroids = torch.tensor(self._encoder.vae_encoder.layers[-1].centroids, dtype=torch.float32)  # (20, 2)
@@ -105,7 +109,10 @@ class TokenFiles(StructureTokenizer):
                                  f"{len(values)} codes")
         self._hash = hashlib.sha256(self._path.read_bytes() + values.tobytes()).hexdigest()
 
-    def encode(self, chain: Chain) -> Tokens:
+    def encode(self, chains: Sequence[Chain]) -> list[Tokens]:
+        return [self._of(chain) for chain in chains]
+
+    def _of(self, chain: Chain) -> Tokens:
         if chain.label not in self._chains:
             raise ValueError(f"{self._path}: no tokens of chain {chain.label!r}")
         theirs = self._chains[chain.label]
@@ -126,12 +133,6 @@ class TokenFiles(StructureTokenizer):
         return f"tokens {self._hash}"
 
 
-def _tensors(chain: Chain, device: torch.device) -> list[Tensor]:
-    """coords (1, L, 5, 3), mask (1, L), residue index (1, L): a batch of one for a model."""
-    arrays = (chain.coords, chain.mask, chain.residue_index())
-    return [torch.from_numpy(np.ascontiguousarray(array)).unsqueeze(0).to(device) for array in arrays]
-
-
 class Trained(StructureTokenizer):
     """A model that protein/pretrained.py loads."""
 
@@ -142,9 +143,8 @@ class Trained(StructureTokenizer):
         self._model: Any = load_structure_tokenizer(path, device)
         self._device = device
 
-    @torch.no_grad()
-    def encode(self, chain: Chain) -> Tokens:
-        return self._model.encode(*_tensors(chain, self._device))[0].cpu().numpy().astype(np.int64)
+    def encode(self, chains: Sequence[Chain]) -> list[Tokens]:
+        return encode_chains(self._model, chains, self._device)
 
     @torch.no_grad()
     def codebook(self) -> Tensor:
@@ -175,8 +175,8 @@ class Untrained(StructureTokenizer):
         self._model = StructureVQModel(self._config).to(self._device).eval()
         latents: list[Tensor] = []
         for chain in chains:
-            z = self._model.encode_latents(*_tensors(chain, self._device))[0]
-            latents.append(z[torch.from_numpy(chain.mask).to(self._device)])
+            coords, mask, index = padded_chains([chain], self._device)
+            latents.append(self._model.encode_latents(coords, mask, index)[mask])
             if sum(map(len, latents)) >= self._MAX_LATENTS:
                 break
         found = torch.cat(latents)
@@ -189,8 +189,8 @@ class Untrained(StructureTokenizer):
         assert self._model is not None, "fit comes first"
         return self._model
 
-    def encode(self, chain: Chain) -> Tokens:
-        return self._fitted().encode(*_tensors(chain, self._device))[0].cpu().numpy()
+    def encode(self, chains: Sequence[Chain]) -> list[Tokens]:
+        return encode_chains(self._fitted(), chains, self._device)
 
     def codebook(self) -> Tensor:
         return self._fitted().quantize.codebook.detach().float().cpu()

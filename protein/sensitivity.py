@@ -117,8 +117,8 @@ def sensitivity(
     """targets: TM-scores. -> the correlations of both measures, and every pair."""
     aligner, rows = TokenAligner(tokenizer.codebook()), []
     scores, per_residue = [], []
-    for pair, target in zip(pairs, targets, strict=True):
-        tokens = [tokenizer.encode(chain) for chain in (pair.first, pair.second)]
+    firsts, seconds = (tokenizer.encode(chains) for chains in zip(*((p.first, p.second) for p in pairs), strict=True))
+    for pair, target, *tokens in zip(pairs, targets, firsts, seconds, strict=True):
         try:
             score = aligner.score(*tokens)
         except ValueError as error:
@@ -138,7 +138,7 @@ def utilisation(tokenizer: StructureTokenizer, chains: Sequence[Chain]) -> dict[
     """
     codebook = tokenizer.codebook()
     k = len(codebook)
-    counts = np.stack([np.bincount(tokens[tokens >= 0], minlength=k) for tokens in map(tokenizer.encode, chains)])
+    counts = np.stack([np.bincount(tokens[tokens >= 0], minlength=k) for tokens in tokenizer.encode(chains)])
     counts = counts[counts.sum(1) > 0]
     if not len(counts):
         raise ValueError(f"{tokenizer.label}: none of the {len(chains)} chains has a token")

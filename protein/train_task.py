@@ -134,7 +134,7 @@ def tokenize(tokenizer: StructureTokenizer, chains: Sequence[Chain], folder: Pat
         path = folder / f"{first:06d}.npz"
         tokens = _load_tokens(path, identity, part)
         if tokens is None:
-            tokens = [tokenizer.encode(chain) for chain in part]
+            tokens = tokenizer.encode(part)
             buffer = io.BytesIO()
             np.savez_compressed(buffer, identity=identity, tokens=np.concatenate(tokens))
             atomic_write(path, lambda file, buffer=buffer: file.write(buffer.getbuffer()))  # type: ignore[misc]

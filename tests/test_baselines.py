@@ -19,6 +19,10 @@ from protein.structure_model import StructureModelConfig, StructureVQModel
 CPU = torch.device("cpu")
 
 
+def one(tokenizer, chain):
+    return tokenizer.encode([chain])[0]
+
+
 def atoms_of(chain):
     from biotite.structure import AtomArray
 
@@ -40,7 +44,7 @@ def without(chain, residue, atom):
     helix(length=60), without(helix(length=30), 7, "CB"), without(helix(length=30), 9, "N"), helix(length=2),
 ], ids=["whole", "no CB", "no N", "two residues"])
 def test_foldseek_is_biotites_3di(chain):
-    tokens = FoldSeek().encode(chain)
+    tokens = FoldSeek().encode([chain])[0]
     np.testing.assert_array_equal(tokens, to_3di(atoms_of(chain))[0][0].code)
     assert tokens.dtype == np.int64
     assert tokens[0] == tokens[-1] == 2, "undefined at the ends: d"
@@ -66,14 +70,14 @@ def protokens(tmp_path):
 
 def test_foreign_tokens_go_to_the_residues_of_their_numbers(protokens):
     tokenizer = TokenFiles(protokens)
-    assert tokenizer.encode(helix("1abc", 5, start=2)).tolist() == [-1, 0, 7, 2, -1]
-    twice = tokenizer.encode(helix("1abc", 4, numbers=[3, 4, 4, 5], codes=["", "", "A", ""])).tolist()
+    assert one(tokenizer, helix("1abc", 5, start=2)).tolist() == [-1, 0, 7, 2, -1]
+    twice = one(tokenizer, helix("1abc", 4, numbers=[3, 4, 4, 5], codes=["", "", "A", ""])).tolist()
     assert twice in ([0, 7, -1, 2], [0, -1, 7, 2]), "one of the two residues 4"
     assert tokenizer.codebook().shape == (8, 3)
     with pytest.raises(ValueError, match=r"tokens.jsonl: no tokens of chain '1abc_B'"):
-        tokenizer.encode(helix("1abc", 5, chain_id="B"))
+        one(tokenizer, helix("1abc", 5, chain_id="B"))
     with pytest.raises(ValueError, match="none of its residue numbers is in the structure"):
-        tokenizer.encode(helix("1abc", 5, start=50))
+        one(tokenizer, helix("1abc", 5, start=50))
     np.save(protokens / "codebook.npy", np.zeros((8, 3), np.float32))  # it has precedence
     assert torch.equal(TokenFiles(protokens).codebook(), torch.zeros(8, 3))
     assert TokenFiles(protokens).identity() != tokenizer.identity()
@@ -83,7 +87,7 @@ def test_foreign_tokens_may_have_insertion_codes(protokens):
     row = {"name": "1abc", "chain": "A", "numbers": ["3", "4A"], "tokens": [5, 6]}
     (protokens / "tokens.jsonl").write_text(json.dumps(row) + "\n")
     chain = helix("1abc", 3, numbers=[3, 4, 4], codes=["", "", "A"])
-    assert TokenFiles(protokens).encode(chain).tolist() == [5, -1, 6]
+    assert one(TokenFiles(protokens), chain).tolist() == [5, -1, 6]
 
 
 @pytest.mark.parametrize(("row", "message"), [
@@ -109,13 +113,13 @@ def test_untrained_tokens_depend_on_seed_and_training_chains_only():
     for tokenizer in (first, again, other):
         torch.rand(3)  # whatever was drawn before
         tokenizer.fit(chains)
-    tokens = first.encode(chains[0])
+    tokens = one(first, chains[0])
     assert len(set(tokens.tolist())) > 50, "codes are spread over the latents"
-    np.testing.assert_array_equal(tokens, again.encode(chains[0]))
+    np.testing.assert_array_equal(tokens, one(again, chains[0]))
     assert torch.equal(first.codebook(), again.codebook())
     assert not torch.equal(first.codebook(), other.codebook())
     assert first.identity() == again.identity() != other.identity()
-    assert first.encode(without(chains[0], 5, "C"))[5] == -1
+    assert one(first, without(chains[0], 5, "C"))[5] == -1
     with pytest.raises(ValueError, match="300 training residues are too few for 512 codes"):
         Untrained(CPU).fit(chains[:1])
 
@@ -140,10 +144,13 @@ def loader(monkeypatch):
 def test_trained_models(loader, tmp_path):
     tokenizer = open_tokenizer(str(tmp_path), CPU)
     chain = without(helix(length=20), 5, "C")
-    tokens = tokenizer.encode(chain)
+    tokens = one(tokenizer, chain)
     assert tokens.shape == (20,)
     assert tokens[5] == -1
     assert ((tokens >= 0) & (tokens < 16)).sum() == 19
+    together = tokenizer.encode([helix(length=31, seed=1), chain, helix(length=9, seed=2)])
+    assert [len(row) for row in together] == [31, 20, 9]
+    np.testing.assert_array_equal(together[1], tokens)
     assert tokenizer.codebook().shape == (16, 4)
     before = tokenizer.identity()
     assert before == open_tokenizer(str(tmp_path), CPU).identity()

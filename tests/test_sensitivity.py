@@ -29,8 +29,8 @@ class Scripted(StructureTokenizer):
     def __init__(self, codebook, **tokens):
         self.codes, self.tokens = codebook, tokens
 
-    def encode(self, chain):
-        return row(*self.tokens[chain.name])
+    def encode(self, chains):
+        return [row(*self.tokens[chain.name]) for chain in chains]
 
     def codebook(self):
         return self.codes
