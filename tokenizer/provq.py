@@ -23,6 +23,14 @@ and moves it along a curriculum (arXiv 2603.22304, section 4): (1) a plain autoe
         opt.zero_grad(), loss.backward(), opt.step()
     tokens = provq.encode(encoder(x))                               # (B, h, w) int64; provq.decode(tokens) -> codes
 
+Inside a repository whose model, loss and checkpoints stay as they are (LlamaGen, taming-transformers, SimVQ,
+vector-quantize-pytorch, diveq, ESM; the lines for each are under `attach`; for anything else, `adapt`):
+
+    provq = attach(model.quantize, Curriculum(warmup_steps=50_000, transition_steps=20_000))
+    for step in ...:
+        provq.set_step(step)
+        provq.maybe_init_codebook(optimizers=[opt])                 # from the latents of the warm-up's last steps
+
 Sizes: N tokens, D latent channels, K codes. Distances, losses and statistics are float32 or better under any autocast.
 Every collective is a no-op in one process. Checkpoints: `state_dict()` holds tensors only.
 """
@@ -40,7 +48,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Public since torch 2.3, there since 2.1.
 _is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling
@@ -758,7 +766,7 @@ class ProVQ(nn.Module):
         self._reservoir_state = torch.zeros(2, dtype=torch.int64)  # tokens taken so far; tokens in the last call
 
     def _make_reservoir(self) -> None:
-        size = max(RESERVOIR_TOKENS_PER_CODE * self.num_codes // _world(), 2 * RESERVOIR_CALLS)
+        size = max(-(-RESERVOIR_TOKENS_PER_CODE * self.num_codes // _world()), 2 * RESERVOIR_CALLS)
         self._reservoir = torch.zeros(size, self.dim, device=self.step.device)
         self._reservoir_state = self._reservoir_state.to(self.step.device)
 
@@ -779,7 +787,7 @@ class ProVQ(nn.Module):
             self._reservoir = self._reservoir.to(latents.device)
             self._reservoir_state = self._reservoir_state.to(latents.device)
         size, n = len(self._reservoir), len(latents)
-        take = min(n, size // RESERVOIR_CALLS)
+        take = min(n, -(-size // RESERVOIR_CALLS))  # rounded up: one call of all ranks may have to do
         # One row of each of `take` equal parts of the batch. Where in its part is a hash (Knuth's) of a running number,
         # in whole numbers: a fixed stride would see the same places of every image.
         i = torch.arange(take, device=latents.device)
@@ -1511,19 +1519,27 @@ def attach(
     """Put a host's quantizer on the curriculum where it stands; returns the handle, which is also `module.provq`.
 
     module keeps its class, attributes, methods, parameters and state-dict keys, and gains the entries `provq.*`, the
-    state of ProVQ. kind: see `adapt`, whose errors this has as well. RuntimeError: attached before. In the host:
+    state of ProVQ. kind: see `adapt`, whose errors this has as well. RuntimeError: attached before. Attach before
+    DistributedDataParallel and torch.compile; not for nn.DataParallel, whose replicas would share this one module.
 
-        provq = attach(model.quantize, Curriculum(warmup_steps=50_000, transition_steps=20_000))    # before DDP
-        for ...:
-            provq.set_step(step)                                # optimizer steps done
-            provq.maybe_init_codebook(optimizers=[optimizer])   # k-means, once, when the warm-up ends
-
-    Not for nn.DataParallel: its replicas would share this one module.
+    LlamaGen, tokenizer/tokenizer_image/vq_train.py: after `vq_model = vq_model.to(device)`, and first in the loop,
+        provq = attach(vq_model.quantize, Curriculum(warmup_steps=50_000, transition_steps=20_000))
+            provq.set_step(train_steps)
+            provq.maybe_init_codebook(optimizers=[optimizer])       # with --ema: copies=[ema.quantize]
+    taming-transformers, SimVQ: in the model's __init__ after `self.quantize = ...`, and first in training_step,
+        attach(self.quantize, Curriculum(warmup_steps=50_000, transition_steps=20_000))
+        self.quantize.provq.set_step(self.global_step)
+        self.quantize.provq.maybe_init_codebook(optimizers=self.trainer.optimizers)
+    vector-quantize-pytorch (vq = VectorQuantize(...), ResidualVQ, SimVQ, FSQ, LFQ), diveq (vq = DIVEQ(...)), ESM
+    (vq = EMACodebook(...); vq.freeze_codebook = True): before the loop, and first in it,
+        provq = attach(vq, Curriculum(warmup_steps=50_000, transition_steps=20_000))
+            provq.set_step(step)
+            provq.maybe_init_codebook(optimizers=[optimizer])
     """
     if "forward" in module.__dict__ or hasattr(module, "provq"):
         raise RuntimeError(f"{type(module).__name__}: forward is replaced already; attach once, before others do that")
     attached = Attached(adapt(module, kind), curriculum, adaptive)
-    device = next((t.device for t in (*module.parameters(), *module.buffers())), None)
+    device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
     module.add_module("provq", attached.to(device).train(module.training))
     module.forward = functools.partial(_attached_forward, module)  # unlike a closure, it survives deepcopy and pickle
     return attached

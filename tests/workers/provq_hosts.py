@@ -46,7 +46,7 @@ class VectorQuantizer(nn.Module):
         z = self._unit(z.permute(0, 2, 3, 1))
         codes = self._unit(self.embedding.weight)
         rows = z.reshape(-1, self.e_dim)
-        distance = torch.cdist(rows, codes)
+        distance = rows.square().sum(1, keepdim=True) + codes.square().sum(1) - 2 * rows @ codes.t()
         indices = distance.argmin(1)
         quantized = codes[indices].view(z.shape)
         losses, usage = (None, None, None), 0
@@ -56,8 +56,9 @@ class VectorQuantizer(nn.Module):
                 self.codebook_used[:-n] = self.codebook_used[n:].clone()
                 self.codebook_used[-n:] = indices
                 usage = len(self.codebook_used.unique()) / self.n_e
-            p = (-distance / 0.01).softmax(1)
-            entropy = -(p * (p + 1e-5).log()).sum(1).mean() + (p.mean(0) * (p.mean(0) + 1e-5).log()).sum()
+            log_p = (-distance / 0.01).log_softmax(1)
+            mean = log_p.exp().mean(0)
+            entropy = (mean * (mean + 1e-5).log()).sum() - (log_p.exp() * log_p).sum(1).mean()
             losses = ((quantized - z.detach()).square().mean(), self.beta * (quantized.detach() - z).square().mean(),
                       self.entropy_loss_ratio * entropy)
         quantized = z + (quantized - z).detach()
