@@ -33,9 +33,10 @@ Tokens = npt.NDArray[np.int64]
 
 
 class StructureTokenizer(ABC):
-    """Chains to tokens. label: how tables call it."""
+    """Chains to tokens. label: how tables call it; source: where it came from, a path if it has one."""
 
     label: str
+    source: str = ""
 
     def fit(self, chains: Sequence[Chain]) -> None:  # noqa: B027 - most tokenizers come trained
         """Once for every task before `encode`, with the chains of the task's training split."""
@@ -221,4 +222,5 @@ def open_tokenizer(name: str, device: torch.device) -> StructureTokenizer:
         raise ValueError(f"--tokenizer {name}: {spec} is neither foldseek, foldseek-onehot, untrained, "
                          "tokens:FOLDER nor a path that exists")
     tokenizer.label = label or tokenizer.label
+    tokenizer.source = str(Path(spec).resolve()) if Path(spec).exists() else spec
     return tokenizer

@@ -151,6 +151,18 @@ def csv_text(results: Results) -> str:
     return file.getvalue()
 
 
+def tokenizer_table(results: Results) -> Table:
+    """What was compared."""
+    out = Table("Tokenizers.", "K codes of D numbers. Runs of one tokenizer share a row in the results.",
+                ["Tokenizer", "Run", "K", "D"], left=2)
+    runs = {(r["label"], r["source"]): r["codebook"] for r in results.results}
+    for label in results.labels:
+        for (name, source), (codes, dim) in runs.items():
+            if name == label:
+                out.rows.append([Cell(label), Cell(source), Cell(str(codes)), Cell(str(dim))])
+    return out
+
+
 def data_table(results: Results) -> Table:
     """What the numbers are over."""
     out = Table("Data.", "Chains, and labels that are scored, of each split.",
@@ -195,7 +207,8 @@ def write_report(folder: Path, labels: Sequence[str], tasks: Sequence[str]) -> N
     results = Results(read_results(folder / "results"), labels, tasks)
     settings = probe_settings(results)
     tables = {"Results": [table(results, protocol) for protocol in PROTOCOLS],
-              "Learning rates": [rates_table(results)], "Data": [data_table(results)]}
+              "Tokenizers": [tokenizer_table(results)], "Learning rates": [rates_table(results)],
+              "Data": [data_table(results)]}
     own = not set(STRUCTTOKENBENCH) & set(results.tasks)
     title = f"Structure tokenizers on {'downstream' if own else 'the'} tasks{'' if own else ' of StructTokenBench'}"
     markdown = [f"# {title}\n"]

@@ -176,11 +176,13 @@ def sweep(cfg: TaskConfig, task: Task, source: str, tokenizer: StructureTokenize
     """All learning rates and seeds of one tokenizer on one task; a file each."""
     root, kind = Path(cfg.results_dir), task.spec.kind
     run = f"{_slug(tokenizer.label)}-{hashlib.sha256(tokenizer.identity().encode()).hexdigest()[:8]}"
+    _check_source(root / "results", run, tokenizer)
     data = probe_inputs(task, tokenizer, root / "tokens" / run / _slug(task.spec.name), source)
     codebook = tokenizer.codebook()
     settings = {**asdict(cfg.probe(kind)), "inputs": fingerprint(data, codebook)}
     common = {
-        "label": tokenizer.label, "tokenizer": run, "task": task.spec.name, "kind": kind,
+        "label": tokenizer.label, "tokenizer": run, "source": tokenizer.source, "codebook": list(codebook.shape),
+        "task": task.spec.name, "kind": kind,
         "category": task.spec.category, "tests": list(task.spec.tests), "left_out": dict(task.left_out),
         "origin": task.origin,
         "counts": {split: {"chains": len(part), "labels": part.count} for split, part in data.items()},
@@ -203,6 +205,17 @@ def sweep(cfg: TaskConfig, task: Task, source: str, tokenizer: StructureTokenize
         atomic_write_text(path, json.dumps(result, indent=1) + "\n")
         shown = ", ".join(f"{name} {best['valid']:.4f}" for name, best in found.items())
         distributed.print0(f"{task.spec.name} | {tokenizer.label} | seed {seed} | lr {rate:g} | validation: {shown}")
+
+
+def _check_source(folder: Path, run: str, tokenizer: StructureTokenizer) -> None:
+    """ValueError: folder has results of another state of this tokenizer, which would count as a run of its own."""
+    for other in folder.glob("*"):
+        path = next(other.glob("*/*.json"), None)
+        if other.name != run and path is not None:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if (found["label"], found["source"]) == (tokenizer.label, tokenizer.source):
+                raise ValueError(f"{other} is of an earlier state of {tokenizer.source}: remove it, give the new one "
+                                 "another LABEL, or use another --results-dir")
 
 
 def _check_same(path: Path, settings: Mapping[str, Any]) -> None:

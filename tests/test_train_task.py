@@ -75,7 +75,7 @@ def test_a_run_leaves_tables_of_all_tokenizers_and_tasks(straight):
     assert {row["metric"] for row in rows} == {"AUROC", "Spearman's rho", "macro F1"}
     assert {(row["runs"], row["seeds"]) for row in rows} == {("1", "2")}
     page = (straight / "table3.html").read_text()
-    assert page.count("<table>") == 4
+    assert page.count("<table>") == 5
     assert "batch_size</dt><dd>8 (binary), 8 (regression), 64 (classification)" in page
     one = next(iter(results(straight).values()))
     assert one["counts"]["train"] == {"chains": 10, "labels": 10}
@@ -118,6 +118,22 @@ def test_other_settings_and_other_inputs_need_another_folder(folder, straight, c
         (folder / "toy.jsonl").write_text(text)
         train_task.main(words(folder, straight, tasks=("toy",)))
     assert "wrote" in capsys.readouterr().out
+
+
+def test_another_state_of_a_tokenizer_is_no_second_run(folder, tmp_path):
+    """A run that was trained on has other tokens under the same name."""
+    tokens = tmp_path / "tokens"
+    tokens.mkdir()
+    np.save(tokens / "codebook.npy", np.eye(3, dtype=np.float32))
+    for value in range(2):
+        rows = [{"name": str(i), "chain": "A", "tokens": [value] * 20} for i in range(20)]
+        (tokens / "tokens.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        command = words(folder, tmp_path / "out", "--tokenizer", f"tokens:{tokens}", tasks=("toy",))
+        if value == 0:
+            train_task.main(command)
+        else:
+            with pytest.raises(SystemExit, match=r"results.tokens-\w+ is of an earlier state of tokens:.*: remove it"):
+                train_task.main(command)
 
 
 @pytest.mark.parametrize(("more", "message"), [
@@ -173,9 +189,10 @@ def probe(label, run, task, seed, rate, score, fold, supfam, *, kind="binary"):
     protocols = {name: {"step": 1, "score": score, "valid": score,
                         "tests": {"Fold": fold + extra, "SupFam": None if supfam is None else supfam + extra}}
                  for name, extra in (("pooled", 0.0), ("as coded", 0.1))}
-    return {"label": label, "tokenizer": run, "task": task, "kind": kind, "category": "Cat",
-            "tests": ["Fold", "SupFam"], "left_out": {}, "origin": "t", "counts": {"train": {"chains": 1, "labels": 1}},
-            "settings": {"max_steps": 1, "inputs": "x"}, "seed": seed, "learning_rate": rate, "protocols": protocols}
+    return {"label": label, "tokenizer": run, "source": run, "codebook": [20, 2], "task": task, "kind": kind,
+            "category": "Cat", "tests": ["Fold", "SupFam"], "left_out": {}, "origin": "t",
+            "counts": {"train": {"chains": 1, "labels": 1}}, "settings": {"max_steps": 1, "inputs": "x"}, "seed": seed,
+            "learning_rate": rate, "protocols": protocols}
 
 
 def test_the_learning_rate_is_chosen_on_validation_for_every_seed():
