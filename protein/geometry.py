@@ -29,6 +29,8 @@ def _without_autocast(function: Callable[_P, _R]) -> Callable[_P, _R]:
     @functools.wraps(function)
     def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         device = next(arg.device for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor))
+        if not torch.is_autocast_enabled(device.type):
+            return function(*args, **kwargs)
         with torch.autocast(device.type, enabled=False):
             return function(*args, **kwargs)
 
