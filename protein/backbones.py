@@ -153,9 +153,9 @@ def _sequence(kinds: Sequence[str], phi: Tensor, rng: np.random.Generator) -> st
 def _grow(plan: Sequence[_Unit], rng: np.random.Generator) -> tuple[Frames, list[str]]:
     """Frames (1, L) of the residues, and their kinds. A chain that comes to a dead end stops there."""
     before, *rest = plan
-    frames = _path([*before.lead, before.kind], 1, rng)
-    frames = _cat(frames, _last(frames).compose(_part(_element(before.kind, before.length, rng), slice(1, None))))
     kinds = before.kinds
+    starts = _path(kinds, 32, rng)  # nine of ten have no clash
+    frames = _pick(starts, (~_clash(_atoms(starts), 0)).nonzero()[:1, 0])
     for unit in rest:
         # Where a hairpin finds no room a loop may.
         for choice in (unit, *[unit._replace(lead=("loop",) * len(unit.lead))] * 2):
