@@ -3,7 +3,8 @@
     foldseek            3Di states (van Kempen et al., Nature Biotechnology 2024), as biotite computes them
     foldseek-onehot     the same states as one-hot vectors: a probe's LayerNorm leaves of a 2-dimensional code one sign
     tokens:FOLDER       tokens that another program has made, such as ProTokens' own, see TokenFiles
-    untrained           this project's small model at random weights, its codes fitted by k-means
+    untrained           this project's small model at random weights, its codes fitted by k-means; untrained:PATH has
+                        the architecture of a run or an export
     PATH                a run or an export of train_provq.py, a checkpoint of StructTokenBench (VanillaVQ, AminoAseed),
                         ESM3's esm3_structure_encoder_v0.pth: whatever protein/pretrained.py loads
 """
@@ -30,6 +31,7 @@ from protein.tasks import align_ids, residue_ids
 from tokenizer.runtime.seeding import fold, seed_step
 
 Tokens = npt.NDArray[np.int64]
+_SHAPE = ("encoder_width", "encoder_heads", "encoder_layers", "neighbours", "codebook_size", "codebook_embed_dim")
 
 
 class StructureTokenizer(ABC):
@@ -151,12 +153,15 @@ class Trained(StructureTokenizer):
     def codebook(self) -> Tensor:
         return self._model.codebook().detach().float().cpu()
 
+    def config(self) -> StructureModelConfig:
+        """Of a run or an export. ValueError: ESM3's encoder has none."""
+        model = getattr(self._model, "model", None)
+        if not isinstance(model, StructureVQModel):
+            raise ValueError(f"{self.label} is neither a run nor an export, so its architecture is unknown")
+        return model.config
+
     def identity(self) -> str:
-        digest = hashlib.sha256()
-        for key, value in sorted(self._model.state_dict().items()):
-            digest.update(f"{key} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return str(self._model.hash())
 
 
 class Untrained(StructureTokenizer):
@@ -165,9 +170,12 @@ class Untrained(StructureTokenizer):
     label = "Untrained encoder"
     _MAX_LATENTS = 20_000
 
-    def __init__(self, device: torch.device, seed: int = 0):
+    def __init__(self, device: torch.device, config: StructureModelConfig | None = None, seed: int = 0):
+        """config: its quantizer does not matter; None: the preset "small"."""
         self._device, self._seed = device, seed
-        self._config = StructureModelConfig.from_dict(StructureModelConfig().to_dict() | PRESETS["small"])
+        values = StructureModelConfig().to_dict()
+        shape = PRESETS["small"] if config is None else {k: v for k, v in config.to_dict().items() if k in _SHAPE}
+        self._config = StructureModelConfig.from_dict(values | shape)
         self._model: StructureVQModel | None = None
 
     @torch.no_grad()
@@ -214,13 +222,15 @@ def open_tokenizer(name: str, device: torch.device) -> StructureTokenizer:
         tokenizer = FoldSeek(one_hot=spec == "foldseek-onehot")
     elif spec == "untrained":
         tokenizer = Untrained(device)
+    elif kind == "untrained" and rest:
+        tokenizer = Untrained(device, Trained(rest, device).config())
     elif kind == "tokens" and rest:
         tokenizer = TokenFiles(rest)
     elif Path(spec).exists():
         tokenizer = Trained(spec, device)
     else:
         raise ValueError(f"--tokenizer {name}: {spec} is neither foldseek, foldseek-onehot, untrained, "
-                         "tokens:FOLDER nor a path that exists")
+                         "untrained:PATH, tokens:FOLDER nor a path that exists")
     tokenizer.label = label or tokenizer.label
     tokenizer.source = str(Path(spec).resolve()) if Path(spec).exists() else spec
     return tokenizer

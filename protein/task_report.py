@@ -111,7 +111,8 @@ class Results:
 
 
 def table(results: Results, protocol: str) -> Table:
-    out = Table(f"Table 3, {protocol}.", f"{PROTOCOLS[protocol][0].upper()}{PROTOCOLS[protocol][1:]}. Percent; mean ± "
+    name = "Table 3" if set(STRUCTTOKENBENCH) & set(results.tasks) else "Results"
+    out = Table(f"{name}, {protocol}.", f"{PROTOCOLS[protocol][0].upper()}{PROTOCOLS[protocol][1:]}. Percent; mean ± "
                 "standard deviation over the runs of a tokenizer, or over the probe's seeds if there is one run.",
                 ["Task", "Split", *results.labels], left=2)
     heading = ("", "")

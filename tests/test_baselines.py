@@ -2,8 +2,6 @@
 
 import json
 import pickle
-import sys
-import types
 
 import numpy as np
 import pytest
@@ -13,6 +11,7 @@ from helices import helix
 
 from protein import baselines
 from protein.baselines import FoldSeek, TokenFiles, Untrained, open_tokenizer
+from protein.pretrained import save_pretrained
 from protein.structure_io import ATOMS, Chain
 from protein.structure_model import StructureModelConfig, StructureVQModel
 
@@ -125,47 +124,57 @@ def test_untrained_tokens_depend_on_seed_and_training_chains_only():
 
 
 @pytest.fixture
-def loader(monkeypatch):
-    """A stand-in for protein/pretrained.py, whatever its state: one small model."""
-    class Model(StructureVQModel):
-        def codebook(self):
-            return self.quantize.codebook
-
+def model():
     torch.manual_seed(0)
     config = StructureModelConfig(encoder_width=8, encoder_heads=2, decoder_width=8, decoder_heads=2, decoder_layers=1,
-                                  codebook_size=16, codebook_embed_dim=4)
-    model = Model(config).eval()
-    stand_in = types.ModuleType("protein.pretrained")
-    stand_in.load_structure_tokenizer = lambda path, device: model.to(device)  # noqa: ARG005
-    monkeypatch.setitem(sys.modules, "protein.pretrained", stand_in)
-    return model
+                                  codebook_size=16, codebook_embed_dim=4, quantizer="aminoaseed")
+    return StructureVQModel(config).eval()
 
 
-def test_trained_models(loader, tmp_path):
-    tokenizer = open_tokenizer(str(tmp_path), CPU)
+@pytest.fixture
+def export(model, tmp_path):
+    return save_pretrained(model, tmp_path / "exports" / "mine")
+
+
+def test_trained_models(model, export):
+    tokenizer = open_tokenizer(str(export), CPU)
     chain = without(helix(length=20), 5, "C")
     tokens = one(tokenizer, chain)
-    assert tokens.shape == (20,)
+    index = torch.from_numpy(chain.residue_index())[None]
+    expected = model.encode(torch.from_numpy(chain.coords)[None], residue_index=index)
+    np.testing.assert_array_equal(tokens, expected[0].numpy())
     assert tokens[5] == -1
-    assert ((tokens >= 0) & (tokens < 16)).sum() == 19
+    assert len(set(tokens.tolist())) > 3
     together = tokenizer.encode([helix(length=31, seed=1), chain, helix(length=9, seed=2)])
     assert [len(row) for row in together] == [31, 20, 9]
     np.testing.assert_array_equal(together[1], tokens)
-    assert tokenizer.codebook().shape == (16, 4)
-    before = tokenizer.identity()
-    assert before == open_tokenizer(str(tmp_path), CPU).identity()
+    torch.testing.assert_close(tokenizer.codebook(), model.quantize.codebook.detach())
+    assert tokenizer.identity() == open_tokenizer(f"A={export}", CPU).identity()
     with torch.no_grad():
-        loader.encoder.pre_vq_proj.bias += 1
-    assert tokenizer.identity() != before
+        model.encoder.pre_vq_proj.bias += 1
+    assert open_tokenizer(str(save_pretrained(model, export)), CPU).identity() != tokenizer.identity()
 
 
-def test_names_and_labels(tmp_path, loader, protokens):  # noqa: ARG001
-    (tmp_path / "model.pt").touch()
+def test_an_untrained_model_of_an_exports_architecture(export):
+    tokenizer = open_tokenizer(f"untrained:{export}", CPU)
+    tokenizer.fit([helix(length=30)])
+    assert tokenizer.codebook().shape == (16, 4)
+    assert tokenizer.identity() != Untrained(CPU).identity()
+    assert not torch.allclose(tokenizer.codebook(), open_tokenizer(str(export), CPU).codebook())
+
+
+def test_the_architecture_of_esm3s_encoder_is_not_taken(monkeypatch, export):
+    monkeypatch.setattr(baselines.Trained, "__init__", lambda self, *_: vars(self).update(label="x", _model=object()))
+    with pytest.raises(ValueError, match="x is neither a run nor an export"):
+        open_tokenizer(f"untrained:{export}", CPU)
+
+
+def test_names_and_labels(export, protokens):
     for name, kind, label in (
         ("foldseek", FoldSeek, "FoldSeek"), ("foldseek-onehot", FoldSeek, "FoldSeek, one-hot"),
         ("3Di=foldseek", FoldSeek, "3Di"), ("untrained", Untrained, "Untrained encoder"),
-        (f"tokens:{protokens}", TokenFiles, "ProTokens"), (str(tmp_path / "model.pt"), baselines.Trained, "model"),
-        (f"ESM3={tmp_path / 'model.pt'}", baselines.Trained, "ESM3"),
+        (f"tokens:{protokens}", TokenFiles, "ProTokens"), (str(export), baselines.Trained, "mine"),
+        (f"VanillaVQ={export}", baselines.Trained, "VanillaVQ"),
     ):
         tokenizer = open_tokenizer(name, CPU)
         assert (type(tokenizer), tokenizer.label) == (kind, label)
