@@ -1,153 +1,36 @@
-"""protein/structure_io.py on small files written here, on damaged ones, and on real ones where they are at hand.
-
-`Row`s are atoms; `pdb_text`, `cif_text` and `bcif_bytes` write them without the module's help.
-"""
+"""protein/structure_io.py reads small files written here, refuses damaged ones, and reads real ones, if any."""
 
 import dataclasses
-import gzip
-import io
+import functools
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from biotite.structure.io import pdbx
-
-from protein import structure_io
-from protein.structure_io import (
-    ATOMS,
-    Chain,
-    Failure,
-    find_structures,
-    iterate_folder,
-    read_folder,
-    read_structure,
-    structure_name,
-    write_structure,
+from structure_files import (
+    LOCAL,
+    STEP,
+    WRITERS,
+    Row,
+    bcif_bytes,
+    cif_text,
+    pdb_text,
+    peptide,
+    random_chain,
+    residue,
+    same,
+    save_structure,
 )
 
+from protein.structure_io import read_structure, write_structure
+
 PROTEINS = Path(__file__).resolve().parents[2] / "shared" / "data" / "proteins"
-LOCAL = np.array([[0, 0, 0], [1.2, 0.8, 0.1], [2.3, -0.1, 0.2], [2.4, -1.3, 0.3], [1.1, 1.7, 1.3]])  # of ATOMS
-STEP = np.array([3.4, 0.2, 0])  # from residue to residue: C to the next N is 1.15 Angstrom
-
-
-@dataclasses.dataclass
-class Row:
-    atom: str
-    residue: str
-    chain: str
-    number: int
-    xyz: object  # three numbers, or three strings to be written as they are
-    code: str = ""
-    altloc: str = ""
-    occupancy: float = 1.0
-    bfactor: float = 20.0
-    record: str = "ATOM"
-    model: int = 1
-    label_chain: str = ""  # of mmCIF
-
-
-def residue(place, name="ALA", chain="A", number=None, atoms=ATOMS, **options):
-    """Rows of one residue at a place along a chain that bends nowhere."""
-    return [Row(atom, name, chain, place + 1 if number is None else number, LOCAL[ATOMS.index(atom)] + place * STEP,
-                **options) for atom in atoms]
-
-
-def peptide(*names, **options):
-    return [row for place, name in enumerate(names) for row in residue(place, name, **options)]
-
-
-def numbers_of(row, digits):
-    return [value if isinstance(value, str) else f"{value:.{digits}f}" for value in row.xyz]
-
-
-def pdb_text(rows):
-    lines, models = [], len({row.model for row in rows})
-    for serial, row in enumerate(rows, start=1):
-        if models > 1 and (serial == 1 or row.model != rows[serial - 2].model):
-            lines += ["ENDMDL"] * (serial > 1) + [f"MODEL     {row.model:4d}"]
-        x, y, z = numbers_of(row, 3)
-        name = row.atom if len(row.atom) == 4 else f" {row.atom:<3}"
-        lines.append(f"{row.record:<6}{serial:5d} {name}{row.altloc or ' '}{row.residue:>3} {row.chain or ' '}"
-                     f"{row.number:4d}{row.code or ' '}   {x:>8}{y:>8}{z:>8}{row.occupancy:6.2f}{row.bfactor:6.2f}"
-                     f"          {row.atom[0]:>2}")
-    return "\n".join([*lines, "END", ""])
-
-
-def cif_text(rows, left_out=()):
-    columns = {"group_PDB": [], "id": [], "type_symbol": [], "label_atom_id": [], "label_alt_id": [],
-               "label_comp_id": [], "label_asym_id": [], "label_entity_id": [], "label_seq_id": [],
-               "pdbx_PDB_ins_code": [], "Cartn_x": [], "Cartn_y": [], "Cartn_z": [], "occupancy": [],
-               "B_iso_or_equiv": [], "auth_seq_id": [], "auth_comp_id": [], "auth_asym_id": [], "auth_atom_id": [],
-               "pdbx_PDB_model_num": []}
-    for serial, row in enumerate(rows, start=1):
-        values = [row.record, serial, row.atom[0], row.atom, row.altloc or ".", row.residue,
-                  row.label_chain or row.chain, 1, row.number, row.code or "?", *numbers_of(row, 4), row.occupancy,
-                  row.bfactor, row.number, row.residue, row.chain, row.atom, row.model]
-        for column, value in zip(columns.values(), values, strict=True):
-            column.append(str(value))
-    kept = {name: values for name, values in columns.items() if name not in left_out}
-    lines = ["data_TEST", "#", "loop_", *(f"_atom_site.{name}" for name in kept)]
-    lines += [" ".join(values) for values in zip(*kept.values(), strict=True)]
-    return "\n".join([*lines, "#", ""])
-
-
-def bcif_bytes(rows):
-    text = pdbx.CIFFile.read(io.StringIO(cif_text(rows)))
-    columns = {name: pdbx.BinaryCIFColumn(pdbx.BinaryCIFData(column.as_array(float if "Cartn" in name else str)))
-               for name, column in text.block["atom_site"].items()}
-    block = pdbx.BinaryCIFBlock({"atom_site": pdbx.BinaryCIFCategory(columns)})
-    file = io.BytesIO()
-    pdbx.BinaryCIFFile({"TEST": block}).write(file)
-    return file.getvalue()
-
-
-WRITERS = {".pdb": lambda rows: pdb_text(rows).encode(), ".cif": lambda rows: cif_text(rows).encode(),
-           ".bcif": bcif_bytes}
 ALL_FORMATS = pytest.mark.parametrize("extension", WRITERS)
 
 
 @pytest.fixture
 def save(tmp_path):
-    def save(rows_or_content, name="test.pdb"):
-        content = rows_or_content
-        if isinstance(content, list):
-            content = WRITERS[Path(name.removesuffix(".gz")).suffix](content)
-        content = content.encode() if isinstance(content, str) else content
-        path = tmp_path / name
-        path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
-        return path
-
-    return save
-
-
-def same(a, b, atol=0.0, names=True):
-    """Whether two chains are equal but for `atol` Angstrom."""
-    return (a.sequence == b.sequence and a.insertion_codes == b.insertion_codes
-            and np.array_equal(a.residue_numbers, b.residue_numbers)
-            and np.allclose(a.coords, b.coords, rtol=0, atol=atol, equal_nan=True)
-            and np.allclose(a.bfactors, b.bfactors, rtol=0, atol=atol, equal_nan=True)
-            and (not names or (a.name, a.chain_id) == (b.name, b.chain_id)))
-
-
-def random_chain(length, seed=0, chain_id="A", name="test"):
-    """Far from a protein, but full of odd things: gaps, insertion codes, absent atoms and B-factors."""
-    rng = np.random.default_rng(seed)
-    places = (np.arange(length) % 1000)[:, None, None] * STEP + (np.arange(length) // 1000)[:, None, None] * [0, 50, 0]
-    coords = places + LOCAL + 0.1 * rng.normal(size=(length, 5, 3))
-    coords[rng.random((length, 5)) < 0.1] = np.nan
-    coords[:, 0][np.isnan(coords).all((1, 2))] = 0.5
-    numbers = np.cumsum(rng.integers(1, 3, size=length)) - 7
-    bfactors = np.where(np.isnan(coords[:, 1, 0]), np.nan, rng.uniform(0, 99, size=length))
-    return Chain(
-        name=name,
-        chain_id=chain_id,
-        sequence="".join(rng.choice(list("ACDEFGHIKLMNPQRSTVWYX"), size=length)),
-        coords=coords.astype(np.float32),
-        residue_numbers=numbers.astype(np.int64),
-        insertion_codes=tuple(rng.choice(["", "A", "B"], size=length).tolist()),
-        bfactors=bfactors.astype(np.float32),
-    )
+    return functools.partial(save_structure, tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -248,6 +131,11 @@ def test_modified_residues_count_as_their_parents(save, extension):
     assert without.residue_index().tolist() == [0, 3]
 
 
+def test_a_chromophore_made_of_three_residues_is_one_unknown(save):
+    rows = [*residue(0), *residue(1, "CRO", record="HETATM"), *residue(2)]
+    assert read_structure(save(rows))[0].sequence == "AXA"
+
+
 @ALL_FORMATS
 def test_models_are_counted_in_the_order_of_the_file(save, extension):
     rows = [dataclasses.replace(row, model=model, xyz=row.xyz + shift)
@@ -284,6 +172,7 @@ def test_author_ids_of_mmcif_come_before_label_ids(save, extension):
     path = save(rows, f"x{extension}")
     assert {chain.chain_id: chain.sequence for chain in read_structure(path)} == {"B": "G", "A": "V", "H": "W"}
     assert [chain.sequence for chain in read_structure(path, chains=["A", "B"])] == ["V", "G"]
+    assert [chain.sequence for chain in read_structure(path, chains=["C", "A"])] == ["W", "V"]
     (by_label,) = read_structure(path, chains=["C"])
     assert (by_label.chain_id, by_label.sequence) == ("C", "W")
     assert by_label.residue_numbers.tolist() == [31]
@@ -337,6 +226,10 @@ def test_breaks_and_residue_index(save):
     (chain,) = read_structure(save(rows))
     assert chain.breaks.tolist() == [False, False, True, False, True, True, False, False]
     assert chain.residue_index().tolist() == [0, 1, 4, 5, 38, 71, 72, 73]
+    rows = [*residue(0, number=5), *residue(1.6, number=6)]  # cut: nearest neighbours 3.2 Angstrom apart
+    (chain,) = read_structure(save(rows))
+    assert chain.breaks.tolist() == [False, True]
+    assert chain.residue_index().tolist() == [0, 33]
     rows = [*residue(0, number=5), *residue(1, number=5, code="A", atoms=("CA",)), *residue(2, number=8)]
     (chain,) = read_structure(save(rows))
     assert chain.breaks.tolist() == [False, False, True]
@@ -498,160 +391,6 @@ def test_chain_refuses_what_does_not_fit(field, value, word):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# folders
-
-
-def test_folder_in_order_with_names_from_its_root(save, tmp_path):
-    (tmp_path / "sub").mkdir()
-    (tmp_path / ".hidden").mkdir()
-    rows = peptide("ALA", "SER")
-    for name in ("b.cif", "a.PDB.gz".lower(), "sub/c.v2.bcif", ".hidden/d.pdb", ".e.pdb"):
-        save(rows, name)
-    save("x", "notes.txt")
-    assert [path.name for path in find_structures(tmp_path)] == ["a.pdb.gz", "b.cif", "c.v2.bcif"]
-    assert [chain.name for chain in read_folder(tmp_path).chains] == ["a", "b", "sub/c.v2"]
-    assert structure_name(tmp_path / "sub/c.v2.bcif", tmp_path) == "sub/c.v2"
-    save(rows, "b.pdb")
-    with pytest.raises(ValueError, match=r"b\.(cif|pdb) and .*b\.(pdb|cif) would have the same name"):
-        find_structures(tmp_path)
-
-
-def test_folders_that_hold_nothing(tmp_path):
-    with pytest.raises(FileNotFoundError, match="gone: no such folder"):
-        find_structures(tmp_path / "gone")
-    with pytest.raises(ValueError, match="no structure files"):
-        find_structures(tmp_path)
-
-
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_unreadable_files_are_counted_and_named(save, tmp_path, num_workers):
-    for name in ("a", "c", "d"):
-        save(peptide("ALA", "SER"), f"{name}.pdb")
-    save(b"", "b.pdb")
-    save("ATOM      1  N", "e.pdb")
-    entries = []
-    with pytest.raises(ValueError, match=r"2 unreadable structure file\(s\), 1 are tolerated: .*b\.pdb: empty file; "):
-        entries.extend(iterate_folder(tmp_path, max_failures=1, num_workers=num_workers))
-    assert [isinstance(entry, Failure) for entry in entries] == [False, True, False, False]
-    contents = read_folder(tmp_path, max_failures=2)
-    assert [chain.name for chain in contents.chains] == ["a", "c", "d"]
-    assert [failure.path.name for failure in contents.failures] == ["b.pdb", "e.pdb"]
-    assert all(str(failure.path) in failure.reason for failure in contents.failures)
-    with pytest.raises(ValueError, match=r"1 unreadable structure file\(s\), 0 are tolerated: .*b\.pdb: empty file"):
-        read_folder(tmp_path)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# writing
-
-
-@pytest.mark.parametrize("extension", [".pdb", ".cif"])
-def test_what_is_written_is_read_back(tmp_path, extension):
-    path = tmp_path / f"test{extension}"
-    chains = [random_chain(80, seed=1), random_chain(30, seed=2, chain_id="B")]
-    write_structure(path, chains)
-    for chain, back in zip(chains, read_structure(path), strict=True):
-        present = ~np.isnan(chain.coords[:, 1, 0])
-        assert same(dataclasses.replace(chain, bfactors=np.where(present, chain.bfactors, np.float32(np.nan))), back,
-                    atol=5.1e-3 if extension == ".pdb" else 0.0)
-        np.testing.assert_allclose(chain.coords, back.coords, atol=5.1e-4 if extension == ".pdb" else 0.0, rtol=0)
-    write_structure(path, chains[0])  # over the old file
-    assert len(read_structure(path)) == 1
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]
-
-
-@pytest.mark.parametrize("smaller", [False, True])
-def test_binary_cif_as_biotite_writes_it(tmp_path, smaller):
-    chain = random_chain(80, seed=6)
-    write_structure(tmp_path / "test.cif", chain)
-    binary = pdbx.BinaryCIFFile()
-    atoms = pdbx.get_structure(pdbx.CIFFile.read(tmp_path / "test.cif"), model=1, extra_fields=["b_factor"])
-    pdbx.set_structure(binary, atoms, data_block="test")
-    binary = pdbx.compress(binary) if smaller else binary
-    file = io.BytesIO()
-    binary.write(file)
-    (tmp_path / "test.bcif.gz").write_bytes(gzip.compress(file.getvalue()))
-    assert same(read_structure(tmp_path / "test.cif")[0], read_structure(tmp_path / "test.bcif.gz")[0], atol=1e-2)
-
-
-def test_written_pdb_columns_are_those_of_the_format(tmp_path):
-    chain = random_chain(12, seed=4)
-    write_structure(tmp_path / "x.pdb", chain)
-    lines = (tmp_path / "x.pdb").read_text().splitlines()
-    assert lines[-1] == "END"
-    residues, columns = np.nonzero(np.isfinite(chain.coords).all(-1))
-    for line, i, column in zip(lines[:-1], residues, columns, strict=True):
-        assert len(line) == 80
-        assert line[:6] == "ATOM  "
-        assert line[12:16] == f" {ATOMS[column]:<3}"
-        assert line[21] == "A"
-        assert int(line[22:26]) == chain.residue_numbers[i]
-        assert line[26].strip() == chain.insertion_codes[i]
-        assert [float(line[a : a + 8]) for a in (30, 38, 46)] == pytest.approx(chain.coords[i, column], abs=5.1e-4)
-        assert line[76:78].strip() == ATOMS[column][0]
-
-
-def test_long_ids_in_mmcif(tmp_path):
-    chains = [random_chain(5, chain_id="LongName"), random_chain(5, seed=1, chain_id="a b'c"),
-              random_chain(5, seed=2, chain_id="A")]
-    write_structure(tmp_path / "x.cif", chains)
-    assert [chain.chain_id for chain in read_structure(tmp_path / "x.cif")] == ["LongName", "a b'c", "A"]
-
-
-@pytest.mark.parametrize(("extension", "change", "word"), [
-    (".pdb", {"chain_id": "AB"}, "longer than the one letter of PDB"),
-    (".pdb", {"residue_numbers": np.array([1, 2, 10_000])}, "residue ALA 10000 has a number of too many digits"),
-    (".pdb", {"residue_numbers": np.array([1, -1000, 3])}, "residue ALA -1000 has a number of too many digits"),
-    (".pdb", {"insertion_codes": ("", "AB", "")}, "residue ALA 2AB has an insertion code longer"),
-    (".pdb", {"coords": np.full((3, 5, 3), 12_345, np.float32)}, "residue ALA 1 has a coordinate of too many digits"),
-    (".pdb", {"bfactors": np.array([1, 2, 1000], np.float32)}, "residue ALA 3 has a B-factor of too many digits"),
-    (".cif", {"chain_id": ""}, "mmCIF needs a chain id"),
-    (".cif", {"coords": np.full((3, 5, 3), np.nan, np.float32)}, "has no atoms"),
-    (".cif", {"sequence": "AJA"}, r"residue J 2 is of an unknown kind"),
-    (".cif", {"residue_numbers": np.array([1, 1, 2])}, "residue ALA 1 has the number and kind of the one before"),
-])
-def test_what_a_format_cannot_hold_is_refused_and_leaves_the_old_file(tmp_path, extension, change, word):
-    good = Chain("test", "A", "AAA", np.ones((3, 5, 3), np.float32), np.arange(1, 4), ("",) * 3,
-                 np.zeros(3, np.float32))
-    path = tmp_path / f"x{extension}"
-    write_structure(path, good)
-    before = path.read_bytes()
-    with pytest.raises(ValueError, match=rf"x{extension}: chain .*{word}"):
-        write_structure(path, dataclasses.replace(good, **change))
-    assert path.read_bytes() == before
-    assert len(list(tmp_path.iterdir())) == 1
-
-
-def test_other_ways_to_write_nothing(tmp_path):
-    chain = random_chain(4)
-    with pytest.raises(ValueError, match=r"x\.bcif: structures are written as \.pdb or \.cif"):
-        write_structure(tmp_path / "x.bcif", chain)
-    with pytest.raises(ValueError, match="write at least one, each under its own id"):
-        write_structure(tmp_path / "x.pdb", [])
-    with pytest.raises(ValueError, match="each under its own id"):
-        write_structure(tmp_path / "x.pdb", [chain, chain])
-    many = [random_chain(9000, chain_id=chain_id) for chain_id in "ABC"]
-    numbers = np.arange(9000)
-    with pytest.raises(ValueError, match="more than the 99,999 atoms"):
-        write_structure(tmp_path / "x.pdb", [dataclasses.replace(chain, residue_numbers=numbers) for chain in many])
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "x.pdb"
-    write_structure(path, random_chain(4))
-    before = path.read_bytes()
-
-    def fail(*_):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr("tokenizer.runtime.checkpoint.os.replace", fail)
-    with pytest.raises(OSError, match="no space"):
-        write_structure(path, random_chain(5))
-    assert path.read_bytes() == before
-    assert len(list(tmp_path.iterdir())) == 1
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # real files
 
 
@@ -679,4 +418,3 @@ def test_bonds_along_real_chains():
         follows = ~chain.breaks[1:]
         steps = np.linalg.norm(np.diff(chain.coords[:, 1], axis=0), axis=-1)[follows]
         assert abs(np.nanmedian(steps) - 3.8) < 0.05, chain.label
-        assert structure_io._linked(chain.coords, chain.residue_numbers)[0]
