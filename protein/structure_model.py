@@ -76,7 +76,7 @@ PRESETS: dict[str, dict[str, int]] = {
     # For generated backbones and tests: 1 M parameters.
     "tiny": {"encoder_width": 64, "encoder_heads": 16, "decoder_width": 128, "decoder_heads": 4, "decoder_layers": 3,
              "codebook_size": 64, "codebook_embed_dim": 16},
-    # This project's own: trains on a CPU, 10.1 M parameters.
+    # This project's own: trains on a CPU, 5.7 M parameters.
     "small": {"encoder_width": 256, "encoder_heads": 32, "decoder_width": 256, "decoder_heads": 4, "decoder_layers": 4,
               "codebook_size": 512, "codebook_embed_dim": 64},
     "paper": {},  # the defaults: 138.9 M parameters
@@ -136,13 +136,8 @@ class StructureVQModel(nn.Module):
         return StructureOutput(decoded, pairs, self.inverse_folding_head(decoded.hidden), out, mask)
 
     def residues(self, coords: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Residues that get a token, (B, L) bool. ValueError: coords not (B, L, A >= 3, 3), or a mask unlike them."""
-        if coords.ndim != 4 or coords.shape[2] < 3 or coords.shape[3] != 3 or not coords.is_floating_point():
-            raise ValueError("coordinates must be floating point (B, L, A, 3) with atoms N, CA, C first, "
-                             f"got {coords.dtype} {tuple(coords.shape)}")
-        if mask is not None and (mask.dtype != torch.bool or mask.shape != coords.shape[:2]):
-            raise ValueError(f"mask must be bool {tuple(coords.shape[:2])}, got {mask.dtype} {tuple(mask.shape)}")
-        return valid_residues(coords[:, :, :3], mask)
+        """Residues that get a token, (B, L) bool; see `check_residues`."""
+        return check_residues(coords, mask)
 
     def encode_latents(
         self, coords: Tensor, mask: Tensor | None = None, residue_index: Tensor | None = None
@@ -164,19 +159,42 @@ class StructureVQModel(nn.Module):
         """tokens (B, L) int, -1 = none, or quantized vectors (B, L, D) float -> see Decoded.
 
         `decoder.pair_logits(decoded.hidden)` gives what the pairwise heads say. ValueError: another shape, or a token
-        that is no code.
+        that is no code. RuntimeError: no codebook yet.
         """
-        if tokens.is_floating_point():
-            if tokens.ndim != 3 or tokens.shape[-1] != self.config.codebook_embed_dim:
-                raise ValueError(f"quantized vectors must be (B, L, {self.config.codebook_embed_dim}), "
-                                 f"got {tuple(tokens.shape)}")
-            return self.decoder(tokens, mask)
-        if tokens.ndim != 2:
-            raise ValueError(f"tokens must be (B, L), got {tuple(tokens.shape)}")
-        if bool((tokens >= self.config.codebook_size).any()):
-            raise ValueError(f"token {int(tokens.max())} is no code: the codebook has {self.config.codebook_size}")
-        valid = tokens >= 0 if mask is None else (tokens >= 0) & mask
-        return self.decoder(self.quantize.decode(tokens), valid)
+        if not tokens.is_floating_point():
+            tokens = check_tokens(tokens, mask, self.config.codebook_size)
+            return self.decoder(self.quantize.decode(tokens), tokens >= 0)
+        if tokens.ndim != 3 or tokens.shape[-1] != self.config.codebook_embed_dim:
+            raise ValueError(f"quantized vectors must be (B, L, {self.config.codebook_embed_dim}), "
+                             f"got {tuple(tokens.shape)}")
+        return self.decoder(tokens, _check_mask(mask, tokens.shape[:2]))
+
+
+def _check_mask(mask: Tensor | None, shape: torch.Size) -> Tensor | None:
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != shape):
+        raise ValueError(f"mask must be bool {tuple(shape)}, got {mask.dtype} {tuple(mask.shape)}")
+    return mask
+
+
+def check_residues(coords: Tensor, mask: Tensor | None) -> Tensor:
+    """Residues of the mask that have coordinates, (B, L) bool. ValueError: coords not (B, L, A >= 3, 3) floating point,
+    or a mask (B, L) unlike them."""
+    if coords.ndim != 4 or coords.shape[2] < 3 or coords.shape[3] != 3 or not coords.is_floating_point():
+        raise ValueError("coordinates must be floating point (B, L, A, 3) with atoms N, CA, C first, "
+                         f"got {coords.dtype} {tuple(coords.shape)}")
+    return valid_residues(coords, _check_mask(mask, coords.shape[:2]))
+
+
+def check_tokens(tokens: Tensor, mask: Tensor | None, num_codes: int) -> Tensor:
+    """tokens as int64, -1 where masked. ValueError: not integers (B, L), a mask unlike them, a token without code."""
+    if tokens.ndim != 2 or tokens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"tokens must be integers (B, L), got {tokens.dtype} {tuple(tokens.shape)}")
+    mask = _check_mask(mask, tokens.shape)
+    if mask is not None:
+        tokens = torch.where(mask, tokens, -1)
+    if bool((tokens >= num_codes).any()):
+        raise ValueError(f"token {int(tokens.max())} is no code: the codebook has {num_codes}")
+    return tokens.long().clamp_min(-1)
 
 
 def _quantizer(config: StructureModelConfig) -> VectorQuantizer:

@@ -170,8 +170,13 @@ def tokenizer_hash(model: VQModel) -> str:
     config = model.config
     description = {"vq_model": config.vq_model, "image_channels": config.image_channels,
                    "codebook_l2_norm": config.codebook_l2_norm}
+    return content_hash(description, to_llamagen_state_dict(model))
+
+
+def content_hash(description: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
+    """64 hex digits over JSON-ready values and tensors, whatever their order, device and floating-point type."""
     digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
-    for key, tensor in sorted(to_llamagen_state_dict(model).items()):
+    for key, tensor in sorted(state.items()):
         digest.update(f"{key} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()

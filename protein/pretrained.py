@@ -1,0 +1,321 @@
+"""Structure tokenizers on disk: this project's runs and exports, StructTokenBench's and ESM3's weights; one loader.
+
+Loading is strict: every missing, unexpected or misshapen tensor is an error by name. Files are data: nothing in them is
+executed. ESM3's weights are under the Cambrian Non-Commercial licence.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from protein.structure_decoder import ESM3_CODES, Decoded, ESM3Decoder
+from protein.structure_encoder import StructureEncoder
+from protein.structure_model import (
+    StructureModelConfig,
+    StructureVQModel,
+    check_residues,
+    check_tokens,
+    load_structtokenbench,
+)
+from tokenizer.pretrained import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    check_state_dict,
+    choose_weights,
+    content_hash,
+    read_checkpoint,
+    read_export,
+    write_export,
+)
+from tokenizer.provq import nearest_code
+from tokenizer.runtime.checkpoint import load_file
+
+EXPORT_FORMAT = "provq-structure-tokenizer-1"
+ESM3_ENCODER_FILE, ESM3_DECODER_FILE = "esm3_structure_encoder_v0.pth", "esm3_structure_decoder_v0.pth"
+
+HEAD_WIDTH = 64  # channels of an attention head in the decoders of ESM3 and StructTokenBench; no shape tells it
+_EOS, _BOS, _PAD = (ESM3_CODES + i for i in (1, 2, 3))
+_CODEBOOK = "quantizer.codebook.weight"
+
+
+class StructureTokenizer(nn.Module, ABC):
+    """What `load_structure_tokenizer` returns, in eval mode. B chains padded to L residues."""
+
+    num_codes: int    # K
+    can_decode: bool  # ESM3's decoder is a file of its own, which may not be there
+
+    @abstractmethod
+    def encode(self, coords: Tensor, mask: Tensor | None = None, residue_index: Tensor | None = None) -> Tensor:
+        """coords (B, L, A >= 3, 3) Angstrom, N, CA and C first; mask (B, L) bool, True = residue, None: all;
+        residue_index (B, L) int, position in the sequence, None: in the array -> tokens (B, L) int64.
+
+        -1 where masked and where N, CA or C is not finite. ValueError: shapes and types. RuntimeError: no codebook yet.
+        """
+
+    @abstractmethod
+    def decode(self, tokens: Tensor, mask: Tensor | None = None) -> Decoded:
+        """tokens (B, L) int64, -1 = none; mask (B, L) bool as in encode -> see Decoded; 0 where there is no token.
+
+        ValueError: shapes, a token that is no code, a tokenizer that cannot decode.
+        """
+
+    @abstractmethod
+    def codebook(self) -> Tensor:
+        """Effective codes (K, D)."""
+
+    @abstractmethod
+    def hash(self) -> str:
+        """64 hex digits of what the tokens depend on. ValueError: no codebook yet."""
+
+
+class VQTokenizer(StructureTokenizer):
+    """A model of this project, or of StructTokenBench."""
+
+    can_decode = True
+
+    def __init__(self, model: StructureVQModel):
+        super().__init__()
+        self.model, self.num_codes = model, model.config.codebook_size
+
+    def encode(self, coords: Tensor, mask: Tensor | None = None, residue_index: Tensor | None = None) -> Tensor:
+        return self.model.encode(coords, mask, residue_index)
+
+    def decode(self, tokens: Tensor, mask: Tensor | None = None) -> Decoded:
+        return self.model.decode(tokens, mask)
+
+    def codebook(self) -> Tensor:
+        return self.model.quantize.codebook
+
+    def hash(self) -> str:
+        """A run and its export have the same."""
+        config = self.model.config
+        description = {"neighbours": config.neighbours, "decoder_heads": config.decoder_heads}  # others are shapes
+        return content_hash(description, _exported_state(self.model))
+
+
+class _EMACodebook(nn.Module):
+    """Only there for its names in the state dict: codes, and what ESM3's training keeps of their running means."""
+
+    embeddings: Tensor
+
+    def __init__(self, codes: int, dim: int):
+        super().__init__()
+        for name, shape in (("embeddings", (codes, dim)), ("N", (codes,)), ("z_avg", (codes, dim))):
+            self.register_buffer(name, torch.zeros(shape))
+
+
+class ESM3Encoder(StructureEncoder):
+    """The encoder with its codebook; state-dict keys are those of ESM3's file."""
+
+    def __init__(self, width: int = 1024, heads: int = 128, layers: int = 2, dim: int = 128, codes: int = ESM3_CODES):
+        super().__init__(width, heads, layers, dim)
+        self.codebook = _EMACodebook(codes, dim)
+
+
+class ESM3Tokenizer(StructureTokenizer):
+    """ESM3's structure tokens (Hayes et al., Science 2025, appendix A.1.7).
+
+    ESM3 itself gives residues without coordinates the code of one constant latent, `undefined_token` (955 in the
+    released weights). encode says -1 for them as every tokenizer here; decode puts that code in for ESM3's decoder, as
+    ESM3 does, if other residues follow.
+    """
+
+    def __init__(self, encoder: ESM3Encoder, decoder: ESM3Decoder | None = None):
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+        self.num_codes, self.can_decode = len(encoder.codebook.embeddings), decoder is not None
+
+    @property
+    def undefined_token(self) -> int:
+        return int(nearest_code(self.encoder.pre_vq_proj.bias[None], self.codebook()))
+
+    @torch.no_grad()
+    def encode(self, coords: Tensor, mask: Tensor | None = None, residue_index: Tensor | None = None) -> Tensor:
+        valid = check_residues(coords, mask)
+        z = self.encoder(coords[:, :, :3], valid, residue_index)
+        tokens = valid.new_full(valid.shape, -1, dtype=torch.int64)
+        tokens[valid] = nearest_code(z[valid], self.codebook())
+        return tokens
+
+    def decode(self, tokens: Tensor, mask: Tensor | None = None) -> Decoded:
+        if self.decoder is None:
+            raise ValueError(f"these weights of ESM3 only encode; load the folder of both {ESM3_ENCODER_FILE} and "
+                             f"{ESM3_DECODER_FILE}")
+        tokens = check_tokens(tokens, mask, self.num_codes)
+        valid = tokens >= 0
+        position = torch.arange(tokens.shape[1] + 2, device=tokens.device)
+        last = (valid * position[1:-1]).amax(1, keepdim=True)  # (B, 1), counted from 1; BOS has place 0
+        framed = F.pad(torch.where(valid, tokens, self.undefined_token), (1, 1), value=_PAD)
+        framed = torch.where(position > last, _PAD, framed)
+        framed = torch.where(position == last + 1, _EOS, framed)
+        framed[:, 0] = _BOS
+        decoded = self.decoder(framed, position <= last + 1)
+        return Decoded(*(torch.where(valid.view(*valid.shape, *[1] * (t.ndim - 2)), t[:, 1:-1], 0.0) for t in decoded))
+
+    def codebook(self) -> Tensor:
+        return self.encoder.codebook.embeddings
+
+    def hash(self) -> str:
+        """The same with and without decoder."""
+        return content_hash({"tokenizer": "esm3"}, self.encoder.state_dict())
+
+
+# ------------------------------------------------------------------------------------------------------- loading
+
+def load_structure_tokenizer(
+    path: str | Path, device: str | torch.device = "cpu", weights: str = "auto"
+) -> StructureTokenizer:
+    """The tokenizer stored at path, in eval mode on device.
+
+    Args:
+        path: a run folder (its newest readable checkpoint), a checkpoint of this project, a folder written by
+            save_pretrained, StructTokenBench's mp_rank_00_model_states.pt, ESM3's encoder file (which only encodes), or
+            the folder that has both files of ESM3 under their released names.
+        weights: "model", "ema", or "auto": the EMA if there is one.
+
+    FileNotFoundError: nothing there. ValueError: an unreadable or foreign file, a weight set that the file lacks,
+    tensors that do not fit (each named). A checkpoint from the warm-up loads, but has no tokens yet.
+    """
+    if weights not in ("auto", "model", "ema"):
+        raise ValueError(f"weights={weights!r} must be 'auto', 'model' or 'ema'")
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no structure tokenizer at {path}")
+    tokenizer = _open(path, weights)
+    return tokenizer.to(device).eval()
+
+
+def _open(path: Path, weights: str) -> StructureTokenizer:
+    if (path / WEIGHTS_FILE).is_file():
+        return _from_export(path, weights)
+    if (path / ESM3_ENCODER_FILE).is_file():
+        _only_model(path, weights)
+        decoder = path / ESM3_DECODER_FILE
+        encoder = _esm3_encoder(load_file(path / ESM3_ENCODER_FILE), str(path / ESM3_ENCODER_FILE))
+        return ESM3Tokenizer(encoder, _esm3_decoder(load_file(decoder), str(decoder)) if decoder.exists() else None)
+    path, saved = read_checkpoint(path)
+    if "config" in saved:
+        state, source = choose_weights(path, saved, weights)
+        model = StructureVQModel(_config(saved, "config", source))
+        check_state_dict(state, model.state_dict(), source)
+        model.load_state_dict(state)
+        return VQTokenizer(model)
+    _only_model(path, weights)
+    if "module" in saved:
+        return VQTokenizer(_from_structtokenbench(saved["module"], f"{path} [module]"))
+    if "codebook.embeddings" in saved:
+        return ESM3Tokenizer(_esm3_encoder(saved, str(path)))
+    if "embed.weight" in saved:
+        raise ValueError(f"{path} is ESM3's decoder alone; load the folder that also has {ESM3_ENCODER_FILE}")
+    raise ValueError(f"{path} is no structure tokenizer: it holds {', '.join(map(str, list(saved)[:8]))}, and not the "
+                     "config, module or codebook.embeddings of this project, StructTokenBench and ESM3")
+
+
+def _only_model(path: Path, weights: str) -> None:
+    if weights == "ema":
+        raise ValueError(f"weights='ema': {path} holds a single set of weights, use 'auto' or 'model'")
+
+
+def _config(values: Mapping[str, Any], key: str, source: str) -> StructureModelConfig:
+    try:
+        return StructureModelConfig.from_dict(values[key])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{source}: its {key} is no structure tokenizer's ({error})") from error
+
+
+def _count(state: Mapping[str, Tensor], prefix: str) -> int:
+    """Blocks whose keys are {prefix}{number}.{rest}."""
+    return len({key[len(prefix) :].split(".")[0] for key in state if key.startswith(prefix)})
+
+
+def _sizes(state: Mapping[str, Tensor], source: str, what: str, *keys: str) -> list[torch.Size]:
+    absent = [key for key in keys if key not in state]
+    if absent:
+        raise ValueError(f"{source} is not {what}: {', '.join(absent)} is missing")
+    return [state[key].shape for key in keys]
+
+
+_HEADS = "transformer.blocks.0.geom_attn.distance_scale_per_head"
+
+
+def _esm3_encoder(state: Mapping[str, Tensor], source: str) -> ESM3Encoder:
+    (dim, width), (heads,), (codes, _) = _sizes(state, source, "ESM3's structure encoder", "pre_vq_proj.weight", _HEADS,
+                                                "codebook.embeddings")
+    encoder = ESM3Encoder(width, heads, _count(state, "transformer.blocks."), dim, codes)
+    check_state_dict(state, encoder.state_dict(), source)
+    encoder.load_state_dict(state)
+    return encoder
+
+
+def _esm3_decoder(state: Mapping[str, Tensor], source: str) -> ESM3Decoder:
+    ((_, width),) = _sizes(state, source, "ESM3's structure decoder", "embed.weight")
+    with torch.device("meta"):  # 2.5 GB that are neither drawn at random nor held twice
+        decoder = ESM3Decoder(width, width // HEAD_WIDTH, _count(state, "decoder_stack.blocks."))
+    check_state_dict(state, decoder.state_dict(), source)
+    decoder.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
+    return decoder
+
+
+def _from_structtokenbench(state: Mapping[str, Tensor], source: str) -> StructureVQModel:
+    state = {key.removeprefix("model."): value for key, value in state.items()}
+    model = StructureVQModel(infer_structtokenbench_config(state, source))
+    load_structtokenbench(model, state, source)
+    return model
+
+
+def infer_structtokenbench_config(state: Mapping[str, Tensor], source: str = "state dict") -> StructureModelConfig:
+    """Sizes and quantizer of a VQVAEModel, its keys without prefix. ValueError: keys that it always has are missing."""
+    (_, encoder_width), (heads,), (decoder_width, _), (codes, dim) = _sizes(
+        state, source, "a VQVAEModel of StructTokenBench's", "encoder.pre_vq_proj.weight", f"encoder.{_HEADS}",
+        "decoder.post_vq_proj.weight", _CODEBOOK)
+    return StructureModelConfig(
+        encoder_width=encoder_width, encoder_heads=heads, encoder_layers=_count(state, "encoder.transformer.blocks."),
+        decoder_width=decoder_width, decoder_heads=decoder_width // HEAD_WIDTH,
+        decoder_layers=_count(state, "decoder.decoder_stack.blocks."), codebook_size=codes, codebook_embed_dim=dim,
+        quantizer="aminoaseed" if "quantizer.linear_proj.weight" in state else "vq",
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- exports
+
+def _exported_state(model: StructureVQModel) -> dict[str, Tensor]:
+    """Weights with the effective codes as a plain table, on the CPU, under StructTokenBench's keys of a VanillaVQ."""
+    if not model.quantize.has_codebook:
+        raise ValueError("this tokenizer is still in its continuous warm-up: it has no codebook to export")
+    tensors = {key: value for key, value in model.state_dict().items() if not key.startswith("quantize.")}
+    tensors[_CODEBOOK] = model.quantize.codebook
+    return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
+
+
+def save_pretrained(model: StructureVQModel, folder: str | Path) -> Path:
+    """Write an inference export, {folder}/config.json and model.safetensors, under StructTokenBench's keys -> folder.
+
+    The quantizer becomes a plain table of its effective codes, so StructTokenBench can load the weights as VanillaVQ
+    and the export cannot continue a training: checkpoints do that. ValueError: no codebook yet.
+    """
+    state, defaults = _exported_state(model), StructureModelConfig()
+    exported = replace(
+        model.config, quantizer="vq", codebook_ema_decay=defaults.codebook_ema_decay,
+        codebook_restart_below=defaults.codebook_restart_below,
+    )
+    description = {
+        "format": EXPORT_FORMAT,
+        "trained_quantizer": model.config.quantizer,  # for the reader; the table needs no more than "vq"
+        "tokenizer": exported.to_dict(),
+    }
+    return write_export(Path(folder), description, state)
+
+
+def _from_export(path: Path, weights: str) -> VQTokenizer:
+    description, state = read_export(path, weights, EXPORT_FORMAT)
+    model = StructureVQModel(_config(description, "tokenizer", str(path / CONFIG_FILE)))
+    load_structtokenbench(model, state, str(path / WEIGHTS_FILE))
+    return VQTokenizer(model)
