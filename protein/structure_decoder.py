@@ -10,7 +10,8 @@ Sizes: B chains, L residues (tokens), d width, H heads. Angstrom.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ IDEAL_N, IDEAL_C = (0.5256, 1.3612), -1.5251
 
 DISTANCE_BINS, DIRECTION_DOTS, DIRECTION_BINS, PAE_BINS, PLDDT_BINS = 64, 6, 16, 64, 50
 PAIR_WIDTH = 128  # of the pairwise head; half of it are queries, half keys
+# Numbers of hidden pair features that exist at a time: on a CPU what its caches bear; a GPU wants few, large launches.
+CPU_PAIR_ELEMENTS, GPU_PAIR_ELEMENTS = 2**19, 2**26
 TRANSLATION_SCALE = 10.0  # Angstrom per unit of the frame head's output
 MAX_PAE = 31.0  # Angstrom
 ESM3_CODES, ESM3_SPECIAL_TOKENS = 4096, 5  # MASK, EOS, BOS, PAD, CHAINBREAK follow the codes
@@ -128,12 +131,70 @@ class FrameHead(nn.Module):
             return gram_schmidt(-u, w), origin * TRANSLATION_SCALE
 
 
-class PairwiseHead(nn.Module):
-    """Logits of residue pairs. (i, j) is scored from [q_j * k_i, q_j - k_i] by two linear layers.
+def _pair_features(q: Tensor, k: Tensor, mixing: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """q (J, 64), k (L, 64) of one chain -> features (L, J, 128) of the pairs (i, j): k of i, q of j.
 
     The first layer, P (q_j * k_i) + D (q_j - k_i), is made as (P diag(q_j) - D) k_i + D q_j: one matrix product over
     64 channels that never holds the 128 pair features.
     """
+    product, difference = mixing.chunk(2, dim=-1)                                            # (128, 64) each
+    per_key = (q[:, None, :] * product - difference).flatten(0, 1)                           # (J * 128, 64)
+    pairs = torch.addmm(F.linear(q, difference).flatten(), k, per_key.to(k.dtype).t())       # (L, J * 128)
+    return F.layer_norm(F.gelu(pairs.unflatten(-1, (-1, PAIR_WIDTH))), (PAIR_WIDTH,), scale, shift)
+
+
+class _PairLogits(torch.autograd.Function):
+    """q, k (B, L, 64) -> logits (B, L, L, C) for each matrix (C, 128) among outputs, block by block.
+
+    Nothing of the size of the pairs is kept, or written but the logits: backward makes the features again, for a tenth
+    more arithmetic. Autograd would keep three tensors (B, L, L, 128).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        device = q.device.type
+        ctx.save_for_backward(q, k, *weights)
+        ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        hidden, outputs = weights[:3], weights[3:]
+        logits = [q.new_empty(*q.shape[:2], q.shape[1], len(output)) for output in outputs]
+        for chain, part in _pair_blocks(q):
+            features = _pair_features(q[chain, part], k[chain], *hidden)
+            for values, output in zip(logits, outputs, strict=True):
+                values[chain, :, part] = F.linear(features, output)
+        return tuple(logits)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        q, k, *weights = ctx.saved_tensors
+        hidden, outputs = [weight.detach().requires_grad_() for weight in weights[:3]], weights[3:]
+        totals = [torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in (q, k, *weights)]
+        for chain, part in _pair_blocks(q):
+            leaves = [q[chain, part].detach().requires_grad_(), k[chain].detach().requires_grad_(), *hidden]
+            with torch.enable_grad(), torch.autocast(*ctx.autocast):
+                features = _pair_features(*leaves)
+                flat, slope = features.detach().flatten(0, 1), torch.zeros((), device=q.device)
+                for grad, output, total in zip(grads, outputs, totals[5:], strict=True):
+                    rows = grad[chain, :, part].flatten(0, 1)  # (L * J, C)
+                    slope = slope + rows @ output
+                    total += rows.t() @ flat
+            found = torch.autograd.grad(features, leaves, slope.to(features.dtype).view_as(features))
+            totals[0][chain, part] = found[0]
+            totals[1][chain] += found[1]
+            for total, value in zip(totals[2:5], found[2:], strict=True):
+                total += value
+        return tuple(total.to(t.dtype) for total, t in zip(totals, (q, k, *weights), strict=True))
+
+
+def _pair_blocks(q: Tensor) -> Iterator[tuple[int, slice]]:
+    batch, length, _ = q.shape
+    elements = CPU_PAIR_ELEMENTS if q.device.type == "cpu" else GPU_PAIR_ELEMENTS
+    step = max(1, elements // (length * PAIR_WIDTH))
+    return ((chain, slice(start, start + step)) for chain in range(batch) for start in range(0, length, step))
+
+
+class PairwiseHead(nn.Module):
+    """Logits of residue pairs. (i, j) is scored from [q_j * k_i, q_j - k_i] by two linear layers."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -145,15 +206,12 @@ class PairwiseHead(nn.Module):
 
     def forward(self, x: Tensor, pae: bool) -> PairLogits:
         """x (B, L, d) -> see `PairLogits`."""
-        q, k = self.downproject(x).chunk(2, dim=-1)                                   # (B, L, 64) each
-        product, difference = self.linear1.weight.chunk(2, dim=-1)                    # (128, 64) each
-        per_key = (q[:, :, None, :] * product - difference).flatten(1, 2)             # (B, L_j * 128, 64)
-        offset = F.linear(q, difference).flatten(1)[:, None, :]                       # (B, 1, L_j * 128)
-        pairs = torch.baddbmm(offset.to(k.dtype), k, per_key.to(k.dtype).transpose(1, 2))  # (B, L_i, L_j * 128)
-        pairs = self.norm(F.gelu(pairs.unflatten(-1, (-1, PAIR_WIDTH))))              # (B, L_i, L_j, 128)
+        q, k = self.downproject(x).chunk(2, dim=-1)  # (B, L, 64) each
         sizes = [DISTANCE_BINS, DIRECTION_DOTS * DIRECTION_BINS, PAE_BINS]
-        weights = self.linear2.weight.split(sizes)[: 3 if pae else 2]  # training never reads the last
-        distance, direction, *rest = (F.linear(pairs, weight) for weight in weights)
+        outputs = self.linear2.weight.split(sizes)[: 3 if pae else 2]  # training never reads the last
+        distance, direction, *rest = _PairLogits.apply(
+            q, k, self.linear1.weight, self.norm.weight, self.norm.bias, *outputs
+        )
         direction = direction.unflatten(-1, (DIRECTION_DOTS, DIRECTION_BINS))
         return PairLogits(distance, direction, rest[0] if rest else None)
 

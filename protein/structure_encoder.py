@@ -16,6 +16,8 @@ Sizes: B chains, L residues, N residues that have coordinates, S slots, Q <= S q
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,16 +27,16 @@ from protein.geometry import backbone_frames, knn_graph, valid_residues
 
 REACH = 32  # relative positions are clamped to +-REACH
 
-# Neighbourhoods that go through the blocks at a time when nothing is kept for a backward: on a CPU the hidden layer of
-# 64 x 16 slots (32 MiB at ESM3's width) is what the caches bear, a GPU wants fewer, larger launches.
-CPU_NEIGHBOURHOODS, GPU_NEIGHBOURHOODS = 64, 4096
+# Neighbourhoods that go through the blocks at a time. More are no faster on a CPU, where caches and the page faults of
+# large tensors count; a GPU wants few, large launches, and memory is bounded only when nothing is kept for a backward.
+CPU_NEIGHBOURHOODS, GPU_NEIGHBOURHOODS = 128, 4096
 
 
 class _PairDistance(torch.autograd.Function):
     """Autograd through `pair_distance`: keeps one (..., Q, S) tensor; the chain of elementary operations keeps six."""
 
     @staticmethod
-    def forward(ctx, a: Tensor, b: Tensor) -> Tensor:
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
         distance: Tensor | None = None
         for x, y in zip(a, b, strict=True):
             difference = x.unsqueeze(-1) - y.unsqueeze(-2)
@@ -46,12 +48,17 @@ class _PairDistance(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         a, b, distance = ctx.saved_tensors
         slope = torch.where(distance > 0, grad / distance, 0.0)  # the subgradient 0 where points coincide
-        grad_a = a * slope.sum(-1) - torch.matmul(slope, b.unsqueeze(-1)).squeeze(-1)
-        grad_b = b * slope.sum(-2) - torch.matmul(a.unsqueeze(-2), slope).squeeze(-2)
-        return grad_a, grad_b
+        # The gradient of a is the sum of slope (a - b) over b: two moments, by one matrix product.
+        by_a, by_b = (slope @ _with_ones(b)).movedim(-1, 0), (slope.transpose(-1, -2) @ _with_ones(a)).movedim(-1, 0)
+        return a * by_a[3] - by_a[:3], b * by_b[3] - by_b[:3]
+
+
+def _with_ones(points: Tensor) -> Tensor:
+    """(3, ..., S) -> (..., S, 4)"""
+    return torch.stack([*points, torch.ones_like(points[0])], dim=-1)
 
 
 def pair_distance(a: Tensor, b: Tensor) -> Tensor:
@@ -62,12 +69,32 @@ def pair_distance(a: Tensor, b: Tensor) -> Tensor:
     return _PairDistance.apply(a, b)
 
 
+class _SwiGLU(torch.autograd.Function):
+    """Keeps its input only; autograd would keep the SiLU as well, and join the two halves of the gradient by a copy."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        gate, value = x.chunk(2, dim=-1)
+        ctx.save_for_backward(x)
+        return F.silu(gate).mul_(value)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        gate, value = x.chunk(2, dim=-1)
+        out = torch.empty_like(x)
+        grad_gate, grad_value = out.chunk(2, dim=-1)
+        torch.mul(grad, F.silu(gate), out=grad_value)
+        torch.ops.aten.silu_backward.grad_input(grad * value, gate, grad_input=grad_gate)
+        return out
+
+
 class SwiGLU(nn.Module):
     """(..., 2F) -> (..., F): SiLU of the first half times the second (Shazeer 2020)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, value = x.chunk(2, dim=-1)
-        return F.silu(gate) * value
+        return _SwiGLU.apply(x)
 
 
 def feed_forward(width: int, ratio: float, bias: bool) -> nn.Sequential:
@@ -192,10 +219,8 @@ class StructureEncoder(nn.Module):
         rotation, origin = rotation[chain[:, None], slots], origin[chain[:, None], slots]
         origin = origin - origin[:, :1]  # only differences matter, and near zero they keep their digits
 
-        size = len(chain)
-        if not torch.is_grad_enabled():
-            size = CPU_NEIGHBOURHOODS if coords.device.type == "cpu" else GPU_NEIGHBOURHOODS
-        parts = zip(*(t.split(max(1, size)) for t in (offset, rotation, origin, near)), strict=True)
+        size = CPU_NEIGHBOURHOODS if coords.device.type == "cpu" else GPU_NEIGHBOURHOODS
+        parts = zip(*(t.split(size) for t in (offset, rotation, origin, near)), strict=True)
         encoded = torch.cat([self._neighbourhoods(*part) for part in parts])  # (N, d)
         full = encoded.new_zeros(*valid.shape, encoded.shape[-1]).index_put((chain, residue), encoded)
         with torch.autocast(full.device.type, enabled=False):  # codes are chosen by distances between latents
@@ -203,7 +228,8 @@ class StructureEncoder(nn.Module):
 
     def _neighbourhoods(self, offset: Tensor, rotation: Tensor, origin: Tensor, near: Tensor) -> Tensor:
         """offset (N, S) rows of the table, rotation (N, S, 3, 3), origin (N, S, 3), near (N, S) -> slot 0, (N, d)."""
-        table, blocks = self.relative_positional_embedding.embedding.weight, self.transformer.blocks
+        table = self.relative_positional_embedding.embedding.weight
+        blocks = cast("Sequence[GeometricBlock]", self.transformer.blocks)
         x = F.embedding(offset, table)  # (N, S, d)
         for depth, block in enumerate(blocks):
             queries = 1 if depth == len(blocks) - 1 else x.shape[1]

@@ -10,6 +10,7 @@ import torch
 from golden_fill import GOLDEN, fill_values, load_arrays, load_shapes
 from torch.nn import functional as F
 
+from protein import structure_decoder
 from protein.structure_decoder import (
     ESM3Decoder,
     VectorDecoder,
@@ -97,7 +98,9 @@ def test_padding_must_be_masked(golden, esm3):
 
 # ----------------------------------------------------------------------------------------------------------- heads
 
-def test_pair_logits_equal_the_plain_formula_in_values_and_gradients(small):
+@pytest.mark.parametrize("elements", [1, 128 * 7 * 3, 2**19])  # blocks of 1, 3 and all residues
+def test_pair_logits_equal_the_plain_formula_in_values_and_gradients(small, monkeypatch, elements):
+    monkeypatch.setattr(structure_decoder, "CPU_PAIR_ELEMENTS", elements)
     head = small.pairwise_classification_head
     hidden = torch.randn(2, 7, 16)
 
@@ -125,6 +128,33 @@ def test_pair_logits_equal_the_plain_formula_in_values_and_gradients(small):
     assert without.pae is None
     torch.testing.assert_close(without.distance, ours(hidden)[0])
     assert (without.distance - without.distance.transpose(1, 2)).abs().max() > 0.1, "else i and j could be swapped"
+
+
+def test_pair_logits_have_the_gradients_of_their_values():
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 3, 64, dtype=torch.float64), torch.randn(2, 3, 64, dtype=torch.float64)
+    shapes = ((128, 128), (128,), (128,), (2, 128), (1, 128))
+    weights = [0.1 * torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    weights[1] += 1
+    inputs = [t.requires_grad_() for t in (q, k, *weights)]
+    assert torch.autograd.gradcheck(structure_decoder._PairLogits.apply, inputs, fast_mode=True)
+
+
+def test_pair_logits_under_autocast(small):
+    head, weight = small.pairwise_classification_head, torch.randn(2, 9, 9, 64)
+    gradients = {}
+    for enabled in (False, True):
+        head.zero_grad()
+        hidden = torch.linspace(-2, 2, 2 * 9 * 16).view(2, 9, 16).sin().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            distance = head(hidden, False).distance
+        assert distance.dtype == (torch.bfloat16 if enabled else torch.float32)
+        (distance * weight).sum().backward()  # outside autocast, as training loops have it
+        gradients[enabled] = {"hidden": hidden.grad} | {name: p.grad.clone() for name, p in head.named_parameters()}
+    for name, exact in gradients[False].items():
+        found = gradients[True][name]
+        assert found.dtype == torch.float32
+        assert 0 < (found - exact).norm() < 0.03 * exact.norm(), name
 
 
 def test_frames_are_rotations_and_atoms_have_ideal_geometry(small):

@@ -241,6 +241,7 @@ class LargestTensor(TorchDispatchMode):
 def test_memory_of_a_long_chain_is_bounded(golden, small, monkeypatch):
     length = 3000
     monkeypatch.setattr(geometry, "_PAIRS_AT_ONCE", 2**18)
+    monkeypatch.setattr(structure_encoder, "CPU_NEIGHBOURHOODS", 64)
     coords = torch.cat([chain(golden) + 40.0 * i for i in range(-(-length // 64))], dim=1)[:, :length]
     with torch.no_grad(), LargestTensor() as largest:
         z = small(coords)
@@ -338,6 +339,13 @@ def test_pair_distance_is_differentiable():
     expected = (a[..., :, None] - b[..., None, :]).square().sum(0).sqrt()
     torch.testing.assert_close(pair_distance(a, b), expected)
     assert torch.autograd.gradcheck(pair_distance, (a.requires_grad_(), b.requires_grad_()))
+
+
+def test_swiglu_is_differentiable():
+    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    swiglu = structure_encoder.SwiGLU()
+    torch.testing.assert_close(swiglu(x), F.silu(x[:, :4]) * x[:, 4:])
+    assert torch.autograd.gradcheck(swiglu, x)
 
 
 def test_pair_distance_at_coinciding_points_and_far_away():
