@@ -5,7 +5,7 @@ StructTokenBench (Yuan et al., ICML 2025) and the paper (Sec. 5.1.3) train from 
 neighbourhood of S slots, slot 0 being itself, that sees relative positions and relative frames only; so latents do not
 change when the structure is rotated or moved, and no attention ever spans the chain.
 
-The published code spends twice the arithmetic. Here:
+The published code spends about twice the arithmetic. Here:
 - the first block's input is a row of a table with 66 rows, so its projections are made for 66 rows, not for N S slots;
 - only slot 0 of the last block is read, so the last block computes no other queries and no other feed-forward rows;
 - padding and residues without coordinates form no neighbourhoods.

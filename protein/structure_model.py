@@ -177,17 +177,20 @@ def _check_mask(mask: Tensor | None, shape: torch.Size) -> Tensor | None:
 
 
 def check_residues(coords: Tensor, mask: Tensor | None) -> Tensor:
-    """Residues of the mask that have coordinates, (B, L) bool. ValueError: coords not (B, L, A >= 3, 3) floating point,
-    or a mask (B, L) unlike them."""
-    if coords.ndim != 4 or coords.shape[2] < 3 or coords.shape[3] != 3 or not coords.is_floating_point():
+    """Residues of the mask that have coordinates, (B, L) bool.
+
+    ValueError: coords empty, or not (B, L, A >= 3, 3) floating point, or a mask (B, L) unlike them.
+    """
+    shaped = coords.ndim == 4 and coords.shape[2] >= 3 and coords.shape[3] == 3 and coords.numel() > 0
+    if not shaped or not coords.is_floating_point():
         raise ValueError("coordinates must be floating point (B, L, A, 3) with atoms N, CA, C first, "
                          f"got {coords.dtype} {tuple(coords.shape)}")
     return valid_residues(coords, _check_mask(mask, coords.shape[:2]))
 
 
 def check_tokens(tokens: Tensor, mask: Tensor | None, num_codes: int) -> Tensor:
-    """tokens as int64, -1 where masked. ValueError: not integers (B, L), a mask unlike them, a token without code."""
-    if tokens.ndim != 2 or tokens.dtype not in (torch.int32, torch.int64):
+    """tokens as int64, -1 where masked. ValueError: empty or no integers (B, L), a mask unlike them, no code."""
+    if tokens.ndim != 2 or not tokens.numel() or tokens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"tokens must be integers (B, L), got {tokens.dtype} {tuple(tokens.shape)}")
     mask = _check_mask(mask, tokens.shape)
     if mask is not None:

@@ -222,6 +222,7 @@ def test_coordinates_stay_float32_under_autocast(backbone):
 @pytest.mark.parametrize(("coords", "mask", "message"), [
     (torch.zeros(2, 4, 3), None, r"\(2, 4, 3\)"),
     (torch.zeros(2, 4, 2, 3), None, r"got torch.float32 \(2, 4, 2, 3\)"),
+    (torch.zeros(2, 0, 3, 3), None, r"got torch.float32 \(2, 0, 3, 3\)"),
     (torch.zeros(2, 4, 3, 3, dtype=torch.int64), None, "coordinates must be floating point"),
     (torch.zeros(2, 4, 3, 3), torch.ones(2, 5, dtype=torch.bool), r"mask must be bool \(2, 4\)"),
     (torch.zeros(2, 4, 3, 3), torch.ones(2, 4), r"got torch.float32 \(2, 4\)"),
@@ -236,6 +237,7 @@ def test_wrong_inputs_of_encode(coords, mask, message):
 @pytest.mark.parametrize(("tokens", "mask", "message"), [
     (torch.tensor([[0, 12]]), None, "token 12 is no code: the codebook has 12"),
     (torch.tensor([0, 1]), None, r"tokens must be integers \(B, L\), got torch.int64 \(2,\)"),
+    (torch.zeros(1, 0, dtype=torch.int64), None, r"got torch.int64 \(1, 0\)"),
     (torch.tensor([[True]]), None, "tokens must be integers"),
     (torch.zeros(1, 2, 5), None, r"quantized vectors must be \(B, L, 6\), got \(1, 2, 5\)"),
     (torch.zeros(1, 2, 6), torch.ones(2, 2, dtype=torch.bool), r"mask must be bool \(1, 2\)"),
