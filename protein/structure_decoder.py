@@ -25,8 +25,8 @@ IDEAL_N, IDEAL_C = (0.5256, 1.3612), -1.5251
 
 DISTANCE_BINS, DIRECTION_DOTS, DIRECTION_BINS, PAE_BINS, PLDDT_BINS = 64, 6, 16, 64, 50
 PAIR_WIDTH = 128  # of the pairwise head; half of it are queries, half keys
-# Numbers of hidden pair features that exist at a time: on a CPU what its caches bear; a GPU wants few, large launches.
-CPU_PAIR_ELEMENTS, GPU_PAIR_ELEMENTS = 2**19, 2**26
+# Numbers of hidden pair features that exist at a time, chosen like those of structure_encoder.
+CPU_PAIR_ELEMENTS, GPU_PAIR_ELEMENTS = 2**21, 2**26
 TRANSLATION_SCALE = 10.0  # Angstrom per unit of the frame head's output
 MAX_PAE = 31.0  # Angstrom
 ESM3_CODES, ESM3_SPECIAL_TOKENS = 4096, 5  # MASK, EOS, BOS, PAD, CHAINBREAK follow the codes

@@ -26,10 +26,12 @@ from torch.nn import functional as F
 from protein.geometry import backbone_frames, knn_graph, valid_residues
 
 REACH = 32  # relative positions are clamped to +-REACH
+ENCODER_RATIO = 4.0  # of the feed-forward layers' width to the encoder's
 
-# Neighbourhoods that go through the blocks at a time. More are no faster on a CPU, where caches and the page faults of
-# large tensors count; a GPU wants few, large launches, and memory is bounded only when nothing is kept for a backward.
-CPU_NEIGHBOURHOODS, GPU_NEIGHBOURHOODS = 128, 4096
+# Numbers of the feed-forward layers' hidden slots that exist at a time. On a CPU larger tensors cost page faults and
+# smaller ones synchronisation of threads; a GPU wants few, large launches. Memory is bounded by this only when nothing
+# is kept for a backward.
+CPU_HIDDEN_ELEMENTS, GPU_HIDDEN_ELEMENTS = 2**23, 2**29
 
 
 class _PairDistance(torch.autograd.Function):
@@ -97,9 +99,14 @@ class SwiGLU(nn.Module):
         return _SwiGLU.apply(x)
 
 
+def hidden_size(width: int, ratio: float) -> int:
+    """ratio x width, rounded up to a multiple of 256."""
+    return int((ratio * width + 255) // 256 * 256)
+
+
 def feed_forward(width: int, ratio: float, bias: bool) -> nn.Sequential:
-    """Pre-normalised SwiGLU layer, (..., width) -> (..., width); its hidden size is rounded up to a multiple of 256."""
-    hidden = int((ratio * width + 255) // 256 * 256)
+    """Pre-normalised SwiGLU layer, (..., width) -> (..., width)."""
+    hidden = hidden_size(width, ratio)
     return nn.Sequential(
         nn.LayerNorm(width), nn.Linear(width, 2 * hidden, bias=bias), SwiGLU(), nn.Linear(hidden, width, bias=bias)
     )
@@ -168,7 +175,7 @@ class GeometricBlock(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.geom_attn = GeometricAttention(width, heads)
-        self.ffn = feed_forward(width, ratio=4.0, bias=True)
+        self.ffn = feed_forward(width, ENCODER_RATIO, bias=True)
 
 
 class _Blocks(nn.Module):
@@ -196,7 +203,7 @@ class StructureEncoder(nn.Module):
 
     def __init__(self, width: int, heads: int, layers: int, dim: int, neighbours: int = 16):
         super().__init__()
-        self.neighbours = neighbours
+        self.neighbours, self.hidden = neighbours, 2 * hidden_size(width, ENCODER_RATIO)
         self.transformer = _Blocks(width, heads, layers)
         self.pre_vq_proj = nn.Linear(width, dim)
         self.relative_positional_embedding = RelativePosition(width)
@@ -219,7 +226,8 @@ class StructureEncoder(nn.Module):
         rotation, origin = rotation[chain[:, None], slots], origin[chain[:, None], slots]
         origin = origin - origin[:, :1]  # only differences matter, and near zero they keep their digits
 
-        size = CPU_NEIGHBOURHOODS if coords.device.type == "cpu" else GPU_NEIGHBOURHOODS
+        elements = CPU_HIDDEN_ELEMENTS if coords.device.type == "cpu" else GPU_HIDDEN_ELEMENTS
+        size = max(1, elements // (slots.shape[1] * self.hidden))
         parts = zip(*(t.split(size) for t in (offset, rotation, origin, near)), strict=True)
         encoded = torch.cat([self._neighbourhoods(*part) for part in parts])  # (N, d)
         full = encoded.new_zeros(*valid.shape, encoded.shape[-1]).index_put((chain, residue), encoded)

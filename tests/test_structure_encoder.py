@@ -241,12 +241,12 @@ class LargestTensor(TorchDispatchMode):
 def test_memory_of_a_long_chain_is_bounded(golden, small, monkeypatch):
     length = 3000
     monkeypatch.setattr(geometry, "_PAIRS_AT_ONCE", 2**18)
-    monkeypatch.setattr(structure_encoder, "CPU_NEIGHBOURHOODS", 64)
+    monkeypatch.setattr(structure_encoder, "CPU_HIDDEN_ELEMENTS", 2**19)
     coords = torch.cat([chain(golden) + 40.0 * i for i in range(-(-length // 64))], dim=1)[:, :length]
     with torch.no_grad(), LargestTensor() as largest:
         z = small(coords)
     assert z.isfinite().all()
-    assert largest.elements <= max(2**18, 64 * 16 * 2 * 256, length * 16 * 9) < length**2 / 10
+    assert largest.elements <= max(2**19, length * 16 * 9) < length**2 / 10
     torch.testing.assert_close(z[:, 1000:1010], small(coords[:, 500:1500])[:, 500:510], rtol=0, atol=1e-4)
 
 
