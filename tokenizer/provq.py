@@ -53,6 +53,10 @@ __version__ = "0.2.0"
 # Public since torch 2.3, there since 2.1.
 _is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling
 
+# Before torch 2.4 a compiled graph has no guards on a module's attributes: that of the warm-up would silently serve all
+# stages. There, the quantizer runs eagerly inside a compiled model.
+_guarded = torch.compiler.disable if torch.__version__ < (2, 4) else lambda forward: forward
+
 # Elements of the N x K distance matrix that exist at a time. 2 MiB of float32 stays in a CPU core's cache (3x faster
 # than one large matrix, see evaluations/benchmarks/code_search.py); a GPU wants fewer, larger launches (128 MiB).
 CPU_SEARCH_ELEMENTS, GPU_SEARCH_ELEMENTS = 2**19, 2**25
@@ -889,6 +893,7 @@ class ProVQ(nn.Module):
         full[mask] = indices
         return full
 
+    @_guarded
     def forward(self, z: Tensor, mask: Tensor | None = None) -> ProVQOutput:
         """z (B, D, ...) or (B, ..., D) float; mask (B, ...) bool, True = valid. See ProVQOutput.
 
@@ -1217,7 +1222,7 @@ class VectorQuantizeAdapter(_Projected, TableAdapter):
     """vector-quantize-pytorch's VectorQuantize: EMA, learned or cosine codes. Instead of its kmeans_init, ProVQ's."""
 
     classes, accepts = ("VectorQuantize",), ("mask",)
-    needs = ("_codebook.embed", "_codebook.initted", "project_in", "project_out")
+    needs = ("_codebook.embed", "_codebook.initted", "_codebook.use_ddp", "accept_3d_fmap", "project_in", "project_out")
     supports = {"heads": 1, "_codebook.affine_param": False, "_codebook.vq_bridge": None,  # noqa: RUF012
                 "return_zeros_for_masked_padding": True}
 
@@ -1457,6 +1462,7 @@ class Attached(ProVQ):
             return self.init_codebook(None)
         return super().maybe_init_codebook(copies=copies, **options)
 
+    @_guarded
     def forward(self, z: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The host's forward, on the curriculum.
 
