@@ -446,8 +446,12 @@ def test_unsupported_options_are_refused_by_name(make, message):
 
 
 def test_what_adapt_does_not_know():
-    with pytest.raises(TypeError, match=r"Linear is none .*llamagen: VectorQuantizer with .*kind='custom'"):
+    with pytest.raises(TypeError, match=r"Linear is none .*llamagen: VectorQuantizer;.*kind='custom'"):
         adapt(nn.Linear(2, 2))
+    old = lucidrains.VectorQuantize(dim=4, codebook_size=8)
+    del old.accept_3d_fmap  # as before vector-quantize-pytorch 1.27
+    with pytest.raises(TypeError, match=r"VectorQuantize .*for lucidrains it lacks accept_3d_fmap: a version"):
+        adapt(old)
     with pytest.raises(ValueError, match=r"unknown kind 'llama'.*llamagen, taming"):
         adapt(nn.Linear(2, 2), "llama")
     with pytest.raises(TypeError, match=r"VectorQuantizer2 is no llamagen quantizer: it lacks l2_norm"):

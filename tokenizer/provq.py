@@ -1253,7 +1253,7 @@ class ResidualVQAdapter(_Projected):
     """vector-quantize-pytorch's ResidualVQ, set level by level. It has no single codebook: `attach` takes it only."""
 
     classes, accepts = ("ResidualVQ",), ("mask",)
-    needs = ("layers", "num_quantizers", "project_in", "project_out")
+    needs = ("layers.0.accept_3d_fmap", "num_quantizers", "project_in", "project_out")
     supports = {"shared_codebook": False, "implicit_neural_codebook": False, "accept_image_fmap": False,  # noqa: RUF012
                 "return_zeros_for_masked_padding": True}
 
@@ -1412,13 +1412,16 @@ def adapt(module: nn.Module, kind: str = "auto", **callables: Any) -> Adapter:
         raise TypeError(f"{', '.join(callables)}: only kind='custom' takes callables")
     name = type(module).__name__
     if kind == "auto":
-        found = [adapter for cls in type(module).__mro__ for adapter in ADAPTERS.values()  # the nearest class first
-                 if cls.__name__ in adapter.classes and not _missing(module, adapter)]
-        if not found:
-            known = "; ".join(f"{k}: {' or '.join(a.classes)} with {', '.join(a.needs)}" for k, a in ADAPTERS.items())
-            raise TypeError(f"{name} is none of the quantizers that adapt() knows ({known}): give kind=, or "
-                            "kind='custom' and callables")
-        return found[0](module)
+        named = [kind for cls in type(module).__mro__ for kind, adapter in ADAPTERS.items()  # the nearest class first
+                 if cls.__name__ in adapter.classes]
+        found = [kind for kind in named if not _missing(module, ADAPTERS[kind])]
+        if found:
+            return ADAPTERS[found[0]](module)
+        lacks = "; ".join(f"for {kind} it lacks {', '.join(_missing(module, ADAPTERS[kind]))}" for kind in named)
+        known = "; ".join(f"{kind}: {' or '.join(adapter.classes)}" for kind, adapter in ADAPTERS.items())
+        raise TypeError(f"{name} is none of the quantizers that adapt() knows ("
+                        + (f"{lacks}: a version of its package that is not supported?" if named else known)
+                        + "): give kind=, or kind='custom' and callables")
     if kind not in ADAPTERS:
         raise ValueError(f"unknown kind {kind!r}; choose one of auto, custom, {', '.join(ADAPTERS)}")
     missing = _missing(module, ADAPTERS[kind])
