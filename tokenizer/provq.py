@@ -55,7 +55,7 @@ _is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._utils.is
 
 # Before torch 2.4 a compiled graph has no guards on a module's attributes: that of the warm-up would silently serve all
 # stages. There, the quantizer runs eagerly inside a compiled model.
-_guarded = torch.compiler.disable if torch.__version__ < (2, 4) else lambda forward: forward
+_guarded = torch.compiler.disable if torch.__version__ < "2.4" else lambda forward: forward
 
 # Elements of the N x K distance matrix that exist at a time. 2 MiB of float32 stays in a CPU core's cache (3x faster
 # than one large matrix, see evaluations/benchmarks/code_search.py); a GPU wants fewer, larger launches (128 MiB).
