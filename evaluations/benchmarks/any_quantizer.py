@@ -1,0 +1,173 @@
+"""The curriculum around quantizers of other packages: each trained bare and attached, with all else equal.
+
+    python evaluations/benchmarks/any_quantizer.py [cifar10_train.zip] [--quantizers ema fsq] [--seeds 0 1 2]
+
+A small convolutional autoencoder at --image-size pixels, mean squared error, Adam at one learning rate for all. Bare is
+`attach` with a zero-length curriculum, which equals the quantizer alone bit for bit; attached spends a third of the
+steps each on warm-up, transition and discrete training. Prints a table: PSNR (dB) of held-out images, codes used on
+them and perplexity, mean and standard deviation over seeds. Needs vector-quantize-pytorch and diveq.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from evaluations.pixels import psnr
+from tokenizer.data import ImageDataset, split_holdout
+from tokenizer.image_sources import open_images
+from tokenizer.provq import Curriculum, attach, code_statistics
+from tokenizer.vq_model import Architecture, Decoder, Encoder
+
+DIM = 8  # channels of a code
+ARCHITECTURE = Architecture(32, (1, 1), encoder_blocks=(0, 2), decoder_blocks=(0, 2), z_channels=32)  # halves once
+
+
+def _lucidrains(name: str, **options: Any) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        import vector_quantize_pytorch as package  # not needed by anything else in this repository
+
+        return getattr(package, name)(dim=DIM, **options)
+    return make
+
+
+def _diveq() -> nn.Module:
+    import diveq
+
+    return diveq.DIVEQ(num_embeddings=256, embedding_dim=DIM)
+
+
+QUANTIZERS: dict[str, Callable[[], nn.Module]] = {  # about 256 codes each
+    "ema": _lucidrains("VectorQuantize", codebook_size=256),
+    "ema-kmeans": _lucidrains("VectorQuantize", codebook_size=256, kmeans_init=True),  # its own, on the first batch
+    "ema-restart": _lucidrains("VectorQuantize", codebook_size=256, threshold_ema_dead_code=2),
+    "cosine": _lucidrains("VectorQuantize", codebook_size=256, use_cosine_sim=True),
+    "learned": _lucidrains("VectorQuantize", codebook_size=256, learnable_codebook=True, ema_update=False),
+    "residual": _lucidrains("ResidualVQ", codebook_size=16, num_quantizers=2),
+    "simvq": _lucidrains("SimVQ", codebook_size=256),
+    "fsq": _lucidrains("FSQ", levels=[8, 6, 5]),
+    "lfq": _lucidrains("LFQ", codebook_size=256),
+    "diveq": _diveq,
+}
+
+
+class Autoencoder(nn.Module):
+    """Images (B, C, S, S) in [-1, 1] around any quantizer of tokens."""
+
+    def __init__(self, quantizer: nn.Module, channels: int, flat: bool):
+        super().__init__()
+        self.encoder, self.decoder = Encoder(ARCHITECTURE, channels, 0.0), Decoder(ARCHITECTURE, channels, 0.0)
+        self.before = nn.Conv2d(ARCHITECTURE.z_channels, DIM, 1)
+        self.after = nn.Conv2d(DIM, ARCHITECTURE.z_channels, 1)
+        self.quantize, self.flat = quantizer, flat  # flat: takes (N, D), not (B, N, D)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """-> reconstruction, the quantizer's loss [], indices of any shape."""
+        z = self.before(self.encoder(x))  # (B, D, h, w)
+        tokens = z.flatten(2).movedim(1, -1)  # (B, h w, D)
+        quantized, indices, *rest = self.quantize(tokens.flatten(0, 1) if self.flat else tokens)
+        quantized = quantized.reshape(tokens.shape).movedim(-1, 1).reshape(z.shape)
+        # FSQ has no loss; what diveq returns last is a perplexity.
+        loss = rest[0].sum() if rest and not self.flat else z.new_zeros(())
+        return self.decoder(self.after(quantized)), loss, indices
+
+
+def train(args: argparse.Namespace, name: str, curriculum: Curriculum, seed: int, images: Tensor) -> Autoencoder:
+    torch.manual_seed(seed)
+    model = Autoencoder(QUANTIZERS[name](), images.shape[1], flat=name == "diveq")
+    provq = attach(model.quantize, curriculum)
+    optimizer = torch.optim.Adam(model.parameters(), args.lr)
+    batches = torch.Generator().manual_seed(seed)
+    for step in range(args.steps):
+        provq.set_step(step)
+        provq.maybe_init_codebook(optimizers=[optimizer], seed=seed)
+        x = images[torch.randint(len(images), (args.batch_size,), generator=batches)]
+        reconstruction, loss, _ = model(x)
+        optimizer.zero_grad()
+        (F.mse_loss(reconstruction, x) + loss).backward()
+        optimizer.step()
+    return model.eval()
+
+
+@torch.no_grad()
+def score(model: Autoencoder, images: Tensor) -> dict[str, float]:
+    adapter = model.quantize.provq.quantizer
+    counts, quality = torch.zeros(adapter.num_codes, dtype=torch.int64), []
+    for x in images.split(250):
+        reconstruction, _, indices = model(x)
+        quality.append(psnr(reconstruction.clamp(-1, 1), x, data_range=2.0))
+        counts += torch.bincount(adapter.countable(indices).flatten().long(), minlength=len(counts))
+    return {"psnr": torch.cat(quality).mean().item(), "codes": int((counts > 0).sum()),
+            "perplexity": code_statistics(counts)["perplexity"]}
+
+
+def load(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """Training and held-out images (n, C, S, S), in memory. SystemExit: too few of them."""
+    source = open_images(args.data_path, channels=1 if args.data_path is None else 3)
+    if len(source) <= args.val_size:
+        raise SystemExit(f"--val-size {args.val_size} of {len(source)} images leaves none to train on")
+    return tuple(
+        torch.stack([dataset[i]["image"] for i in range(len(dataset))])
+        for half in split_holdout(len(source), args.val_size, seed=0)
+        for dataset in [ImageDataset(source, args.image_size, indices=half[: args.max_images])]
+    )
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data_path", nargs="?", help="images, as for train_provq.py; none = scikit-learn's digits")
+    parser.add_argument("--quantizers", nargs="+", default=list(QUANTIZERS), choices=QUANTIZERS, metavar="NAME",
+                        help=f"of {', '.join(QUANTIZERS)}; default all")
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--image-size", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--val-size", type=int, default=1000, help="held-out images")
+    parser.add_argument("--max-images", type=int, default=20_000, help="at most so many of each half are read")
+    parser.add_argument("--out", type=Path, help="also write every run as a line of JSON there")
+    args = parser.parse_args(argv)
+    for name in ("steps", "image_size", "batch_size", "lr", "val_size", "max_images"):
+        if getattr(args, name) <= 0:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be positive")
+    if args.steps < 3 or args.image_size % ARCHITECTURE.downsample:
+        parser.error(f"--steps must be at least 3 and --image-size a multiple of {ARCHITECTURE.downsample}")
+    if args.out and args.out.exists():
+        parser.error(f"--out {args.out} exists: name another file, or remove it")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    training, held_out = load(args)
+    third = args.steps // 3
+    print("| quantizer | | PSNR (dB) | codes used | perplexity |\n|---|---|---|---|---|")  # noqa: T201
+    for name in args.quantizers:
+        for label, curriculum in (("bare", Curriculum(0, 0)), ("+ ProVQ", Curriculum(third, third))):
+            runs = [score(train(args, name, curriculum, seed, training), held_out) for seed in args.seeds]
+            if args.out:
+                with args.out.open("a", encoding="utf-8") as file:
+                    for seed, run in zip(args.seeds, runs, strict=True):
+                        file.write(json.dumps({"quantizer": name, "curriculum": label, "seed": seed, **run}) + "\n")
+            cells = []
+            for key, digits in (("psnr", 2), ("codes", 0), ("perplexity", 0)):
+                values = [run[key] for run in runs]
+                spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+                cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
+            print(f"| {name} | {label} | {' | '.join(cells)} |", flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
