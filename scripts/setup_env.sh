@@ -4,7 +4,8 @@
 #     source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 #     "$PYTHON" "$ROOT/tokenizer/train_provq.py" "$@"
 #
-# Sets and exports ROOT (the repository root) and PYTHON (an absolute path); does not change the working directory.
+# Sets and exports ROOT (the repository root), PYTHON (an absolute path) and GOMP_SPINCOUNT; does not change the working
+# directory.
 #   PYTHON=/path/to/python   use that interpreter as it is, install nothing
 #   otherwise                .venv in the repository root, made on the first call and brought up to date when
 #                            requirements.txt changes; `python3` makes it. pip reads its usual PIP_* variables.
@@ -85,4 +86,7 @@ if [ -n "${PYTHON:-}" ]; then
 else
     setup_env_make_venv
 fi
+# GNU OpenMP's threads, with which torch computes on a CPU, spin for long before they sleep. Where other programs want the
+# same cores that makes training many times slower; a tenth of its spinning costs a few percent on an idle machine.
+export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-10000}"
 export ROOT PYTHON

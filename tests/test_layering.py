@@ -25,7 +25,7 @@ MAX_LINES = 600
 PROVQ = Path("tokenizer/provq.py")
 CURRICULUM_RUN = Path("tokenizer/curriculum_run.py")  # and what all tokenizers' trainers share
 IMAGE_SETS = Path("evaluations/image_sets.py")
-LONGER = {PROVQ: 1600}  # one file on purpose: it is copied into other projects by itself
+LONGER = {PROVQ: 1700}  # one file on purpose: it is copied into other projects by itself
 GUARD = "if not __package__:\n    sys.path[0] = str(Path(__file__).resolve().parents[{depth}])"
 
 

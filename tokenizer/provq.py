@@ -39,6 +39,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 import operator
 from typing import Any, Callable, NamedTuple, Sequence
@@ -178,7 +179,8 @@ def _search(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
 def _search_blocks(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     # Distances do not change, but a common offset would cancel catastrophically in |e|^2 - 2xe. (Not the mean: one code
     # far out would drag it along.)
-    centre = codes.median(0).values
+    # (On a GPU the median has no deterministic form, for use_deterministic_algorithms.)
+    centre = codes.sort(0).values[(len(codes) - 1) // 2] if codes.is_cuda else codes.median(0).values
     x, codes = x - centre, codes - centre
     sq = codes.square().sum(1)
     rows = max(1, (CPU_SEARCH_ELEMENTS if x.device.type == "cpu" else GPU_SEARCH_ELEMENTS) // max(1, len(codes)))
@@ -614,7 +616,7 @@ class ProVQ(nn.Module):
 
     Call `set_step(step)` before the forwards of a step and, so that a checkpoint holds all of it, `set_step(step + 1)`
     after the optimizer's. The state dict adds step, initialised, warmup_end, best_score and stale_checks, and while
-    `collect` holds latents, those; a loaded warmup_end, where an adaptive warm-up ended, overrides the constructor's.
+    `collect` holds latents, those; where an adaptive warm-up ended, a loaded warmup_end overrides the constructor's.
     Keep the module in float32 (use autocast): in half precision alpha and running means would lose small changes.
     """
 
@@ -622,8 +624,8 @@ class ProVQ(nn.Module):
 
     quantizer: Any  # typed by its methods
     step: Tensor  # int64 []: optimizer steps done
-    initialised: Tensor  # bool []: init_codebook was called
-    warmup_end: Tensor  # int64 []: first step of stage 2
+    initialised: Tensor  # float32 []: not 0 once init_codebook was called. A float, so that averages of models follow
+    warmup_end: Tensor  # int64 []: first step of stage 2 where an adaptive warm-up ended, else -1; 0: none, codes train
     best_score: Tensor  # float64 []
     stale_checks: Tensor  # int64 []
     _alpha: Tensor
@@ -650,36 +652,47 @@ class ProVQ(nn.Module):
         self.quantizer, self.adaptive, self.channel_dim = quantizer, adaptive, channel_dim
         self._full_curriculum = curriculum
         self.register_buffer("step", torch.tensor(0))
-        self.register_buffer("initialised", torch.tensor(False))
-        self.register_buffer("warmup_end", torch.tensor(curriculum.warmup_steps))
-        self.register_buffer("best_score", torch.tensor(math.inf, dtype=torch.float64))
+        self.register_buffer("initialised", torch.tensor(0.0))
+        self.register_buffer("warmup_end", torch.tensor(-1 if curriculum.warmup_steps else 0))
+        self.register_buffer("best_score", torch.tensor(torch.finfo(torch.float64).max, dtype=torch.float64))
         self.register_buffer("stale_checks", torch.tensor(0))
         # 0-d tensors, not floats: torch.compile makes one graph per stage, not one per value of alpha.
         self.register_buffer("_alpha", torch.tensor(0.0), persistent=False)
         self.register_buffer("_omega", torch.tensor(0.0), persistent=False)
-        self._counts = torch.zeros(self.quantizer.num_codes, dtype=torch.int64)  # per rank: no buffer (see EMA above)
+        counted = getattr(quantizer, "indices_at", True)  # a grid of codes that keeps its indices has billions of them
+        self._counts = torch.zeros(self.num_codes if counted else 0, dtype=torch.int64)  # per rank: no buffer (see EMA)
+        self._loaded_alone = False  # a host's weights came without a curriculum, and no step has been set since
         self._empty_reservoir()
         self._mirror()
 
     def _mirror(self) -> None:
         # Python copies of the state: forward must not synchronise with the device to know its stage.
         self._step, self._initialised = int(self.step), bool(self.initialised)
-        self._curriculum = dataclasses.replace(self._full_curriculum, warmup_steps=int(self.warmup_end))
+        end, longest = int(self.warmup_end), self._full_curriculum.warmup_steps
+        warmup = min(end, longest) if end > 0 else longest
+        self._curriculum = dataclasses.replace(self._full_curriculum, warmup_steps=warmup)
+        self._from_start = end == longest == 0  # the codes trained without a warm-up; not so a warm-up's checkpoint
         self._stage = self._curriculum.stage(self._step)
         self._alpha.fill_(self._curriculum.alpha(self._step))
         self._omega.fill_(self._curriculum.omega(self._step))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any) -> nn.Module:
+        super()._apply(fn, *args)
+        for name in ("reservoir", "reservoir_state", "_counts"):  # no buffers, but they move along
+            setattr(self, name, getattr(self, name).to(self.step.device))
+        return self
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if len(self._reservoir):
-            destination[prefix + "reservoir"] = self._reservoir
-            destination[prefix + "reservoir_state"] = self._reservoir_state
+        if len(self.reservoir):
+            destination[prefix + "reservoir"] = self.reservoir
+            destination[prefix + "reservoir_state"] = self.reservoir_state
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         self._empty_reservoir()
         if prefix + "reservoir" in state_dict:  # popped: they come and go, and strict loading must not mind
-            self._reservoir = state_dict.pop(prefix + "reservoir").clone()
-            self._reservoir_state = state_dict.pop(prefix + "reservoir_state").clone()
+            self.reservoir = state_dict.pop(prefix + "reservoir").clone()
+            self.reservoir_state = state_dict.pop(prefix + "reservoir_state").clone()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._mirror()
 
@@ -716,7 +729,9 @@ class ProVQ(nn.Module):
     @property
     def has_codebook(self) -> bool:
         """Whether codes mean anything yet: initialised from data, or trained from the start (no warm-up)."""
-        return self._initialised or self._full_curriculum.warmup_steps == self._curriculum.warmup_steps == 0
+        if not (self._initialised or self.training or _is_compiling()):
+            self._initialised = bool(self.initialised)  # averages of models (EMA, SWA) are written to directly
+        return self._initialised or self._loaded_alone or self._from_start
 
     @property
     def needs_init(self) -> bool:
@@ -726,15 +741,19 @@ class ProVQ(nn.Module):
     def set_step(self, step: int) -> None:
         """Steps < step are done. Going forward also applies a pending EMA update (collective then).
 
-        TypeError: not an int. ValueError: negative.
+        TypeError: not an int. ValueError: negative. RuntimeError: back into the warm-up of an initialised codebook.
         """
         if isinstance(step, bool) or not isinstance(step, int):
             raise TypeError(f"step must be a Python int (a tensor would synchronise), got {type(step).__name__}")
         if step < 0:
             raise ValueError(f"step must be >= 0, got {step}")
+        if self.training and step < self._step and self._initialised and self._curriculum.stage(step) == 1:
+            raise RuntimeError(f"step {step} is in the warm-up, but the codebook was initialised by step {self._step}: "
+                               "train on with Curriculum(0, 0), or load the weights without the curriculum's state "
+                               "(host_state_dict, or the quantizer's own) for a warm-up from the start")
         if step > self._step and self._stage > 1 and hasattr(self.quantizer, "update_"):
             self.quantizer.update_()
-        self._step = step
+        self._step, self._loaded_alone = step, False
         self._stage = self._curriculum.stage(step)
         self.step.fill_(step)
         self._alpha.fill_(self._curriculum.alpha(step))
@@ -758,7 +777,7 @@ class ProVQ(nn.Module):
             self.stale_checks.zero_()
         else:
             self.stale_checks.add_(1)
-        ended = int(self.stale_checks) >= self.adaptive.patience and self._step >= self.adaptive.min_steps
+        ended = int(self.stale_checks) >= self.adaptive.patience and self._step >= max(1, self.adaptive.min_steps)
         if ended:
             self.warmup_end.fill_(self._step)
             self._mirror()
@@ -766,13 +785,19 @@ class ProVQ(nn.Module):
 
     def _empty_reservoir(self) -> None:
         # Plain tensors, not buffers: DistributedDataParallel would overwrite other ranks' latents with rank 0's.
-        self._reservoir = torch.zeros(0, self.quantizer.dim)
-        self._reservoir_state = torch.zeros(2, dtype=torch.int64)  # tokens taken so far; tokens in the last call
+        self.reservoir = torch.zeros(0, self.quantizer.dim, device=self.step.device)
+        self.reservoir_state = torch.zeros(2, dtype=torch.int64, device=self.step.device)  # tokens: taken, last call's
 
-    def _make_reservoir(self) -> None:
+    def _size_reservoir(self) -> None:
+        """Make room for this rank's share. With another number of ranks than before, the latest tokens stay."""
         size = max(-(-RESERVOIR_TOKENS_PER_CODE * self.num_codes // _world()), 2 * RESERVOIR_CALLS)
-        self._reservoir = torch.zeros(size, self.dim, device=self.step.device)
-        self._reservoir_state = self._reservoir_state.to(self.step.device)
+        if len(self.reservoir) == size:
+            return
+        taken, old = (int(self.reservoir_state[0]), self.reservoir) if len(self.reservoir) else (0, self.reservoir)
+        stay = torch.arange(max(0, taken - min(len(old), size)), taken, device=old.device)
+        self.reservoir = torch.zeros(size, self.dim, device=old.device)
+        self.reservoir[: len(stay)] = old[stay % max(1, len(old))]
+        self.reservoir_state[0] = len(stay)
 
     @torch.no_grad()
     def collect(self, latents: Tensor) -> None:
@@ -785,22 +810,19 @@ class ProVQ(nn.Module):
         self._check_tokens(latents)
         if not len(latents):
             return
-        if not len(self._reservoir):
-            self._make_reservoir()
-        if self._reservoir.device != latents.device:
-            self._reservoir = self._reservoir.to(latents.device)
-            self._reservoir_state = self._reservoir_state.to(latents.device)
-        size, n = len(self._reservoir), len(latents)
+        if not len(self.reservoir):
+            self._size_reservoir()
+        size, n = len(self.reservoir), len(latents)
         take = min(n, -(-size // RESERVOIR_CALLS))  # rounded up: one call of all ranks may have to do
         # One row of each of `take` equal parts of the batch. Where in its part is a hash (Knuth's) of a running number,
         # in whole numbers: a fixed stride would see the same places of every image.
         i = torch.arange(take, device=latents.device)
-        taken = self._reservoir_state[0]
+        taken = self.reservoir_state[0]
         within = (taken + i) * 2654435769 % 2**32
         rows = (i * n + (within * n >> 32)) // take
-        self._reservoir[(taken + i) % size] = latents[rows].float()
-        self._reservoir_state[0] += take
-        self._reservoir_state[1] = n
+        self.reservoir[(taken + i) % size] = latents[rows].float()
+        self.reservoir_state[0] += take
+        self.reservoir_state[1] = n
 
     def _check_tokens(self, latents: Tensor) -> None:
         if latents.ndim != 2 or latents.shape[1] != self.dim:
@@ -810,15 +832,20 @@ class ProVQ(nn.Module):
         """Once, when the warm-up has ended: `init_codebook` from what `collect` kept. Else None. Collective then.
 
         Call it in every step after set_step. options: those of `init_codebook`, above all `optimizers`. copies: moving
-        averages of the quantizer (same state-dict keys), which take the new codes over at once.
+        averages of the quantizer (same state-dict keys), which take the new codes over at once. RuntimeError: `collect`
+        was never called.
         """
         if not self.needs_init:
             return None
-        kept = self._reservoir[: int(self._reservoir_state[0])].to(self.step.device)
+        kept = self.reservoir[: int(self.reservoir_state[0])]
+        if not _all_reduce(self.reservoir_state[:1].clone()):  # of all ranks: none may raise while others wait
+            raise RuntimeError("the warm-up has ended, and no latents were collected in it. Were weights loaded without"
+                               " the curriculum's state? Then call init_codebook(None): codes stay as they are")
         info = self.init_codebook(kept, **options)
         state = self._owner().state_dict()
-        for copy in copies:
-            copy.load_state_dict({name: state[name] for name in copy.state_dict()})
+        for copy in [copies] if isinstance(copies, nn.Module) else copies:
+            # Without the reservoir, which is empty now: loading empties the copy's.
+            copy.load_state_dict({name: state[name] for name in copy.state_dict() if name in state})
         return info
 
     def _owner(self) -> nn.Module:
@@ -838,9 +865,11 @@ class ProVQ(nn.Module):
         """
         if self._initialised:
             raise RuntimeError("init_codebook was called before: the codebook is initialised once")
+        optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
         info: dict[str, float] = {}
         if latents is not None:
             self._check_tokens(latents)
+            latents = latents.to(getattr(self.quantizer, "latent_dtype", latents.dtype))
             rest, info = self.quantizer.latent(latents), {"empty": 0}
             # A residual quantizer has levels: each gets the centroids of what those before it left over.
             levels = getattr(self.quantizer, "levels", (self.quantizer,))
@@ -856,14 +885,15 @@ class ProVQ(nn.Module):
         for optimizer in optimizers:
             for parameter in parameters():
                 optimizer.state.pop(parameter, None)
-        self.initialised.fill_(True)
+        self.initialised.fill_(1.0)
         self._initialised = True
         self._empty_reservoir()
         return info
 
     def _per_batch(self, counts: Tensor) -> Tensor:
-        # Running means of a foreign quantizer count tokens of one rank's batches, not those of the whole sample.
-        batch = int(self._reservoir_state[1])
+        # Running means of a foreign quantizer count tokens of one rank's batches, not those of the whole sample; alike
+        # on all ranks, or their codebooks would drift apart.
+        batch = _all_reduce(self.reservoir_state[1].double()) / _world()
         return counts * (batch / counts.sum()) if batch else counts
 
     def _flatten(self, z: Tensor, mask: Tensor | None) -> tuple[Tensor, tuple[int, ...]]:
@@ -990,11 +1020,18 @@ def _put(out: Any, path: Path, value: Any) -> Any:
     return type(out)(*items) if hasattr(out, "_fields") else tuple(items)
 
 
+def _beside(module: nn.Module, name: str) -> Any:
+    """What is called `name` in the file of the module's class, or of the nearest base whose file has it."""
+    scopes = (vars(cls)["forward"].__globals__ for cls in type(module).__mro__ if "forward" in vars(cls))
+    return next(scope[name] for scope in scopes if name in scope)
+
+
 class Adapter(nn.Module):
     """A foreign quantizer, `.module`, in the terms of ProVQ; `adapt` picks the subclass.
 
     One more host is one more subclass: what it calls its sizes, where its z has channels, where its return value has
-    what, which options are not supported, and how codes are set. Only `set_codebook_` changes the host.
+    what, which options are not supported, and how codes are set. Only `set_codebook_` changes the host (and LlamaGen's
+    usage meter, see there).
     """
 
     classes: tuple[str, ...]  # class names that "auto" recognises, if the attributes are there as well
@@ -1006,6 +1043,7 @@ class Adapter(nn.Module):
 
     channel_dim = 1  # of z: 1 (B, D, ...) or -1 (B, ..., D)
     spatial = 2  # dimensions of z besides batch and channels
+    ndims: Path = (4,)  # of z that the host takes; (): any
     flat_indices = False  # (B h w,) instead of (B, h, w)
     index_dtype = torch.int64
     trailing: Path = ()  # shape of indices beyond that
@@ -1020,6 +1058,8 @@ class Adapter(nn.Module):
     def __init__(self, module: Any):
         super().__init__()
         self.module = module
+        parameters = list(inspect.signature(type(module).forward).parameters.values())[2:]
+        self.defaults = {p.name: p.default for p in parameters}  # of what the host's forward takes besides z, in order
         self.num_codes, self.dim = (getattr(module, name, 0) for name in self.sizes)
         for option, value in self.supports.items():
             got = module
@@ -1156,7 +1196,8 @@ class SimVQAdapter(TamingAdapter):
     def __init__(self, module: Any):
         super().__init__(module)
         self.spatial = 1 if type(module).__name__.endswith("1D") else 2
-        breakdown = type(module).forward.__globals__["LossBreakdown"]  # the named tuple of its file
+        self.ndims = (self.spatial + 2,)
+        breakdown = _beside(module, "LossBreakdown")  # the named tuple of its file
         self.template = ((None, torch.tensor(0.0), None), breakdown(*[torch.tensor(0.0)] * 4))
 
     def table(self) -> Tensor:
@@ -1177,7 +1218,7 @@ def _make_identity(linear: nn.Linear) -> None:
 class EMACodebookAdapter(TableAdapter):
     """ESM's EMACodebook. Its EMA update is not released, so the codebook must be frozen: it stays at the centroids."""
 
-    classes, sizes, channel_dim = ("EMACodebook",), ("n_codes", "embedding_dim"), -1
+    classes, sizes, channel_dim, ndims = ("EMACodebook",), ("n_codes", "embedding_dim"), -1, (3,)
     needs, supports = ("embeddings", "N", "z_avg", "freeze_codebook"), {"freeze_codebook": True}
 
     def table(self) -> Tensor:
@@ -1194,7 +1235,7 @@ class EMACodebookAdapter(TableAdapter):
 class DiVeQAdapter(TableAdapter):
     """diveq's DIVEQ and DIVEQDetach: z (N, D); no loss, codes learn through z~. `inference` is not intercepted."""
 
-    classes, sizes, channel_dim = ("DIVEQ", "DIVEQDetach"), ("num_embeddings", "embedding_dim"), -1
+    classes, sizes, channel_dim, ndims = ("DIVEQ", "DIVEQDetach"), ("num_embeddings", "embedding_dim"), -1, (2,)
     needs, template = ("codebook", "codebook_usage", "replacement_iters"), (None, None, 0.0)  # perplexity is last
     losses_at = {}  # noqa: RUF012
 
@@ -1210,6 +1251,12 @@ class _Projected(Adapter):
     """vector-quantize-pytorch: linear maps into and out of the space of the codes, or identities."""
 
     sizes, channel_dim = ("codebook_size", "dim"), -1
+    ndims: Path = (2, 3)
+
+    @property
+    def latent_dtype(self) -> torch.dtype:
+        """Of tokens that `latent` takes: latents are collected in float32, whatever the host was cast to."""
+        return next((p.dtype for p in self.module.project_in.parameters()), torch.float32)
 
     def latent(self, x: Tensor) -> Tensor:
         return self.module.project_in(x)
@@ -1221,7 +1268,8 @@ class _Projected(Adapter):
 class VectorQuantizeAdapter(_Projected, TableAdapter):
     """vector-quantize-pytorch's VectorQuantize: EMA, learned or cosine codes. Instead of its kmeans_init, ProVQ's."""
 
-    classes, accepts = ("VectorQuantize",), ("mask",)
+    classes: tuple[str, ...] = ("VectorQuantize",)
+    accepts: tuple[str, ...] = ("mask",)
     needs = ("_codebook.embed", "_codebook.initted", "_codebook.use_ddp", "accept_3d_fmap", "project_in", "project_out")
     supports = {"heads": 1, "_codebook.affine_param": False, "_codebook.vq_bridge": None,  # noqa: RUF012
                 "return_zeros_for_masked_padding": True}
@@ -1231,6 +1279,8 @@ class VectorQuantizeAdapter(_Projected, TableAdapter):
         self.l2_norm = module.use_cosine_sim
         self.spatial = 2 if module.accept_image_fmap else 3 if module.accept_3d_fmap else 1
         self.channel_dim = -1 if self.spatial == 1 and module.channel_last else 1
+        if self.spatial > 1:
+            self.ndims, self.accepts = (self.spatial + 2,), ()
 
     def table(self) -> Tensor:
         return self.module._codebook.embed[0]
@@ -1253,7 +1303,7 @@ class ResidualVQAdapter(_Projected):
     """vector-quantize-pytorch's ResidualVQ, set level by level. It has no single codebook: `attach` takes it only."""
 
     classes, accepts = ("ResidualVQ",), ("mask",)
-    needs = ("layers.0.accept_3d_fmap", "num_quantizers", "project_in", "project_out")
+    needs = ("layers.0.accept_3d_fmap", "layers.0._codebook.use_ddp", "num_quantizers", "project_in", "project_out")
     supports = {"shared_codebook": False, "implicit_neural_codebook": False, "accept_image_fmap": False,  # noqa: RUF012
                 "return_zeros_for_masked_padding": True}
 
@@ -1274,7 +1324,7 @@ class ResidualVQAdapter(_Projected):
 class LucidrainsSimVQAdapter(TableAdapter):
     """vector-quantize-pytorch's SimVQ. Codes are set in the frozen codebook, its map to the identity."""
 
-    classes, spatial = ("SimVQ",), 1
+    classes, spatial, ndims = ("SimVQ",), 1, ()
     needs = ("frozen_codebook", "code_transform", "channel_first")
 
     def __init__(self, module: Any):
@@ -1298,7 +1348,7 @@ class LucidrainsSimVQAdapter(TableAdapter):
 class _Grid(_Projected):
     """Codes on a fixed grid: warm-up and mix are all there is to do, by `attach` only."""
 
-    settable, supports = False, {"orthogonal_rotation": False}
+    settable, supports, ndims = False, {"orthogonal_rotation": False}, ()
 
     def __init__(self, module: Any):
         super().__init__(module)
@@ -1332,8 +1382,8 @@ class FSQAdapter(_Grid):
         if self.module.preserve_symmetry:
             half, offset, levels = torch.ones_like(half), torch.zeros_like(half), torch.full_like(levels, 2)
         shift = offset / half
-        z = (z + shift).clamp(-1.0, 1.0) if hard else torch.tanh(z + torch.atanh(shift))
-        return (z * half - offset) / (levels // 2)
+        wide = (z + shift).clamp(-1.0, 1.0) if hard else torch.tanh(z + torch.atanh(shift))
+        return ((wide * half - offset) / (levels // 2)).to(z.dtype)
 
 
 class LFQAdapter(_Grid):
@@ -1343,7 +1393,7 @@ class LFQAdapter(_Grid):
 
     def __init__(self, module: Any):
         super().__init__(module)
-        self.template = type(module).forward.__globals__["Return"](None, None, None)  # the named tuple of its file
+        self.template = _beside(module, "Return")(None, None, None)  # the named tuple of its file
 
     def bounded(self, z: Tensor) -> Tensor:
         clamp = self.module.soft_clamp_input_value
@@ -1435,9 +1485,11 @@ def adapt(module: nn.Module, kind: str = "auto", **callables: Any) -> Adapter:
 class Attached(ProVQ):
     """The curriculum of a host's quantizer where it stands: what `attach` returns, and the quantizer's child `provq`.
 
-    All of ProVQ but the call. The host is called as ever and returns its own tuple, with quantized mixed (Eq. 2) and
-    losses weighted (Eq. 4). In the warm-up its forward does not run: quantized is the latent, losses are 0, indices -1.
-    In stage 3, and in eval() once there is a codebook, the tuple is the host's, untouched.
+    All of ProVQ but the call (and what needs one table of codes, where there is none). The host is called as ever and
+    returns its own tuple, with quantized mixed (Eq. 2) and losses weighted (Eq. 4). In the warm-up its forward does not
+    run: quantized is the latent, losses are 0, indices -1. In stage 3, and in eval() once there is a codebook, the
+    tuple is the host's, untouched. Weights of the host alone may be loaded: eval() then uses their codes until the
+    first `set_step`.
     """
 
     REQUIRED = ("latent", "output", "num_codes", "dim")
@@ -1446,19 +1498,26 @@ class Attached(ProVQ):
         super().__init__(adapter, curriculum, channel_dim=adapter.channel_dim, adaptive=adaptive)
         # Known, but no child: the host holds this module, and a module tree must have no cycle.
         self.__dict__["quantizer"] = self._modules.pop("quantizer")
+        self._make_room()
+
+    def _make_room(self) -> None:
+        # At once, not in the first forward: then torch.compile would trace the warm-up twice, and a copy of the model
+        # made in between would not have the entry that the model's state dict has.
+        if self._stage == 1 and not self._initialised and self.quantizer.settable:
+            self._size_reservoir()
 
     def _owner(self) -> nn.Module:
         return self.quantizer.module
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # A checkpoint of the host alone says nothing of the curriculum, which then stays as it is.
-        if any(name.startswith(prefix) for name in state_dict):
+        self._loaded_alone = not any(name.startswith(prefix) for name in state_dict)
+        if not self._loaded_alone:
             super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def set_step(self, step: int) -> None:
         super().set_step(step)
-        if self._stage == 1 and self.quantizer.settable and not len(self._reservoir):
-            self._make_reservoir()  # not in the first forward: then torch.compile would trace the warm-up twice
+        self._make_room()
 
     def maybe_init_codebook(self, *, copies: Sequence[nn.Module] = (), **options: Any) -> dict[str, float] | None:
         if self.needs_init and not self.quantizer.settable:
@@ -1467,15 +1526,17 @@ class Attached(ProVQ):
 
     @_guarded
     def forward(self, z: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The host's forward, on the curriculum.
+        """The host's forward, on the curriculum. `usage` counts calls with no arguments that change the host's tuple.
 
-        TypeError: arguments that change the host's tuple, before stage 3. ValueError: channels. RuntimeError: training
-        past the warm-up without `maybe_init_codebook`.
+        TypeError: such arguments before stage 3. ValueError: dimensions or channels. RuntimeError: training past the
+        warm-up without `maybe_init_codebook`.
         """
         adapter, module = self.quantizer, self.quantizer.module
         if self.training and self.needs_init:
             raise RuntimeError(f"step {self._step} is past the warm-up: call maybe_init_codebook() after set_step()")
-        unknown = [*map(repr, args), *(name for name in kwargs if name not in adapter.accepts)]
+        given = {**dict(zip(adapter.defaults, args)), **kwargs}  # noqa: B905  # strict= is of Python 3.10
+        unknown = [name for name, value in given.items()
+                   if name not in adapter.accepts and value is not adapter.defaults.get(name, _missing)]
         continuous = self._stage == 1 if self.training else not self.has_codebook
         if not continuous and (self._stage == 3 or not self.training):
             out = type(module).forward(module, z, *args, **kwargs)
@@ -1485,7 +1546,10 @@ class Attached(ProVQ):
 
         if unknown:
             raise TypeError(f"{type(module).__name__}: {', '.join(unknown)} in a call is not supported before stage 3")
-        dim, mask = adapter.channels(z), kwargs.get("mask")
+        if adapter.ndims and z.ndim not in adapter.ndims:
+            dimensions = " or ".join(map(str, adapter.ndims))
+            raise ValueError(f"{type(module).__name__} takes latents of {dimensions} dimensions, got {tuple(z.shape)}")
+        dim, mask = adapter.channels(z), given.get("mask")
         if z.shape[dim] != self.dim:
             raise ValueError(f"latents need {self.dim} channels in dimension {dim}, got {tuple(z.shape)}")
         tokens = z.movedim(dim, -1)
@@ -1495,14 +1559,14 @@ class Attached(ProVQ):
         smooth = smooth.movedim(-1, dim)
         if continuous:
             if self.training:
-                if adapter.settable and not _recomputing():
+                if adapter.settable and not self._initialised and not _recomputing():
                     self.collect((tokens if mask is None else tokens[mask]).detach().reshape(-1, self.dim))
                 for parameter in module.parameters():  # then DistributedDataParallel sees the codebook used
                     if parameter.requires_grad:
                         smooth = smooth + 0.0 * parameter.float().sum()
             return adapter.silent(z, smooth)
 
-        out = type(module).forward(module, z, **kwargs)
+        out = type(module).forward(module, z, *args, **kwargs)
         self._count_host(out)
         quantized = _get(out, adapter.quantized_at)
         alpha, omega = self._alpha.clone(), self._omega.clone()  # backward needs them, after the next set_step
@@ -1528,8 +1592,9 @@ def attach(
     """Put a host's quantizer on the curriculum where it stands; returns the handle, which is also `module.provq`.
 
     module keeps its class, attributes, methods, parameters and state-dict keys, and gains the entries `provq.*`, the
-    state of ProVQ. kind: see `adapt`, whose errors this has as well. RuntimeError: attached before. Attach before
-    DistributedDataParallel and torch.compile; not for nn.DataParallel, whose replicas would share this one module.
+    state of ProVQ. kind: see `adapt`, whose errors this has as well; no "custom". RuntimeError: attached before. Attach
+    before DistributedDataParallel and torch.compile; not for nn.DataParallel, whose replicas would share this module.
+    A moving average of the model needs the codes at once: maybe_init_codebook(..., copies=[average.quantize]).
 
     LlamaGen, tokenizer/tokenizer_image/vq_train.py: after `vq_model = vq_model.to(device)`, and first in the loop,
         provq = attach(vq_model.quantize, Curriculum(warmup_steps=50_000, transition_steps=20_000))
@@ -1545,6 +1610,8 @@ def attach(
             provq.set_step(step)
             provq.maybe_init_codebook(optimizers=[optimizer])
     """
+    if kind == "custom":
+        raise ValueError("attach(kind='custom'): of an unknown return value only ProVQ(adapt(module, 'custom', ...))")
     if "forward" in module.__dict__ or hasattr(module, "provq"):
         raise RuntimeError(f"{type(module).__name__}: forward is replaced already; attach once, before others do that")
     attached = Attached(adapt(module, kind), curriculum, adaptive)
