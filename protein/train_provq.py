@@ -200,7 +200,11 @@ class Trainer(CurriculumRun):
         return distributed.all_reduce_(counts)
 
     def save_examples(self, model: StructureVQModel, stem: str) -> None:
-        """RUN/structures/STEM/: a few chains as they are and as they come back, for a molecular viewer."""
+        """RUN/structures/STEM/: a few chains as they are and as they come back, for a molecular viewer.
+
+        mmCIF, which holds numbers and coordinates of any size. A chain that has nothing to show (a crop without a whole
+        residue, a model that gives NaN) is left out with a note: looking must not end the training.
+        """
         folder = self.run_dir / "structures" / stem
         folder.mkdir(parents=True, exist_ok=True)
         for place in spread(len(self.val_set), EXAMPLES):
@@ -209,7 +213,10 @@ class Trainer(CurriculumRun):
             decoded = model.decode(model.quantize(z, valid).quantized, valid).coords
             decoded = torch.where(valid[..., None, None], decoded, torch.nan)
             for what, coords in (("target", batch["coords"]), ("decoded", decoded)):
-                _write(folder / f"{place:04d}_{what}.pdb", coords[0], batch["residue_index"][0])
+                if coords.isfinite().all(-1).any():
+                    _write(folder / f"{place:04d}_{what}.cif", coords[0], batch["residue_index"][0])
+                else:
+                    distributed.print0(f"note: {folder.name}: validation chain {place} ({what}) has no atoms to write")
 
     def summary(self) -> dict[str, Any]:
         return super().summary() | {"training_chains": len(self.train_set), "validation_chains": len(self.val_set)}

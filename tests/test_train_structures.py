@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import training_runs
+from helices import helix
 from training_runs import Killed, rows, to_words
 
 from protein import train_provq
@@ -196,7 +197,7 @@ def test_another_experiment_cannot_resume_a_run(straight, capsys):
 def test_unreadable_structures_are_skipped_up_to_a_limit(straight, tmp_path, capsys):
     folder = tmp_path / "structures"
     folder.mkdir()
-    targets = sorted(straight.glob("structures/*/*_target.pdb"))[:4]
+    targets = sorted(straight.glob("structures/*/*_target.cif"))[:4]
     for i, path in enumerate(targets * 3):
         write_structure(folder / f"{i:02d}.pdb", read_structure(path)[0])
     (folder / "bad.pdb.gz").write_bytes(gzip.compress((folder / "00.pdb").read_bytes())[:-40])
@@ -204,6 +205,23 @@ def test_unreadable_structures_are_skipped_up_to_a_limit(straight, tmp_path, cap
     train_provq.main(flags(tmp_path / "ok", max_bad_structures=1, **words))
     assert "bad.pdb.gz" in capsys.readouterr().out
     assert "bad.pdb.gz" in fails(flags(tmp_path / "strict", max_bad_structures=0, **words), capsys)
+
+
+def test_examples_never_end_a_run(tmp_path, capsys):
+    """Crops without a whole residue have nothing to show, and residues may be numbered beyond what PDB holds."""
+    folder = tmp_path / "structures"
+    folder.mkdir()
+    for i in range(8):
+        chain = helix(f"{i}abc", 60, seed=i, numbers=[n if n < 12 or i % 2 else n + 10_000 for n in range(60)])
+        chain.coords[12:] += 50  # a break: numbers count over it
+        if i % 2:
+            chain.coords[12:, [0, 2]] = float("nan")
+        write_structure(folder / f"{i}abc.cif", chain)
+    train_provq.main(flags(tmp_path / "run", data_path=folder, preset="ideal", max_length=20, max_steps=4,
+                           warmup_steps=2, transition_steps=0, val_fraction=0.5, val_size=0))
+    assert "(decoded) has no atoms to write" in capsys.readouterr().out
+    decoded = [read_structure(path)[0] for path in (tmp_path / "run").glob("structures/*_final/*_decoded.cif")]
+    assert max(chain.residue_numbers.max() for chain in decoded) > 10_000
 
 
 def test_defaults_are_the_papers_recipe():
