@@ -48,6 +48,7 @@ GAP = -10
 CONFORMATIONS = {"fold_switching": "codnas.csv", "apo_holo": "apo.csv"}  # in the archive's sensitivity/conformational
 SKIPPED = {("fold_switching", 2)}  # a pair that StructTokenBench leaves out, by its place in the file
 UTILITY = ("casp14", "cameo")      # in the archive's utility
+MIN_ATOMS = 3  # CA atoms that TM-align needs of a chain
 
 
 class Pair(NamedTuple):
@@ -60,13 +61,23 @@ class Pair(NamedTuple):
 
 # ------------------------------------------------------------------------------------------------------------ measures
 
+def _known(chain: Chain) -> npt.NDArray[np.intp]:
+    """Places of the residues that have a CA."""
+    return np.flatnonzero(np.isfinite(chain.coords[:, 1]).all(-1))
+
+
 def tm_score(first: Chain, second: Chain) -> float:
-    """Of the alignment that TM-align finds, CA atoms; mean of the two normalizations."""
+    """Of the alignment that TM-align finds, CA atoms; mean of the two normalizations.
+
+    ValueError, naming the chain: fewer than MIN_ATOMS of its residues have a CA.
+    """
     from tmtools import tm_align
 
     parts = []
     for chain in (first, second):
-        known = np.flatnonzero(np.isfinite(chain.coords[:, 1]).all(-1))
+        known = _known(chain)
+        if len(known) < MIN_ATOMS:
+            raise ValueError(f"chain {chain.label}: {len(known)} residues with CA; TM-align needs {MIN_ATOMS}")
         letters = "".join(chain.sequence[i] for i in known)
         parts.append((chain.coords[known, 1].astype(np.float64), letters))
     found = tm_align(parts[0][0], parts[1][0], parts[0][1], parts[1][1])
@@ -196,7 +207,8 @@ def _member(where: str, value: Any, folder: Path) -> Chain:
 def archive_pairs(archive: Archive, name: str) -> list[Pair]:
     """StructTokenBench's pairs: a table with the first chain, "1abc.A", in the column name and the other in the last.
 
-    Pairs with a chain that cannot be read are left out. ValueError naming file, line and field.
+    Pairs with a chain that cannot be read, or has fewer than MIN_ATOMS CA, are left out. ValueError naming file, line
+    and field.
     """
     path = archive.data / "sensitivity" / "conformational" / CONFORMATIONS[name]
     wanted = []
@@ -219,7 +231,9 @@ def archive_pairs(archive: Archive, name: str) -> list[Pair]:
     pairs = []
     for identifier, keys in wanted:
         first, second = (found[key] for key in keys)
-        if isinstance(first, Chain) and isinstance(second, Chain):
+        if not isinstance(first, Chain) or not isinstance(second, Chain):
+            continue
+        if min(len(_known(first)), len(_known(second))) >= MIN_ATOMS:
             pairs.append(Pair(identifier, first, second))
     if not pairs:
         raise ValueError(f"{path}: none of its pairs has structures in {archive.structure('1abc').parent}")
@@ -283,7 +297,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", help="StructTokenBench's archive, unpacked")
     add("--pdb-data", help="PDB structures: the folder with mmcif_files")
     add("--max-length", type=int, default=MAX_LENGTH, help=f"leave out longer chains (default: {MAX_LENGTH})")
-    add("--out", type=Path, required=True, help="where to write: OUT.json and OUT.md")
+    add("--out", type=Path, required=True, help="where to write: OUT.json and OUT.md, over those of an earlier call")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of the tokenizers (default: auto)")
     args = parser.parse_args(argv)
     if not args.pairs and not args.chains:
@@ -293,19 +307,37 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def _open_pairs(args: argparse.Namespace, archive: Archive | None) -> dict[str, tuple[list[Pair], list[float]]]:
+    """Name -> pairs and their TM-scores, of every --pairs, before anything is tokenized. ValueError naming --pairs."""
+    sets: dict[str, tuple[list[Pair], list[float]]] = {}
+    sources: dict[str, str] = {}
+    for source in args.pairs:
+        known = source in CONFORMATIONS and archive is not None
+        name, pairs = (source, archive_pairs(archive, source)) if known and archive else read_pairs(Path(source))
+        if name in sources:
+            raise ValueError(f"--pairs {sources[name]} and {source} are both called {name!r}, which names them in the "
+                             "tables; change the first line of one")
+        sources[name] = source
+        pairs = [pair for pair in pairs if max(len(pair.first), len(pair.second)) <= args.max_length]
+        if len(pairs) < 2:
+            raise ValueError(f"--pairs {source}: {len(pairs)} pairs of at most {args.max_length} residues; needs two")
+        targets = []
+        for pair in pairs:
+            try:
+                targets.append(tm_score(pair.first, pair.second))
+            except ValueError as error:
+                raise ValueError(f"--pairs {source}: pair {pair.id}: {error}") from error
+        sets[name] = pairs, targets
+    return sets
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
     device = distributed.init(args.device)
     tokenizers = [open_tokenizer(name, device) for name in args.tokenizer]
     archive = None if args.data is None else Archive.open(args.data, args.pdb_data)
     found: dict[str, Any]
     report: dict[str, dict[str, Any]] = {"sensitivity": {}, "utilisation": {}}
-    for source in args.pairs:
-        known = source in CONFORMATIONS and archive is not None
-        name, pairs = (source, archive_pairs(archive, source)) if known and archive else read_pairs(Path(source))
-        pairs = [pair for pair in pairs if max(len(pair.first), len(pair.second)) <= args.max_length]
-        if len(pairs) < 2:
-            raise ValueError(f"--pairs {source}: {len(pairs)} pairs of at most {args.max_length} residues; needs two")
-        targets = [tm_score(pair.first, pair.second) for pair in pairs]
+    for name, (pairs, targets) in _open_pairs(args, archive).items():
         report["sensitivity"][name] = found = {}
         for tokenizer in tokenizers:
             tokenizer.fit([pair.first for pair in pairs])
@@ -329,17 +361,34 @@ def _fresh(label: str, taken: dict[str, Any]) -> str:
     return f"{label} ({count + 1})" if count else label
 
 
+def output_files(out: Path) -> tuple[Path, Path]:
+    """OUT.json and OUT.md, also for OUT.json. ValueError: files of these names that an earlier call has not written."""
+    stem = out.name.removesuffix(".json")  # not with_suffix, to which lambda-0.5 and lambda-0.25 are one name
+    report, text = out.with_name(f"{stem}.json"), out.with_name(f"{stem}.md")
+    if report.exists():
+        try:
+            found = json.loads(report.read_text(encoding="utf-8"))
+        except ValueError:
+            found = None
+        if not isinstance(found, dict) or not {"sensitivity", "utilisation"} <= found.keys():
+            raise ValueError(f"--out {out}: {report} exists and is no earlier result; name another")
+    elif text.exists():
+        raise ValueError(f"--out {out}: {text} exists and is no earlier result; name another")
+    return report, text
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
+        files = output_files(args.out)
         report = run(args)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(args.out.with_suffix(".json"), json.dumps(report, indent=1) + "\n")
-        atomic_write_text(args.out.with_suffix(".md"), "\n".join(map(markdown_table, tables(report))))
+        atomic_write_text(files[0], json.dumps(report, indent=1) + "\n")
+        atomic_write_text(files[1], "\n".join(map(markdown_table, tables(report))))
     except (ValueError, OSError) as error:
         raise SystemExit(f"sensitivity.py: error: {error}") from error
     distributed.finalize()
-    distributed.print0(f"wrote {args.out.with_suffix('.json')} and .md")
+    distributed.print0(f"wrote {files[0]} and .md")
 
 
 if __name__ == "__main__":

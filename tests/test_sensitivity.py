@@ -126,6 +126,64 @@ def test_pairs_and_chains_of_the_archive(archive):
     assert [c.name for c in archive_chains(archive, "casp14")] == [pdb_id(i) for i in range(8)]
 
 
+def test_pairs_of_the_archive_that_cannot_be_aligned_are_left_out(archive, monkeypatch):
+    shortest = min(min(len(pair.first), len(pair.second)) for pair in archive_pairs(archive, "apo_holo"))
+    monkeypatch.setattr(sens, "MIN_ATOMS", shortest + 1)
+    found = archive_pairs(archive, "apo_holo")
+    assert 0 < len(found) < 6
+    assert all(min(len(pair.first), len(pair.second)) > shortest for pair in found)
+
+
+def own_pairs(folder, stem="pairs", name="Mine", count=2, length=12, first_length=None):
+    """folder/STEM.jsonl: pairs of helices, the first of first_length."""
+    rows = [{"pairs": name}]
+    for i in range(count):
+        chosen = (first_length or length) if i == 0 else length
+        for form in "ub":
+            write_helix(folder / "pdb", f"{stem}{i}{form}", chosen, seed=2 * i + (form == "b"))
+        rows.append({"id": f"p{i}", "first": {"structure": f"pdb/{stem}{i}u.pdb"},
+                     "second": {"structure": f"pdb/{stem}{i}b.pdb"}})
+    path = folder / f"{stem}.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+def call(out, *pairs):
+    main(["--tokenizer", "foldseek", "--pairs", *map(str, pairs), "--out", str(out), "--device", "cpu"])
+
+
+def test_names_with_a_dot_are_kept_apart(tmp_path):
+    pairs = own_pairs(tmp_path)
+    for name in ("lambda-0.5", "lambda-0.25", "plain.json"):
+        call(tmp_path / "res" / name, pairs)
+    call(tmp_path / "res" / "lambda-0.5", pairs)  # the same command again
+    assert sorted(path.name for path in (tmp_path / "res").iterdir()) == [
+        f"{stem}.{kind}" for stem in ("lambda-0.25", "lambda-0.5", "plain") for kind in ("json", "md")]
+
+
+@pytest.mark.parametrize(("name", "text"), [("README.md", "# Mine"), ("a.json", "[]"), ("a.json", "{}"),
+                                            ("a.json", "{")])
+def test_other_files_are_not_written_over(tmp_path, name, text):
+    pairs = own_pairs(tmp_path)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(SystemExit, match=rf"--out .*{name} exists and is no earlier result; name another"):
+        call(tmp_path / name.partition(".")[0], pairs)
+    assert (tmp_path / name).read_text() == text
+
+
+def test_two_sets_of_one_name_are_refused(tmp_path):
+    first, second = own_pairs(tmp_path, "a"), own_pairs(tmp_path, "b")
+    with pytest.raises(SystemExit, match=r"--pairs .*a.jsonl and .*b.jsonl are both called 'Mine'"):
+        call(tmp_path / "out", first, second)
+    call(tmp_path / "out", first, own_pairs(tmp_path, "b", "Other"))
+    assert list(json.loads((tmp_path / "out.json").read_text())["sensitivity"]) == ["Mine", "Other"]
+
+
+def test_chains_too_short_to_align_are_named(tmp_path):
+    with pytest.raises(SystemExit, match=r"pairs.jsonl: pair p0: chain pairs0u_A: 2 residues with CA; TM-align needs"):
+        call(tmp_path / "out", own_pairs(tmp_path, first_length=2))
+
+
 def test_damaged_tables_are_named(archive, tmp_path):
     shutil.copytree(archive.data / "sensitivity", tmp_path / "sensitivity")
     path = tmp_path / "sensitivity" / "conformational" / "apo.csv"
