@@ -1302,7 +1302,7 @@ class VectorQuantizeAdapter(_Projected, TableAdapter):
 class ResidualVQAdapter(_Projected):
     """vector-quantize-pytorch's ResidualVQ, set level by level. It has no single codebook: `attach` takes it only."""
 
-    classes, accepts = ("ResidualVQ",), ("mask",)
+    classes, accepts = ("ResidualVQ",), ("mask", "rand_quantize_dropout_fixed_seed")
     needs = ("layers.0.accept_3d_fmap", "layers.0._codebook.use_ddp", "num_quantizers", "project_in", "project_out")
     supports = {"shared_codebook": False, "implicit_neural_codebook": False, "accept_image_fmap": False,  # noqa: RUF012
                 "return_zeros_for_masked_padding": True}
@@ -1535,8 +1535,8 @@ class Attached(ProVQ):
         if self.training and self.needs_init:
             raise RuntimeError(f"step {self._step} is past the warm-up: call maybe_init_codebook() after set_step()")
         given = {**dict(zip(adapter.defaults, args)), **kwargs}  # noqa: B905  # strict= is of Python 3.10
-        unknown = [name for name, value in given.items()
-                   if name not in adapter.accepts and value is not adapter.defaults.get(name, _missing)]
+        unknown = [name for name, value in given.items() if name not in adapter.accepts
+                   and value is not adapter.defaults.get(name) and value is not None and value is not False]
         continuous = self._stage == 1 if self.training else not self.has_codebook
         if not continuous and (self._stage == 3 or not self.training):
             out = type(module).forward(module, z, *args, **kwargs)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import vector_quantize_pytorch as lucidrains
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -28,7 +29,8 @@ from provq_hosts import VectorQuantizer
 from tokenizer.provq import AdaptiveWarmup, Curriculum, EMAVectorQuantizer, ProVQ, attach, kmeans
 
 SCENARIOS: dict[str, Callable[[int, int], dict[str, Any]]] = {}
-LOOSE = {"ema_restart", "attached_host"}  # random numbers, or what a rank collects: only the ranks have to agree
+# Random numbers, or what a rank collects: only the ranks have to agree.
+LOOSE = {"ema_restart", "attached_host", "synchronised_codebook_with_uneven_batches"}
 
 
 def scenario(function: Callable) -> Callable:
@@ -274,6 +276,19 @@ def attached_host(rank: int, world: int) -> dict[str, Any]:
         optimizer.step()
     assert provq.usage()["counts"].sum() == 4 * 8 * 16, "four discrete steps of eight images of 16 tokens"
     return dict(inner.state_dict())
+
+
+@scenario
+def synchronised_codebook_with_uneven_batches(rank: int, world: int) -> dict[str, Any]:
+    """The host adds up what all ranks saw; its running means must start alike, though the last batches differ."""
+    torch.manual_seed(1)
+    module = lucidrains.VectorQuantize(4, 8, sync_codebook=world > 1).train()
+    provq = attach(module, Curriculum(3, 2))
+    for step in range(7):
+        provq.set_step(step)
+        provq.maybe_init_codebook()
+        module(_share(_normal(30, 4, seed=step), rank, world)[None])
+    return {"codes": module.codebook, "sizes": module._codebook.cluster_size}
 
 
 # ------------------------------------------------------------------------------------------------------- runner
