@@ -182,7 +182,7 @@ def load_structure_tokenizer(
         weights: "model", "ema", or "auto": the EMA if there is one.
 
     FileNotFoundError: nothing there. ValueError: an unreadable or foreign file, a weight set that the file lacks,
-    tensors that do not fit (each named). A checkpoint from the warm-up loads, but has no tokens yet.
+    tensors that do not fit (each named), a checkpoint from the warm-up, which has no tokens yet.
     """
     if weights not in ("auto", "model", "ema"):
         raise ValueError(f"weights={weights!r} must be 'auto', 'model' or 'ema'")
@@ -190,6 +190,9 @@ def load_structure_tokenizer(
     if not path.exists():
         raise FileNotFoundError(f"no structure tokenizer at {path}")
     tokenizer = _open(path, weights)
+    if isinstance(tokenizer, VQTokenizer) and not tokenizer.model.quantize.has_codebook:
+        raise ValueError(f"{path} is still in its continuous warm-up: it has no codebook and so no tokens yet; train "
+                         "on, or name a later checkpoint")
     return tokenizer.to(device).eval()
 
 
