@@ -11,18 +11,20 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from protein.inference import MAX_RESIDUES, encode_chains, list_structures, read_chains
+from protein.inference import MAX_RESIDUES, check_out, encode_chains, list_structures, read_chains
 from protein.pretrained import load_structure_tokenizer
-from protein.structure_io import ALTLOCS
-from protein.token_files import TokenChain, check_name, write_tokens
+from protein.structure_io import ALTLOCS, Chain
+from protein.token_files import TokenChain, check_chain, check_name, write_tokens
 from tokenizer.runtime import distributed
 
 
@@ -47,9 +49,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def blank_entry(chain: Chain, tokenizer: str) -> TokenChain:
+    """The entry of a chain, all of its tokens -1. ValueError: what token files cannot hold."""
+    numbers = tuple(f"{n}{code}" for n, code in zip(chain.residue_numbers, chain.insertion_codes, strict=True))
+    return TokenChain(chain.name, chain.chain_id, np.full(len(chain), -1, dtype=np.int64), chain.sequence, numbers,
+                      tokenizer)
+
+
 def encode(args: argparse.Namespace, device: torch.device) -> None:
-    """Collective. ValueError, OSError: mistakes in flags and files, the first two before anything is computed."""
+    """Collective. ValueError, OSError: mistakes in flags and files, before anything is computed."""
     check_name(args.out)
+    check_out(args.out)
     files = list_structures(args.structures)
     tokenizer = load_structure_tokenizer(args.ckpt, device)
     rank, world = distributed.rank(), distributed.world_size()
@@ -58,15 +68,13 @@ def encode(args: argparse.Namespace, device: torch.device) -> None:
     with tqdm(total=len(files[rank::world]), unit="file", disable=quiet) as shown:
         chains, reasons = read_chains(files[rank::world], max_bad=args.max_bad_structures, progress=shown.update,
                                       chains=chains_wanted, model=args.model, altloc=args.altloc)
+    digest = tokenizer.hash()
+    entries = [blank_entry(chain, digest) for chain in chains]
+    for entry in entries:
+        check_chain(args.out, entry)
     with tqdm(total=len(chains), unit="chain", disable=quiet) as shown:
         tokens = encode_chains(tokenizer, chains, device, max_residues=args.max_residues, progress=shown.update)
-    digest = tokenizer.hash()
-    entries = [
-        TokenChain(chain.name, chain.chain_id, found, chain.sequence,
-                   tuple(f"{n}{code}" for n, code in zip(chain.residue_numbers, chain.insertion_codes, strict=True)),
-                   digest)
-        for chain, found in zip(chains, tokens, strict=True)
-    ]
+    entries = [replace(entry, tokens=found) for entry, found in zip(entries, tokens, strict=True)]
     gathered = distributed.gather_objects((entries, reasons))
     all_reasons = [reason for _, part in gathered for reason in part]
     if len(all_reasons) > args.max_bad_structures:

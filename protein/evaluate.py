@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from protein.inference import MAX_RESIDUES, decode_tokens, encode_chains, list_structures, pad, read_chains
+from protein.inference import MAX_RESIDUES, check_out, decode_tokens, encode_chains, list_structures, pad, read_chains
 from protein.pretrained import load_structure_tokenizer
 from protein.structure_io import Chain
 from protein.validation import METRICS, reconstruction_metrics
@@ -103,6 +103,7 @@ def measure(tokenizer: Any, chains: Sequence[Chain], args: argparse.Namespace, d
 
 def evaluate(args: argparse.Namespace, device: torch.device) -> None:
     """Collective. ValueError, OSError: mistakes in flags and files."""
+    check_out(args.out)
     files = list_structures(args.structures)
     tokenizers = [load_structure_tokenizer(path, device) for path in args.ckpt]
     rank, world = distributed.rank(), distributed.world_size()

@@ -502,7 +502,7 @@ def write_structure(path: str | Path, chains: Chain | Sequence[Chain]) -> None:
     if not ids or len(set(ids)) < len(ids):
         raise ValueError(f"{path}: chains {ids}; write at least one, each under its own id")
     for chain in chains:
-        _check_writable(path, chain)
+        check_writable(path, chain)
     if path.suffix.lower() == ".pdb" and sum(np.isfinite(chain.coords).all(-1).sum() for chain in chains) > 99_999:
         raise ValueError(f"{path}: more than the 99,999 atoms that PDB can number; write .cif")
     atoms = _atoms(chains)
@@ -519,7 +519,8 @@ def write_structure(path: str | Path, chains: Chain | Sequence[Chain]) -> None:
     atomic_write_text(path, text.getvalue())
 
 
-def _check_writable(path: Path, chain: Chain) -> None:
+def check_writable(path: Path, chain: Chain) -> None:
+    """ValueError, naming file, chain and residue: what .pdb or .cif, by the extension of path, cannot hold."""
     where = f"{path}: chain {chain.chain_id!r}"
     is_pdb = path.suffix.lower() == ".pdb"
     if is_pdb and len(chain.chain_id) > 1:

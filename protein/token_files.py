@@ -74,11 +74,19 @@ def check_name(path: Path) -> str:
     return path.suffix.lower()
 
 
+def check_chain(path: Path, chain: TokenChain) -> None:
+    """ValueError: the format of the file's name cannot hold this chain, whatever its tokens."""
+    if check_name(path) == ".fasta" and re.search(r"\s", chain.label):
+        raise ValueError(f"chain {chain.label!r}: .fasta cannot hold a name with spaces; use .jsonl or .npz")
+
+
 def write_tokens(path: Path, chains: Sequence[TokenChain]) -> None:
     """Write chains in the format of the file's extension, atomically. ValueError: another extension, or no chains."""
     kind = check_name(path)
     if not chains:
         raise ValueError(f"{path}: no chains to write")
+    for chain in chains:
+        check_chain(path, chain)
     path.parent.mkdir(parents=True, exist_ok=True)
     if kind == ".npz":
         arrays = {
@@ -96,8 +104,6 @@ def write_tokens(path: Path, chains: Sequence[TokenChain]) -> None:
 
 
 def _fasta(chain: TokenChain) -> str:
-    if re.search(r"\s", chain.label):
-        raise ValueError(f"chain {chain.label!r}: .fasta cannot hold a name with spaces; use .jsonl or .npz")
     return (f">{chain.label} chain={chain.chain} tokenizer={chain.tokenizer} sequence={chain.sequence} "
             f"numbers={','.join(chain.numbers)}\n{' '.join(map(str, chain.tokens))}\n")
 

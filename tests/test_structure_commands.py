@@ -163,6 +163,102 @@ def test_mistakes_of_encoding(base, tmp_path):
         encode, [base / "structures" / "s0.pdb", base / "structures", *ckpt, *out])
 
 
+def never(*_, **__):
+    raise AssertionError("the mistake was found too late")
+
+
+def test_encoding_checks_the_output_before_the_work(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(encode, "encode_chains", never)
+    (chain,) = generate_backbones(1, seed=9)
+    write_structure(tmp_path / "two words.cif", chain)
+    words = [tmp_path / "two words.cif", "--ckpt", base / "run", "--out"]
+    assert "cannot hold a name with spaces; use .jsonl or .npz" in fails(encode, [*words, tmp_path / "t.fasta"])
+    (tmp_path / "folder.npz").mkdir()
+    assert "folder.npz is a folder" in fails(encode, [*words, tmp_path / "folder.npz"])
+    assert "two words.cif is no folder" in fails(encode, [*words, tmp_path / "two words.cif" / "t.npz"])
+    monkeypatch.setattr(evaluate, "measure", never)
+    assert "folder.npz is a folder" in fails(evaluate, [*words, tmp_path / "folder.npz"])
+
+
+def test_the_readmes_pair_of_commands(base, tmp_path):
+    """A file and a folder, encoded together, are a reference together; what else lies there does not matter."""
+    (tmp_path / "predictions" / "more").mkdir(parents=True)
+    one, two = generate_backbones(2, seed=9)
+    write_structure(tmp_path / "1abc.pdb", one)
+    write_structure(tmp_path / "predictions" / "more" / "x_y.cif", two)
+    (tmp_path / "predictions" / "bad.pdb").write_text("ATOM      1  N   ALA A   1      11.1")
+    files = [tmp_path / "1abc.pdb", tmp_path / "predictions"]
+    encode.main([*map(str, files), "--ckpt", str(base / "run"), "--out", str(tmp_path / "t.fasta"),
+                 "--max-bad-structures", "1", "--device", "cpu"])
+    decode.main([str(tmp_path / "t.fasta"), "--ckpt", str(base / "run"), "--out", str(tmp_path / "out"),
+                 "--reference", *map(str, files), "--device", "cpu"])
+    assert sorted(json.loads((tmp_path / "out" / "metrics.json").read_text())["of_each_chain"]) == [
+        f"1abc_{one.chain_id}", f"more/x_y_{two.chain_id}"]
+
+
+def test_references_are_checked_before_the_work(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(decode, "decode_tokens", never)
+    words = [base / "tokens.fasta", "--ckpt", base / "run", "--out", tmp_path / "out", "--reference"]
+    assert "chain more/s3_A is not there" in fails(decode, [*words, base / "structures" / "s0.pdb"])
+    assert "no such file or folder" in fails(decode, [*words, tmp_path / "nothing"])
+    (chain,) = read_structure(base / "structures" / "s0.pdb")
+    write_tokens(tmp_path / "short.jsonl", [TokenChain("s0", chain.chain_id, np.array([3, 4]), "MK", ("1", "2"))])
+    words[0] = tmp_path / "short.jsonl"
+    assert f"has {len(chain)} residues, not 2" in fails(decode, [*words, base / "structures"])
+    (tmp_path / "file").touch()
+    words[4] = tmp_path / "file"
+    assert "file is no folder" in fails(decode, [*words, base / "structures"])
+
+
+def test_references_of_another_model_and_conformation(base, tmp_path):
+    """--model and --altloc mean the same to encode.py and decode.py: then both see the same atoms."""
+    lines = []
+    for model, (chain, (stays, goes)) in enumerate(zip(generate_backbones(2, seed=9), ("AB", "BA"), strict=True), 1):
+        write_structure(tmp_path / "x.pdb", chain)
+        atoms = [line for line in (tmp_path / "x.pdb").read_text().splitlines() if line.startswith("ATOM")]
+        # The occupied conformation comes second, and is all that the last residue has of C.
+        last = atoms[-1][22:26]
+        lines += [f"MODEL     {model:4d}"]
+        for line in atoms:
+            if line[22:26] == last:
+                if line[12:16] != " C  ":
+                    lines.append(f"{line[:16]}{goes}{line[17:54]}  0.30{line[60:]}")
+                lines.append(f"{line[:16]}{stays}{line[17:54]}  0.70{line[60:]}")
+            else:
+                lines.append(line)
+        lines += ["ENDMDL"]
+    (tmp_path / "x.pdb").write_text("\n".join([*lines, "END", ""]))
+    same = [str(tmp_path / "x.pdb"), "--model", "2", "--altloc", "occupancy", "--device", "cpu"]
+    ckpt = ["--ckpt", str(base / "run")]
+    encode.main([*same, *ckpt, "--out", str(tmp_path / "t.npz")])
+    (entry,) = read_tokens(tmp_path / "t.npz")
+    decode.main([str(tmp_path / "t.npz"), *ckpt, "--out", str(tmp_path / "out"), "--reference", *same])
+    (found,) = json.loads((tmp_path / "out" / "metrics.json").read_text())["of_each_chain"].values()
+    assert found["residues"] == len(entry.tokens) == len(chain)
+    said = fails(decode, [tmp_path / "t.npz", *ckpt, "--out", tmp_path / "out", "--reference", tmp_path / "x.pdb"])
+    assert "--model or --altloc" in said
+
+
+def test_what_a_format_cannot_hold_is_said_before_the_work(base, tmp_path, monkeypatch):
+    entries = [TokenChain("long", "AB", np.array([3, 4]), "MK", ("1", "2")),
+               TokenChain("blank", "", np.array([3, -1, 4]), "MKM", ("1", "2", "3")),
+               TokenChain("far", "A", np.array([3, 4]), "MK", ("1", "12000"))]
+    words = ["--ckpt", base / "run", "--out", tmp_path / "out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(decode, "decode_tokens", never)
+        for entry in entries[::2]:
+            write_tokens(tmp_path / "t.jsonl", [entries[1], entry])
+            said = fails(decode, [tmp_path / "t.jsonl", *words])
+            assert f"{entry.label}.pdb" in said
+            assert "pass --format cif" in said
+        write_tokens(tmp_path / "t.jsonl", [TokenChain("odd", "A", np.array([3]), "m", ("1",))])
+        assert "of an unknown kind" in fails(decode, [tmp_path / "t.jsonl", *words, "--format", "cif"])
+    write_tokens(tmp_path / "t.jsonl", entries)
+    decode.main([str(tmp_path / "t.jsonl"), *map(str, words), "--format", "cif", "--device", "cpu"])
+    assert [read_structure(tmp_path / "out" / f"{name}.cif")[0].chain_id for name in ("long_AB", "blank", "far_A")] == [
+        "AB", "A", "A"]
+
+
 @pytest.mark.parametrize(("change", "said"), [
     ({"tokenizer": "ab" * 32}, "of another tokenizer"),
     ({"tokens": np.array([3, 16])}, "token 16, but"),
