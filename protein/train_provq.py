@@ -2,7 +2,8 @@
 
     torchrun --nproc_per_node=1 protein/train_provq.py                                    # generated backbones, minutes
     torchrun --nproc_per_node=8 protein/train_provq.py --preset paper --data-path pdb/                      # VanillaVQ
-    torchrun --nproc_per_node=8 protein/train_provq.py --preset paper --data-path pdb/ --quantizer aminoaseed
+    torchrun --nproc_per_node=8 protein/train_provq.py --preset paper --data-path pdb/ --quantizer aminoaseed \\
+        --results-dir runs/aminoaseed
 
 --results-dir is the run's folder: the same command again resumes the run, at the very step.
 """
