@@ -22,11 +22,25 @@ from tokenizer.runtime.checkpoint import atomic_write_text
 Values = dict[str, dict[int, float]]  # run of a tokenizer -> seed of the probe -> number
 Row = tuple[str, str, str, str, Callable[[str], Values]]  # category, task, split, metric, tokenizer's label -> values
 NAME = "table3"
+_FIELDS = ("label", "tokenizer", "source", "codebook", "task", "kind", "category", "tests", "left_out", "origin",
+           "counts", "settings", "seed", "learning_rate", "protocols")  # of a result
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """One probe, as train_task.py has written it. ValueError naming the file: damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        absent = [name for name in _FIELDS if name not in found] if isinstance(found, dict) else ["object {...}"]
+        if absent:
+            raise ValueError(f"no {absent[0]}")
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged ({error}); delete it, and the same command makes it anew") from error
+    return found
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """What train_task.py has written below folder, one dict per probe, in the order of their names."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*/*/*.json"))]
+    """All probes below folder, in the order of their names. ValueError naming a damaged file."""
+    return [read_result(path) for path in sorted(folder.glob("*/*/*.json"))]
 
 
 def choose(results: Sequence[Mapping[str, Any]], protocol: str) -> dict[tuple[str, str], dict[str, Any]]:

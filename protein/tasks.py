@@ -22,6 +22,7 @@ StructTokenBench's tasks (Yuan et al., ICML 2025) come from its archive, see tas
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -124,9 +125,31 @@ class Task:
 
 # ------------------------------------------------------------------------------------------------------- JSONL files
 
-def read_task(path: str | Path) -> Task:
-    """A task in the form above. ValueError, naming file, line and field, for anything that does not fit."""
+_Row = tuple[str, dict[str, Any]]  # where it is, for messages, and what it holds
+
+
+def task_identity(path: str | Path) -> str:
+    """Differs between states of a JSONL file and of the structures that it names. Errors: as of read_task."""
     path = Path(path)
+    digest = hashlib.sha256(path.read_bytes())
+    files: set[str] = set()
+    for where, row in _read_rows(path)[2]:
+        name = _string(where, row, "structure")
+        if name not in files:
+            files.add(name)
+            # Contents, not sizes and times: PDB files of one protein are often equally long, and copying keeps times.
+            digest.update(hashlib.sha256(_structure_file(where, path.parent / name).read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _structure_file(where: str, path: Path) -> Path:
+    if not path.is_file():
+        raise ValueError(f"{where}: structure: no file {path}")
+    return path
+
+
+def _read_rows(path: Path) -> tuple[TaskSpec, bool, list[_Row]]:
+    """What is to be predicted, modified_residues, and the lines of the examples, of which only the split is checked."""
     lines = [(n, line) for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1) if line.strip()]
     if not lines:
         raise ValueError(f"{path}: empty")
@@ -137,15 +160,24 @@ def read_task(path: str | Path) -> Task:
         wrong = f"kind: {kind!r} is none of {', '.join(KINDS)}" if kind not in KINDS else f"unknown field {unknown[0]}"
         raise ValueError(f"{path}, line {lines[0][0]}: {wrong}")
     rows = [(f"{path}, line {n}", _object(path, n, line)) for n, line in lines[1:]]
+    modified = header.get("modified_residues", True)
+    if not isinstance(modified, bool):
+        raise ValueError(f"{path}, line {lines[0][0]}: modified_residues: {modified!r} is neither true nor false")
     order = list(dict.fromkeys(_string(where, row, "split") for where, row in rows))
     tests = tuple(split for split in order if split not in ("train", "valid"))
     absent = [split for split in ("train", "valid") if split not in order]
     if absent or not tests:
         raise ValueError(f"{path}: no example of split {absent[0] if absent else 'test'}; a task needs train, valid "
                          "and at least one other")
-    spec = TaskSpec(name, kind, str(header.get("category", "Own tasks")), tests)
-    task = Task(spec, {split: [] for split in ("train", "valid", *tests)}, origin=path.name)
-    if kind == "classification":
+    return TaskSpec(name, kind, str(header.get("category", "Own tasks")), tests), modified, rows
+
+
+def read_task(path: str | Path) -> Task:
+    """A task in the form above. ValueError, naming file, line and field, for anything that does not fit."""
+    path = Path(path)
+    spec, modified, rows = _read_rows(path)
+    task = Task(spec, {split: [] for split in ("train", "valid", *spec.tests)}, origin=path.name)
+    if spec.kind == "classification":
         task.classes = _classes(rows)
     files: dict[Path, list[Chain]] = {}
     seen: set[tuple[str, str]] = set()
@@ -154,7 +186,7 @@ def read_task(path: str | Path) -> Task:
         if (split, identifier) in seen:
             raise ValueError(f"{where}: id: {identifier!r} is there twice in split {split}")
         seen.add((split, identifier))
-        chain = _chain(where, row, path.parent, header.get("modified_residues", True) is True, files)
+        chain = _chain(where, row, path.parent, modified, files)
         task.splits[split].append(Example(identifier, chain, _labels(where, row, chain, spec, task.classes)))
     return task
 
@@ -191,10 +223,9 @@ def _classes(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> tuple[str, ...]:
 def _chain(where: str, row: Mapping[str, Any], folder: Path, modified: bool, files: dict[Path, list[Chain]]) -> Chain:
     path = folder / _string(where, row, "structure")
     if path not in files:
+        _structure_file(where, path)
         try:
             files[path] = read_structure(path, modified_residues=modified)
-        except FileNotFoundError as error:
-            raise ValueError(f"{where}: structure: no file {path}") from error
         except ValueError as error:
             raise ValueError(f"{where}: structure: {error}") from error
     found = {chain.chain_id: chain for chain in files[path]}

@@ -8,8 +8,9 @@
 its processed lists (see released_tasks.py) or, where these are missing and with --splits strict, the raw files together
 with --pdb-data (see task_archives.py). --tokenizer: see baselines.py; those of one LABEL are runs of one method. Every
 tokenizer meets every task with every learning rate and seed. Structures, tokens and finished probes are kept in
---results-dir, so the same command again, or one with more tokenizers, tasks or seeds, does what is missing. Writes
-table3.md, .csv and .html there.
+--results-dir, so the same command again, or one with more tokenizers, tasks or seeds, does what is missing. JSONL files,
+their structures and processed lists are read again if they have changed; after changes of raw files of the archive use
+another --results-dir. Writes table3.md, .csv and .html there.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import math
 import re
 import sys
 import time
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -38,9 +41,9 @@ from protein.baselines import StructureTokenizer, Tokens, open_tokenizer
 from protein.probe import LEARNING_RATES, ProbeConfig, ProbeData, probe_data, train_probe
 from protein.structure_io import Chain
 from protein.task_archives import Archive, read_raw
-from protein.task_report import write_report
+from protein.task_report import read_result, write_report
 from protein.task_splits import MODES
-from protein.tasks import MAX_LENGTH, STRUCTTOKENBENCH, Task, load_prepared, read_task, save_prepared
+from protein.tasks import MAX_LENGTH, STRUCTTOKENBENCH, Task, load_prepared, read_task, save_prepared, task_identity
 from tokenizer.runtime import config, distributed
 from tokenizer.runtime.checkpoint import atomic_write, atomic_write_text
 from tokenizer.runtime.config import REQUIRED, arg
@@ -100,20 +103,24 @@ def parse_config(argv: list[str] | None = None) -> TaskConfig:
 
 # ------------------------------------------------------------------------------------------------- tasks and tokens
 
-def open_task(cfg: TaskConfig, name: str, folder: Path) -> tuple[Task, str]:
-    """The task and its identity; from folder/NAME.npz if it has been read before."""
+def open_task(cfg: TaskConfig, name: str, folder: Path) -> Task:
+    """From folder/NAME.npz if it has been read before, and neither file nor structures have changed since.
+
+    Of StructTokenBench's archive the processed lists are looked at, by size and time, but no other files.
+    """
     read: Callable[[], Task]
     if name in STRUCTTOKENBENCH:
         archive = Archive.open(cfg.data or "", cfg.pdb_data)
         lists = released_tasks.list_files(archive, name)
         processed = cfg.splits == "released" and all(path.exists() for path in lists.values())
-        source = json.dumps([name, cfg.splits, processed, str(archive.data.resolve())])
+        states = [(path.stat().st_size, path.stat().st_mtime_ns) for path in lists.values()] if processed else []
+        source = json.dumps([name, cfg.splits, processed, str(archive.data.resolve()), states])
         if processed:
             read = partial(released_tasks.read_released, archive, name)
         else:
             read = partial(read_raw, archive, name, cfg.splits, cfg.num_workers)
     else:
-        source = f"{hashlib.sha256(Path(name).read_bytes()).hexdigest()} {Path(name).resolve()}"
+        source = task_identity(name)
         read = partial(read_task, name)
     prepared = folder / f"{_slug(Path(name).stem)}.npz"
     task = load_prepared(prepared, source)
@@ -121,11 +128,36 @@ def open_task(cfg: TaskConfig, name: str, folder: Path) -> tuple[Task, str]:
         task = read()
         folder.mkdir(parents=True, exist_ok=True)
         save_prepared(task, prepared, source)
-    return task.filtered(cfg.max_length), source
+    return task.filtered(cfg.max_length)
+
+
+def open_tasks(cfg: TaskConfig, folder: Path) -> dict[str, str]:
+    """Reads every task into folder -> its name in the tables: the one in --task. ValueError: two of one name."""
+    names: dict[str, str] = {}
+    for source in cfg.tasks():
+        name = open_task(cfg, source, folder).spec.name
+        for other, taken in names.items():
+            if _slug(name) == _slug(taken):  # one folder of results
+                raise ValueError(f"--task {other} and {source} are both called {name!r}; change the first line of one")
+        names[source] = name
+    return names
+
+
+def chains_identity(task: Task) -> str:
+    """Of all that tokens may depend on: the chains of each split, since training's fit some tokenizers."""
+    digest = hashlib.sha256()
+    for split, examples in task.splits.items():
+        for chain in (example.chain for example in examples):
+            digest.update(json.dumps([split, chain.label, len(chain), chain.sequence, chain.insertion_codes]).encode())
+            digest.update(chain.residue_numbers.tobytes() + chain.coords.tobytes())
+    return digest.hexdigest()
 
 
 def tokenize(tokenizer: StructureTokenizer, chains: Sequence[Chain], folder: Path, source: str) -> list[Tokens]:
-    """Tokens of every chain, from folder where they are there. source: says which chains they are."""
+    """Tokens of every chain, from folder where they are there. source: says which chains they are.
+
+    ValueError naming the file: damaged.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     identity = json.dumps([tokenizer.identity(), source])
     out: list[Tokens] = []
@@ -145,17 +177,25 @@ def tokenize(tokenizer: StructureTokenizer, chains: Sequence[Chain], folder: Pat
 def _load_tokens(path: Path, identity: str, chains: Sequence[Chain]) -> list[Tokens] | None:
     if not path.exists():
         return None
-    with np.load(path) as file:
-        if str(file["identity"]) != identity:
-            return None
-        return np.split(file["tokens"], np.cumsum([len(chain) for chain in chains])[:-1])
+    ends = np.cumsum([len(chain) for chain in chains])
+    try:
+        with np.load(path) as file:
+            if str(file["identity"]) != identity:
+                return None
+            tokens = file["tokens"]
+        if tokens.shape != (ends[-1],):
+            raise ValueError(f"{tokens.shape} tokens of {ends[-1]} residues")
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path}: damaged ({type(error).__name__}: {error}); delete it to make it anew") from error
+    return np.split(tokens, ends[:-1])
 
 
-def probe_inputs(task: Task, tokenizer: StructureTokenizer, folder: Path, source: str) -> dict[str, ProbeData]:
+def probe_inputs(task: Task, tokenizer: StructureTokenizer, folder: Path) -> dict[str, ProbeData]:
     """Split -> arrays."""
     chains = list({id(e.chain): e.chain for examples in task.splits.values() for e in examples}.values())
     tokenizer.fit(list({id(e.chain): e.chain for e in task.splits["train"]}.values()))
-    tokens = {id(chain): row for chain, row in zip(chains, tokenize(tokenizer, chains, folder, source), strict=True)}
+    found = tokenize(tokenizer, chains, folder, chains_identity(task))
+    tokens = {id(chain): row for chain, row in zip(chains, found, strict=True)}
     return {split: probe_data(examples, [tokens[id(e.chain)] for e in examples], task.spec.kind)
             for split, examples in task.splits.items()}
 
@@ -172,12 +212,12 @@ def fingerprint(data: Mapping[str, ProbeData], codebook: torch.Tensor) -> str:
 
 # ----------------------------------------------------------------------------------------------------------- probes
 
-def sweep(cfg: TaskConfig, task: Task, source: str, tokenizer: StructureTokenizer, device: torch.device) -> None:
+def sweep(cfg: TaskConfig, task: Task, tokenizer: StructureTokenizer, device: torch.device) -> None:
     """All learning rates and seeds of one tokenizer on one task; a file each."""
     root, kind = Path(cfg.results_dir), task.spec.kind
     run = f"{_slug(tokenizer.label)}-{hashlib.sha256(tokenizer.identity().encode()).hexdigest()[:8]}"
     _check_source(root / "results", run, tokenizer)
-    data = probe_inputs(task, tokenizer, root / "tokens" / run / _slug(task.spec.name), source)
+    data = probe_inputs(task, tokenizer, root / "tokens" / run / _slug(task.spec.name))
     codebook = tokenizer.codebook()
     settings = {**asdict(cfg.probe(kind)), "inputs": fingerprint(data, codebook)}
     common = {
@@ -190,10 +230,11 @@ def sweep(cfg: TaskConfig, task: Task, source: str, tokenizer: StructureTokenize
     }
     folder = root / "results" / run / _slug(task.spec.name)
     folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted(folder.glob("*.json")):  # also of other rates and seeds: the tables take all of them together
+        _check_same(path, settings)
     for seed, rate in ((seed, rate) for seed in range(cfg.seeds) for rate in cfg.learning_rates):
         path = folder / f"seed{seed}-lr{rate:g}.json"
         if path.exists():
-            _check_same(path, settings)
             continue
         began = time.monotonic()
         found = train_probe(data, codebook, len(task.classes), cfg.probe(kind), rate, seed, device)
@@ -212,14 +253,14 @@ def _check_source(folder: Path, run: str, tokenizer: StructureTokenizer) -> None
     for other in folder.glob("*"):
         path = next(other.glob("*/*.json"), None)
         if other.name != run and path is not None:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_result(path)
             if (found["label"], found["source"]) == (tokenizer.label, tokenizer.source):
                 raise ValueError(f"{other} is of an earlier state of {tokenizer.source}: remove it, give the new one "
                                  "another LABEL, or use another --results-dir")
 
 
 def _check_same(path: Path, settings: Mapping[str, Any]) -> None:
-    changed = config.diff(json.loads(path.read_text(encoding="utf-8"))["settings"], settings)
+    changed = config.diff(read_result(path)["settings"], settings)
     if changed:
         what = "; ".join(f"{name}: {old!r} there, {new!r} now" for name, old, new in changed)
         raise ValueError(f"{path} was made with other settings ({what}); use those, or another --results-dir")
@@ -239,13 +280,13 @@ def main(argv: list[str] | None = None) -> None:
         device = distributed.init(cfg.device)
         root = Path(cfg.results_dir)
         tokenizers = [open_tokenizer(name, device) for name in cfg.tokenizer]
-        labels, names = [tokenizer.label for tokenizer in tokenizers], []
-        for name in cfg.tasks():
-            task, source = open_task(cfg, name, root / "structures")
-            names.append(task.spec.name)
+        labels = [tokenizer.label for tokenizer in tokenizers]
+        names = open_tasks(cfg, root / "structures")  # all, so that a mistake in the last one does not cost a sweep
+        for name in names:
+            task = open_task(cfg, name, root / "structures")  # once more: all of the benchmark may not fit in memory
             for tokenizer in tokenizers:
-                sweep(cfg, task, source, tokenizer, device)
-                write_report(root, labels, names)
+                sweep(cfg, task, tokenizer, device)
+                write_report(root, labels, list(names.values()))
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"train_task.py: error: {error}") from error
     distributed.finalize()

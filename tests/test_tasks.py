@@ -1,6 +1,7 @@
 """Tasks from JSONL files: labels on the right residues, garbage by name, what is left out, prepared files."""
 
 import json
+import os
 import re
 from collections import Counter
 
@@ -18,6 +19,7 @@ from protein.tasks import (
     read_task,
     residue_ids,
     save_prepared,
+    task_identity,
 )
 
 
@@ -122,6 +124,9 @@ def test_garbage_is_named(folder, changes, message):
     ("[1]\n", "line 1: holds a list"),
     ('{"task": "a", "kind": "binry"}\n', "line 1: kind: 'binry' is none of binary, regression, classification"),
     ('{"task": "a", "kind": "binary", "colour": 1}\n', "line 1: unknown field colour"),
+    ('{"task": "a", "kind": "binary", "modified_residues": "true"}\n',
+     "line 1: modified_residues: 'true' is neither true nor false"),
+    ('{"task": "a", "kind": "binary", "modified_residues": null}\n', "line 1: modified_residues: None is neither"),
     ('{"task": "a", "kind": "binary"}\n{"id": \n', "line 2: not JSON"),
     ('{"task": "a", "kind": "binary"}\n', "no example of split train"),
 ])
@@ -130,6 +135,28 @@ def test_garbage_files_are_named(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ValueError, match=f"t.jsonl.*{message}"):
         read_task(path)
+
+
+def test_the_identity_of_a_task_is_its_file_and_its_structures(folder):
+    path = write_rows(folder / "t.jsonl", binary_rows())
+    before = task_identity(path)
+    assert task_identity(path) == before
+    structure = folder / "pdb" / "one.pdb"
+    text, stat = structure.read_text(), structure.stat()
+    structure.write_text(text.replace(" 1.00 ", " 0.50 ", 1))
+    os.utime(structure, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert structure.stat().st_size == stat.st_size
+    assert task_identity(path) != before, "neither size nor time tells"
+    structure.write_text(text)
+    assert task_identity(path) == before
+    write_rows(path, binary_rows(labels=[1, 1, None, 1, 0]))
+    assert task_identity(path) != before
+    structure.unlink()
+    with pytest.raises(ValueError, match=r"t.jsonl, line 2: structure: no file .*one.pdb"):
+        task_identity(path)
+    write_rows(path, binary_rows(structure=None))
+    with pytest.raises(ValueError, match=r"t.jsonl, line 2: structure: None is not a word"):
+        task_identity(path)
 
 
 def example(name, length, labels=None, known=None):

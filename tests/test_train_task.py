@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -107,7 +108,7 @@ def test_a_killed_run_continues_to_the_same_results(folder, straight, tmp_path):
 
 
 def test_other_settings_and_other_inputs_need_another_folder(folder, straight, capsys):
-    with pytest.raises(SystemExit, match=r"lr0.01.json was made with other settings \(max_steps: 6 there, 7 now\)"):
+    with pytest.raises(SystemExit, match=r"lr0.001.json was made with other settings \(max_steps: 6 there, 7 now\)"):
         train_task.main(words(folder, straight, tasks=("toy",), steps=7))
     text = (folder / "toy.jsonl").read_text()
     (folder / "toy.jsonl").write_text(text.replace("[1, ", "[0, ").replace("[0, 0,", "[1, 0,"))
@@ -118,6 +119,88 @@ def test_other_settings_and_other_inputs_need_another_folder(folder, straight, c
         (folder / "toy.jsonl").write_text(text)
         train_task.main(words(folder, straight, tasks=("toy",)))
     assert "wrote" in capsys.readouterr().out
+
+
+@pytest.fixture
+def own(folder, tmp_path):
+    """A copy of the tasks that a test may change; every third structure has 10 residues, which only "folds" allows."""
+    shutil.copytree(folder, tmp_path / "own")
+    for i in range(0, 20, 3):
+        write_helix(tmp_path / "own" / "pdb", str(i), 10, seed=i)
+    return tmp_path / "own"
+
+
+def quick(folder, out, *more, tasks=("folds",)):
+    """One probe a task and tokenizer."""
+    train_task.main([*words(folder, out, *more, tasks=tasks, steps=2), "--seeds", "1", "--learning-rates", "0.01"])
+
+
+def test_structures_that_changed_are_read_again(own, tmp_path):
+    quick(own, tmp_path / "out")
+    path = own / "pdb" / "1.pdb"
+    stat = path.stat()
+    write_helix(own / "pdb", "1", 20, seed=99)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert path.stat().st_size == stat.st_size
+    with pytest.raises(SystemExit, match=r"other settings \(inputs: "):
+        quick(own, tmp_path / "out")
+    path.unlink()
+    with pytest.raises(SystemExit, match=r"folds.jsonl, line 3: structure: no file .*1.pdb"):
+        quick(own, tmp_path / "out")
+
+
+def test_another_length_is_another_input(own, tmp_path):
+    quick(own, tmp_path / "out")
+    for more in ([], ["--learning-rates", "0.1"]):  # tables take all rates together, so another one is no way out
+        with pytest.raises(SystemExit, match=r"lr0.01.json was made with other settings \(inputs: "):
+            train_task.main([*words(own, tmp_path / "out", "--max-length", "15", tasks=("folds",), steps=2),
+                             "--seeds", "1", "--learning-rates", "0.01", *more])
+    quick(own, tmp_path / "other", "--max-length", "15")
+    assert {r["counts"]["train"]["chains"] for r in results(tmp_path / "other").values()} == {4}
+    quick(own, tmp_path / "out")  # back again
+
+
+def test_all_tasks_are_read_before_any_probe(folder, own, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_task, "train_probe", lambda *_: pytest.fail("trained"))
+    with pytest.raises(SystemExit, match=r"toy.jsonl, line 2: labels: 20 for 10 residues"):
+        train_task.main([*words(own, tmp_path / "out", tasks=("folds", "toy"))])
+    files = [str(folder / "folds.jsonl"), str(own / "folds.jsonl")]
+    with pytest.raises(SystemExit, match=r"--task \S+folds.jsonl and \S+folds.jsonl are both called 'folds'"):
+        train_task.main([*words(own, tmp_path / "out"), "--task", *files])
+
+
+@pytest.mark.parametrize("pattern", ["tokens/FoldSeek-*/folds/000000.npz", "results/FoldSeek-*/folds/*.json"])
+def test_damaged_files_are_named(own, tmp_path, pattern):
+    """Cut off, bytes changed in the middle, and of another content."""
+    quick(own, tmp_path / "out")
+    path = next((tmp_path / "out").glob(pattern))
+    whole = path.read_bytes()
+    damaged = [whole[:100], b"", whole[:-40] + bytes(20) + whole[-20:], b"{}"]
+    if path.suffix == ".npz":
+        with np.load(path) as file:
+            np.savez(path, identity=file["identity"], tokens=file["tokens"][:-1])
+        damaged.append(path.read_bytes())
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(SystemExit, match=rf"{path.name}: damaged .*; delete it"):
+            quick(own, tmp_path / "out")
+    path.unlink()
+    quick(own, tmp_path / "out")
+    assert len(results(tmp_path / "out")) == 2
+
+
+def test_processed_lists_that_changed_are_read_again(tmp_path, monkeypatch):
+    data = processed_archive(tmp_path / "archive")
+    more = ["--task", "Ept", "--data", str(data), "--results-dir", str(tmp_path / "out"), "--max-steps", "2", "--seeds",
+            "1", "--learning-rates", "0.01", "--device", "cpu", "--tokenizer", "foldseek", "--warmup-steps", "1"]
+    train_task.main(more)
+    os.utime(next(data.rglob("processed_structured_epitope_region_train")), ns=(1, 1))
+    read = []
+    original = train_task.released_tasks.read_released
+    monkeypatch.setattr(train_task.released_tasks, "read_released", lambda *a: read.append(a) or original(*a))
+    for _ in range(2):
+        train_task.main(more)
+    assert len(read) == 1
 
 
 def test_another_state_of_a_tokenizer_is_no_second_run(folder, tmp_path):
