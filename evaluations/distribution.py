@@ -16,6 +16,7 @@ from torch import Tensor
 ArrayLike = np.ndarray | Tensor
 NEIGHBOURS = 3        # k of precision and recall in ADM's evaluator
 KID_SUBSETS, KID_SUBSET_SIZE, KID_SEED = 100, 1000, 2020  # torch-fidelity's defaults
+SHUFFLE_SEED = 2020  # of torch-fidelity's Inception Score
 
 
 class Gaussian(NamedTuple):
@@ -56,16 +57,21 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
     return max(float(distance), 0.0)  # equal Gaussians give rounding errors of either sign
 
 
-def inception_score(logits: ArrayLike, splits: int = 10, split_size: int | None = None) -> tuple[float, float]:
+def inception_score(
+    logits: ArrayLike, splits: int = 10, split_size: int | None = None, *, shuffle: bool = False
+) -> tuple[float, float]:
     """Inception Score exp(E_x KL(p(y|x) | p(y))) of consecutive parts -> mean and deviation (population) over them.
 
-    logits (N, C), any real dtype, in the order of the samples: shuffled over classes, or the parts' marginals narrow.
+    logits (N, C), any real dtype, in the order of the samples: mixed over classes, or the parts' marginals narrow.
     splits: number of equal parts (Salimans et al. 2016). split_size: instead, samples per part, the last one smaller,
-    as ADM's evaluator does with 5,000; both are the same at N = 50,000.
+    as ADM's evaluator does with 5,000; both are the same at N = 50,000. shuffle: first into the order that
+    torch-fidelity's score takes them in, a function of N; ADM's does not.
     ValueError: fewer samples than parts, or values that are not finite.
     """
     x = _checked(logits, "logits", least=1)
     n = len(x)
+    if shuffle:
+        x = x[torch.from_numpy(np.random.RandomState(SHUFFLE_SEED).permutation(n)).to(x.device)]
     if split_size is None:
         if not 1 <= splits <= n:
             raise ValueError(f"{n} samples cannot be cut into {splits} parts")

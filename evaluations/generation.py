@@ -1,13 +1,16 @@
 """Scores generated images against a reference: FID, sFID, Inception Score, precision, recall, KID.
 
     python evaluations/generation.py VIRTUAL_imagenet256_labeled.npz samples.npz --out metrics.json
-    python evaluations/generation.py data/imagenet/val runs/gpt/samples --image-size 256 --out metrics.json
+    python evaluations/generation.py data/imagenet/val FOLDER_OF_SAMPLE_C2I/samples.npz --image-size 256
 
 Either side is an ADM .npz (`arr_0` with images, `mu` and `sigma`, or both, as ADM's own references), a folder or
 archive of images, or "digits". Where a reference stores statistics, FID and sFID use those, as ADM's evaluator does;
 precision, recall and KID need its images. gFID of the tables is against VIRTUAL_imagenet256_labeled.npz, rFID against
 the validation images: the two are not comparable, and the report says which reference it used. torchrun spreads the
 images over processes; the numbers stay the same.
+
+The Inception Score is of 10 parts. Samples of an .npz are cut as they lie, as ADM's evaluator does; names of files are
+in no order of sampling, so images of other sources are shuffled first, as torch-fidelity does. The protocol says which.
 """
 
 from __future__ import annotations
@@ -44,6 +47,7 @@ from tokenizer.runtime.training import CannotContinue
 METRICS = ("fid", "sfid", "inception_score", "inception_score_std", "precision", "recall", "kid", "kid_std")
 SPLITS = 10
 CUSTOMARY = 50_000  # samples in the field's tables
+SORTED = 0.1        # relative change of the Inception Score by shuffling from which on samples count as sorted
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -67,13 +71,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def score(
     reference: ImageSet, samples: ImageSet, extractor: Extractor, cache: FeatureCache, device: torch.device
-) -> tuple[dict[str, float | None], dict[str, str], dict[str, str]]:
-    """All METRICS (None where one cannot be had), why not, and the hashes of both sides. Collective."""
+) -> tuple[dict[str, float | None], dict[str, str], dict[str, str], list[str]]:
+    """All METRICS (None where one cannot be had), why not, the hashes of both sides, and warnings. Collective."""
     sides = {}
     for name, side in (("reference", reference), ("samples", samples)):
         sides[name] = (side, extract(side, extractor, device, cache) if side.count else None)
     values: dict[str, float | None] = dict.fromkeys(METRICS)
     why: dict[str, str] = {}
+    warnings: list[str] = []
 
     def gaussian(name: str, kind: str) -> distribution.Gaussian | None:
         side, found = sides[name]
@@ -94,7 +99,12 @@ def score(
     if logits is None or len(logits) < SPLITS:
         why["inception_score"] = f"needs class logits of at least {SPLITS} sample images"
     else:
-        values["inception_score"], values["inception_score_std"] = distribution.inception_score(logits, SPLITS)
+        shuffled = distribution.inception_score(logits, SPLITS, shuffle=True)
+        scored = distribution.inception_score(logits, SPLITS) if samples.ordered else shuffled
+        values["inception_score"], values["inception_score_std"] = scored
+        if abs(shuffled[0] / scored[0] - 1) > SORTED:
+            warnings.append(f"{samples.name} seems to be sorted, by class perhaps: its Inception Score is of "
+                            f"consecutive parts, and shuffled it would be {shuffled[0]:.4g}")
     pair = [f.features.pooled for f in (found_reference, found_samples) if f is not None]
     smallest = min((len(p) for p in pair), default=0) if len(pair) == 2 else 0
     if smallest <= distribution.NEIGHBOURS:
@@ -105,7 +115,7 @@ def score(
         why["kid"] = f"needs {distribution.KID_SUBSET_SIZE} images on both sides"
     else:
         values["kid"], values["kid_std"] = distribution.kid(*pair)
-    return values, why, {name: _content_hash(side, found) for name, (side, found) in sides.items()}
+    return values, why, {name: _content_hash(*pair) for name, pair in sides.items()}, warnings
 
 
 def _content_hash(side: ImageSet, found: SetFeatures | None) -> str:
@@ -127,11 +137,12 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
                                  f"{tuple(gaussian.sigma.shape)} do not fit together")
     extractor, reason = extractor_of_flags(args, device)
     values: dict[str, float | None] = dict.fromkeys(METRICS)
-    hashes = {"reference": "", "samples": ""}
+    hashes, warnings = {"reference": "", "samples": ""}, warnings_of(reference, samples, extractor)
     if extractor is None:
         why = dict.fromkeys((m for m in METRICS if not m.endswith("_std")), reason)
     else:
-        values, why, hashes = score(reference, samples, extractor, cache_of_flags(args), device)
+        values, why, hashes, more = score(reference, samples, extractor, cache_of_flags(args), device)
+        warnings += more
     protocol: dict[str, Any] = {
         "task": "generation",
         "reference": {"sha256": hashes["reference"], "count": reference.count,
@@ -140,10 +151,11 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         "samples": {"name": samples.name, "sha256": hashes["samples"], "count": samples.count},
         "extractor": {"name": args.features.split(":")[0], "sha256": extractor.sha256 if extractor else ""},
         "crop": "none" if args.image_size is None else f"center crop to {args.image_size} pixels (ADM's)",
-        "inception_score": f"{SPLITS} consecutive parts",
+        "inception_score": f"{SPLITS} consecutive parts" if samples.ordered else
+                           f"{SPLITS} parts, shuffled with torch-fidelity's seed {distribution.SHUFFLE_SEED}",
         "precision_recall": f"k = {distribution.NEIGHBOURS}, squared distances in float64",
         "kid": f"{distribution.KID_SUBSETS} subsets of {distribution.KID_SUBSET_SIZE}, seed {distribution.KID_SEED}",
-        "warnings": warnings_of(reference, samples, extractor),
+        "warnings": warnings,
     }
     protocol["id"] = protocol_id(protocol)
     return {**values, "num_reference": reference.count, "num_samples": samples.count, "unavailable": why,

@@ -41,6 +41,7 @@ class ImageSet(ABC):
     count: int  # of images, may be 0
     size: str   # of an image, "HEIGHTxWIDTH"
     statistics: dict[str, Gaussian]  # "pooled" and "spatial" as stored beside the images; ADM's references have both
+    ordered: bool  # whether the order is of the sampling, as in ADM's .npz files, not of the files' names
 
     @abstractmethod
     def chunks(self, mine: Callable[[int], bool]) -> Iterator[tuple[int, Tensor]]:
@@ -52,6 +53,8 @@ class NpzSet(ImageSet):
 
     ValueError, naming file and key, for a file that is no .npz, is cut short, or holds something else.
     """
+
+    ordered = True
 
     def __init__(self, path: Path):
         self.path, self.name, self.count, self.statistics = path, path.name, 0, {}
@@ -109,6 +112,8 @@ class SourceSet(ImageSet):
     ValueError: images of other sizes. TooManyBadImages: one that cannot be read.
     """
 
+    ordered = False
+
     def __init__(self, source: ImageSource, name: str, image_size: int | None, num_workers: int = 0):
         self.source, self.name, self.count, self.statistics = source, name, len(source), {}
         self.num_workers = num_workers
@@ -160,8 +165,13 @@ def open_set(path: str, image_size: int | None = None, num_workers: int = 0) -> 
     """An ADM .npz, or whatever tokenizer.image_sources.open_images takes ("digits": scikit-learn's).
 
     image_size: center-crop to it (not for .npz files, whose images are final). ValueError and FileNotFoundError name
-    the path and what is wrong.
+    the path and what is wrong; so do folders of sample_c2i.py, whose grid.png is no sample.
     """
+    folder = Path(path).expanduser()
+    for settings in sorted([*folder.glob("settings.json"), *folder.glob("*/settings.json")]):
+        if (settings.parent / "images").is_dir():
+            raise ValueError(f"{path}: {settings.parent} was written by sample_c2i.py and holds more than samples; "
+                             f"name {settings.with_name('samples.npz')}")
     if path.endswith(".npz"):
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: no such file")

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch_fidelity.metric_isc import isc_features_to_metric
 
 from evaluations import distribution
 from evaluations.distribution import (
@@ -112,6 +113,15 @@ def test_inception_score_of_known_posteriors():
     mixed = torch.log(torch.tensor([[0.9, 0.1], [0.1, 0.9]]))
     information = math.log(2) + 0.9 * math.log(0.9) + 0.1 * math.log(0.1)
     assert inception_score(mixed, splits=1)[0] == pytest.approx(math.exp(information))
+
+
+def test_the_shuffled_inception_score_is_torch_fidelitys():
+    logits = torch.randn(95, 6, generator=torch.Generator().manual_seed(0)).cumsum(0)  # neighbours are alike
+    theirs = isc_features_to_metric(logits, splits=10, shuffle=True)
+    mean, deviation = inception_score(logits, shuffle=True)
+    assert mean == pytest.approx(theirs["inception_score_mean"], rel=1e-12)
+    assert deviation == pytest.approx(theirs["inception_score_std"], rel=1e-12)
+    assert mean > 1.1 * inception_score(logits)[0]
 
 
 def test_inception_score_over_parts():

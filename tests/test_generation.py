@@ -1,6 +1,7 @@
 """evaluations/generation.py from the command line: all kinds of sides, processes, the cache, and garbage."""
 
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -15,6 +16,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from evaluations import distribution, generation, image_sets
+from evaluations.protocol import differences
 
 ROOT = Path(__file__).resolve().parents[1]
 N, M = 520, 300  # reference and samples: three chunks and two
@@ -90,13 +92,50 @@ def same_numbers(first, second, metrics=generation.METRICS):
 
 
 def test_folders_equal_npz_files(base, plain, tmp_path):
-    folders = report_of(base, "reference", "samples", tmp_path / "r.json")
+    folders = report_of(base, "reference", "samples.npz", tmp_path / "r.json")
     same_numbers(folders, plain)
     assert folders["protocol"]["id"] == plain["protocol"]["id"]  # the same pixels are the same reference
+    samples = report_of(base, "reference", "samples", tmp_path / "r.json")
+    same_numbers(samples, plain, [m for m in generation.METRICS if not m.startswith("inception")])
+    # Names of files are no order of sampling.
+    assert differences(samples["protocol"], plain["protocol"]) == ["inception_score"]
+
+
+def test_the_inception_score_does_not_depend_on_names(base, tmp_path):
+    """Class folders list class by class: ten parts of them would each hold one class."""
+    images = load_digits()
+    rows = [i for digit in range(6) for i in np.flatnonzero(images.target == digit)[:100]]
+    array = np.concatenate([digits(i, 1) for i in rows])
+    for i, image in zip(rows, array, strict=True):
+        folder = tmp_path / "classes" / str(images.target[i])
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{i:04d}.png")
+    np.savez(tmp_path / "sorted.npz", array)
+    np.savez(tmp_path / "mixed.npz", array[np.random.default_rng(0).permutation(len(array))])
+    reports = {name: report_of(base, "reference.npz", str(tmp_path / name), tmp_path / "r.json")
+               for name in ("classes", "sorted.npz", "mixed.npz")}
+    scores = {name: report["inception_score"] for name, report in reports.items()}
+    assert scores["classes"] == pytest.approx(scores["mixed.npz"], rel=0.03)
+    assert scores["sorted.npz"] < 0.9 * scores["mixed.npz"]
+    warned = {name: [w for w in r["protocol"]["warnings"] if "sorted" in w] for name, r in reports.items()}
+    assert [name for name, found in warned.items() if found] == ["sorted.npz"]
+    assert f"{scores['classes']:.4g}" in warned["sorted.npz"][0]  # what it would be
+
+
+def test_folders_of_sample_c2i_are_no_samples(base, tmp_path):
+    out = tmp_path / "samples" / "cfg-2"
+    shutil.copytree(base / "samples", out / "images")
+    Image.new("RGB", (16, 16)).save(out / "grid.png")
+    (out / "settings.json").write_text("{}")
+    for folder in (out, out.parent):
+        for sides in (("reference.npz", str(folder)), (str(folder), "samples.npz")):
+            with pytest.raises(SystemExit, match=r"cfg-2/samples.npz"):
+                generation.main(flags(base, *sides, tmp_path / "r.json", "--no-cache"))
+    assert report_of(base, "reference.npz", str(out / "images"), tmp_path / "r.json")["num_samples"] == M
 
 
 def test_stored_statistics_are_used(base, plain, tmp_path):
-    statistics = report_of(base, "statistics.npz", "samples", tmp_path / "a.json")
+    statistics = report_of(base, "statistics.npz", "samples.npz", tmp_path / "a.json")
     same_numbers(statistics, plain, ("fid", "sfid", "inception_score"))
     assert statistics["precision"] is statistics["recall"] is None
     assert statistics["num_reference"] == 0
@@ -125,7 +164,7 @@ def test_the_embedded_digits_against_themselves(base, tmp_path):
 def test_two_processes_give_the_numbers_of_one(base, plain, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                str(ROOT / "evaluations" / "generation.py"),
-               *flags(base, "reference.npz", "samples", tmp_path / "r.json", "--no-cache")]
+               *flags(base, "reference", "samples.npz", tmp_path / "r.json", "--no-cache")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert result.returncode == 0, result.stderr
     two = json.loads((tmp_path / "r.json").read_text())
