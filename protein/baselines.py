@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -82,6 +83,13 @@ class FoldSeek(StructureTokenizer):
         return self.label
 
 
+def _load_array(path: Path) -> Any:
+    try:
+        return np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: damaged, or no .npy file ({error})") from error
+
+
 class TokenFiles(StructureTokenizer):
     """Tokens that another program has made, in a folder with
 
@@ -95,18 +103,27 @@ class TokenFiles(StructureTokenizer):
     """
 
     def __init__(self, folder: str | Path):
+        """FileNotFoundError; ValueError, naming the file: damaged, a code that is not finite, no code of a token, a chain
+        that is there twice.
+        """
         folder = Path(folder)
         self.label = folder.name
         plain, pickled = folder / "codebook.npy", folder / "ProToken_Code_Book.pkl"
         path = plain if plain.exists() else pickled
-        values = np.load(path, allow_pickle=False) if path == plain else inert_pickle.load_file(path)
+        values = _load_array(path) if path == plain else inert_pickle.load_file(path)
         if not isinstance(values, np.ndarray) or values.ndim != 2 or values.dtype.kind != "f":
             raise ValueError(f"{path}: no codebook, which is a float array (K, D)")
         self._codebook = torch.tensor(values, dtype=torch.float32)
+        bad = (~self._codebook.isfinite()).any(-1).nonzero()
+        if len(bad):
+            raise ValueError(f"{path}: code {int(bad[0])} has a number that is not finite in float32")
         found = [folder / f"tokens{kind}" for kind in token_files.FORMATS if (folder / f"tokens{kind}").exists()]
         self._path = found[0] if found else folder / "tokens.jsonl"
-        self._chains = {chain.label: chain for chain in token_files.read_tokens(self._path)}
-        for chain in self._chains.values():
+        self._chains: dict[str, token_files.TokenChain] = {}
+        for chain in token_files.read_tokens(self._path):
+            if chain.label in self._chains:
+                raise ValueError(f"{self._path}: chain {chain.label} is there twice; keep one")
+            self._chains[chain.label] = chain
             if chain.tokens.max() >= len(values):
                 raise ValueError(f"{self._path}: chain {chain.label}: token {chain.tokens.max()}, but the codebook has "
                                  f"{len(values)} codes")

@@ -8,9 +8,9 @@
 its processed lists (see released_tasks.py) or, where these are missing and with --splits strict, the raw files together
 with --pdb-data (see task_archives.py). --tokenizer: see baselines.py; those of one LABEL are runs of one method. Every
 tokenizer meets every task with every learning rate and seed. Structures, tokens and finished probes are kept in
---results-dir, so the same command again, or one with more tokenizers, tasks or seeds, does what is missing. JSONL files,
-their structures and processed lists are read again if they have changed; after changes of raw files of the archive use
-another --results-dir. Writes table3.md, .csv and .html there.
+--results-dir, so the same command again, or one with more tokenizers, tasks or seeds, does what is missing. JSONL
+files, their structures and processed lists are read again if they have changed; after changes of the archive's raw
+files use another --results-dir. Writes table3.md, .csv and .html there.
 """
 
 from __future__ import annotations

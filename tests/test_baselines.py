@@ -92,6 +92,8 @@ def test_foreign_tokens_may_have_insertion_codes(protokens):
 @pytest.mark.parametrize(("row", "message"), [
     ('{"name": "a"}', "tokens.jsonl, line 1: no tokens"),
     ('{"name": "a", "tokens": [1, 2], "numbers": [1]}', "tokens.jsonl, line 1: chain a: 2 tokens, .* 1 numbers"),
+    ('{"name": "a", "tokens": [1]}\n{"name": "b", "tokens": [1]}\n{"name": "a", "tokens": [2]}',
+     "tokens.jsonl: chain a is there twice"),
     ('{"name": "a", "tokens": [8]}', "tokens.jsonl: chain a: token 8, but the codebook has 8 codes"),
 ])
 def test_damaged_token_files_are_named(protokens, row, message):
@@ -103,6 +105,26 @@ def test_damaged_token_files_are_named(protokens, row, message):
 def test_a_codebook_is_a_float_array(protokens):
     (protokens / "ProToken_Code_Book.pkl").write_bytes(pickle.dumps([1, 2]))
     with pytest.raises(ValueError, match=r"ProToken_Code_Book.pkl: no codebook"):
+        TokenFiles(protokens)
+
+
+@pytest.mark.parametrize("name", ["codebook.npy", "ProToken_Code_Book.pkl"])
+@pytest.mark.parametrize("value", [np.nan, -np.inf, 1e300])
+def test_codes_are_finite(protokens, name, value):
+    values = np.ones((8, 3))
+    values[5, 1] = value
+    if name.endswith("pkl"):
+        (protokens / name).write_bytes(pickle.dumps(values))
+    else:
+        np.save(protokens / name, values)
+    with pytest.raises(ValueError, match=rf"{name}: code 5 has a number that is not finite"):
+        TokenFiles(protokens)
+
+
+@pytest.mark.parametrize("content", [b"", b"damaged", b"PK\3\4damaged", np.ones((8, 3), np.float32).tobytes()])
+def test_a_damaged_codebook_is_named(protokens, content):
+    (protokens / "codebook.npy").write_bytes(content)
+    with pytest.raises(ValueError, match=r"^\S+codebook.npy: damaged, or no .npy file"):
         TokenFiles(protokens)
 
 
