@@ -1,6 +1,9 @@
 """Crops, augmentation, replacement of unreadable images and deterministic loading: tokenizer/data.py."""
 
 import random
+import signal
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -129,6 +132,12 @@ def bomb() -> bytes:
     return bytes(content)
 
 
+def damaged_tiff() -> bytes:
+    """A TIFF that calls its number of pixels a text: Pillow compares it with numbers and raises TypeError."""
+    content = encoded(picture(0, 8, 8), "TIFF")
+    return content[:72] + b"\2" + content[73:]
+
+
 def damaged(kind: str) -> bytes:
     whole = encoded(picture(3, 64, 64), "JPEG")
     return {
@@ -139,12 +148,13 @@ def damaged(kind: str) -> bytes:
         "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
         "bomb": bomb(),
         "elongated": encoded(Image.new("L", (60000, 1))),
+        "tiff": damaged_tiff(),
         "float": encoded(Image.fromarray(np.full((8, 8), 7.0, np.float32)), "TIFF"),
     }[kind]
 
 
 @pytest.mark.parametrize(
-    "kind", ["truncated", "truncated-png", "empty", "text", "postscript", "bomb", "elongated", "float"]
+    "kind", ["truncated", "truncated-png", "empty", "text", "postscript", "bomb", "elongated", "tiff", "float"]
 )
 def test_unreadable_image_is_replaced_and_reported(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # as some other library may have done
@@ -212,6 +222,30 @@ def test_batches_do_not_depend_on_workers(tmp_path, kind):
     assert expected[0]["image"].shape == (3, 3, 32, 32)
     assert expected[0]["image"].dtype == torch.float32
     assert expected[0]["label"].dtype == expected[0]["index"].dtype == torch.int64
+
+
+LEAVE = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+from tokenizer.data import make_loader
+first = iter(make_loader(range(100), [[i] for i in range(100)], num_workers=2, collate=list))
+other = iter(make_loader(range(100), [[i] for i in range(100)], num_workers=1, collate=list))
+next(first), next(other)
+{how}
+"""
+
+
+@pytest.mark.parametrize(("how", "status"), [
+    ("raise RuntimeError('diverged')", 1),
+    ("os.kill(os.getpid(), signal.SIGINT)", -signal.SIGINT),
+    ("sys.exit(3)", 3),
+])
+def test_a_program_that_ends_early_does_not_wait_for_its_workers(how, status):
+    root = str(Path(__file__).resolve().parents[1])
+    done = subprocess.run([sys.executable, "-c", LEAVE.format(root=root, how=how)], timeout=60, text=True,
+                          capture_output=True, check=False)
+    assert done.returncode in (status, 128 + abs(status)), done.stderr
+    assert "DataLoader worker" not in done.stderr
 
 
 def test_negative_workers_are_refused(crops):

@@ -7,7 +7,9 @@ opened by `tokenizer.image_sources` and read by `tokenizer.image_readers`.
 
 from __future__ import annotations
 
+import atexit
 import math
+import multiprocessing
 import random
 import signal
 import sys
@@ -207,6 +209,24 @@ def _ignore_sigterm(_worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+def _kill_workers() -> None:
+    """At exit, before multiprocessing's own handler: that one sends SIGTERM, which they ignore, and waits for them."""
+    if hasattr(signal, "SIGCHLD"):  # not on Windows
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report them as crashed
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+
+
+def _kill_workers() -> None:
+    """At exit, before multiprocessing's own handler: that one sends SIGTERM, which they ignore, and waits for them."""
+    if hasattr(signal, "SIGCHLD"):  # not on Windows
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report them as crashed
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+
+
 def make_loader(
     dataset: Dataset,
     batch_sampler: Iterable[list],
@@ -224,6 +244,14 @@ def make_loader(
     # Fork shares the index of the images with the workers and starts at once; they touch neither CUDA nor a shared file
     # offset. Elsewhere (no fork on Windows, unsafe on macOS) the platform's default pickles the dataset instead.
     forks = num_workers > 0 and sys.platform.startswith("linux")
+    if num_workers:
+        # Exit handlers run last in, first out; multiprocessing's came with the import of DataLoader. Once is enough.
+        atexit.unregister(_kill_workers)
+        atexit.register(_kill_workers)
+    if num_workers:
+        # Exit handlers run last in, first out; multiprocessing's came with the import of DataLoader. Once is enough.
+        atexit.unregister(_kill_workers)
+        atexit.register(_kill_workers)
     return DataLoader(
         dataset,
         batch_sampler=batch_sampler,
