@@ -67,7 +67,7 @@ def test_float_pixels_need_the_unit_range():
     unit = np.linspace(0, 1, 320, dtype=np.float32).reshape(16, 20)
     got = np.array(image_readers.decode_image(encoded(Image.fromarray(unit), "TIFF"), 1))
     assert np.array_equal(got, np.rint(unit * 255))
-    with pytest.raises(ValueError, match=r"mode F with values in \[0, 2\]"):
+    with pytest.raises(data.UnreadableImage, match=r"mode F with values in \[0, 2\]"):
         image_readers.decode_image(encoded(Image.fromarray(unit * 2), "TIFF"), 1)
 
 
@@ -243,6 +243,18 @@ def test_webdataset_shards(tmp_path, label):
         assert data.open_images(str(folder / "train-001.tar")).labels.tolist() == [3, 2, 1, 0]
     with pytest.raises(FileNotFoundError, match=r"2 of 5 shards do not exist, the first is .*train-003\.tar"):
         data.open_images(str(folder / "train-{000..004}.tar"))
+
+
+def test_metadata_in_class_folders_does_not_make_a_webdataset(tree, tmp_path):
+    folder = data.open_images(str(tree))
+    metadata = {"a/z.json": b'{"camera": 3}', "a/Z.json": b"[1]"}
+    source = data.open_images(str(write_tar(tmp_path / "x.tar", TREE | metadata)))
+    assert source.classes == folder.classes == ["a", "a-b", "b"]
+    assert source.fingerprint() == folder.fingerprint()
+    labelled = {f"{name.rpartition('.')[0]}.cls": b"5" for name in TREE}
+    assert set(data.open_images(str(write_tar(tmp_path / "y.tar", TREE | labelled))).labels) == {5}
+    with pytest.raises(ValueError, match="give all images a label or none"):
+        data.open_images(str(write_tar(tmp_path / "z.tar", TREE | {"a/z.json": b'{"label": 3}'})))
 
 
 def test_webdataset_labels_are_validated(tmp_path):

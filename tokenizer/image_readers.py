@@ -25,18 +25,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _MAX_OPEN_FILES = 64  # per process; a set of shards may be larger than the usual limit of 1024 descriptors
-# What Pillow and zlib are known to raise on damaged bytes.
-_DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    LookupError,
-    OverflowError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
+_READ_ERRORS = (OSError, struct.error, zlib.error)
 
 
 class UnreadableImage(Exception):
@@ -124,12 +113,17 @@ def to_channels(image: Image.Image, channels: int) -> Image.Image:
 
 
 def decode_image(data: bytes, channels: int) -> Image.Image:
-    """File content -> PIL image in the mode of `channels`. Raises one of _DECODE_ERRORS for damaged content."""
+    """File content -> PIL image in the mode of `channels`. Raises UnreadableImage, which says why, but not which."""
     # Another library may have switched this on for the whole process; half a picture filled with grey must not train.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
-    image = Image.open(io.BytesIO(data), formats=FORMATS)
-    image.load()
-    return to_channels(image, channels)
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image.load()
+        return to_channels(image, channels)
+    except UnidentifiedImageError as error:
+        raise UnreadableImage(f"none of {' '.join(FORMATS)}") from error
+    except Exception as error:  # damaged bytes can make Pillow's decoders raise anything, such as TypeError
+        raise UnreadableImage(str(error) or type(error).__name__) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -167,10 +161,8 @@ class ImageSource(ABC):
         i = range(len(self))[i]
         try:
             return self._image(i)
-        except UnidentifiedImageError as error:
-            raise UnreadableImage(f"{self.name(i)}: none of {' '.join(FORMATS)}") from error
-        except _DECODE_ERRORS as error:
-            raise UnreadableImage(f"{self.name(i)}: {error or type(error).__name__}") from error
+        except (UnreadableImage, *_READ_ERRORS) as error:
+            raise UnreadableImage(f"{self.name(i)}: {error}") from error
 
     def fingerprint(self) -> str:
         """16 hex digits over names and labels in order; not over pixels, not over where the source lies.

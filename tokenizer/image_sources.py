@@ -205,13 +205,29 @@ def _split_stem(name: str) -> tuple[str, str]:
     return folder + slash + stem, extension.lower()
 
 
+def _samples(members: list[Member]) -> list[dict[str, Member]]:
+    """Images with the .cls and .json of the same stem, as WebDataset groups them: {extension: member} of each."""
+    samples: dict[str, dict[str, Member]] = {}
+    for member in members:
+        stem, extension = _split_stem(member.name)
+        if extension in SHARD_EXTENSIONS or extension in ("cls", "json"):
+            samples.setdefault(stem, {})[extension] = member
+    return [parts for parts in samples.values() if parts.keys() & set(SHARD_EXTENSIONS)]
+
+
+def _is_shard(path: Path, members: list[Member]) -> bool:
+    """Whether a tar is one shard of a WebDataset: files beside its images label them, or could and no folder does."""
+    samples = [parts for parts in _samples(members) if parts.keys() & {"cls", "json"}]
+    names = _strip_outer_folder([m.name for m in members if _is_image(m.name)])
+    if not samples or len({name.split("/", 1)[0] for name in names if "/" in name}) < 2:
+        return bool(samples)
+    reader = PackedFiles([path])  # class folders may well hold a .json that is no label
+    return any(_shard_label(reader, 0, parts) is not None for parts in samples)
+
+
 def _open_tar(path: Path, channels: int) -> ImageSource:
     members = _tar_members(path)
-    stems: dict[bool, set[str]] = {True: set(), False: set()}
-    for stem, extension in (_split_stem(m.name) for m in members):
-        if extension in SHARD_EXTENSIONS or extension in ("cls", "json"):
-            stems[extension in SHARD_EXTENSIONS].add(stem)
-    if stems[True] & stems[False]:  # images with a .cls or .json of the same stem: one shard of a WebDataset
+    if _is_shard(path, members):
         return _open_shards([path], channels)
     members = [m for m in members if _is_image(m.name)]
     names = _strip_outer_folder([m.name for m in members])
@@ -292,12 +308,7 @@ def _open_shards(paths: Sequence[Path], channels: int) -> ImageSource:
     images: list[Member] = []
     labels: list[int | None] = []
     for file, path in enumerate(paths):
-        samples: dict[str, dict[str, Member]] = {}
-        for member in _tar_members(path):
-            stem, extension = _split_stem(member.name)
-            if extension in SHARD_EXTENSIONS or extension in ("cls", "json"):
-                samples.setdefault(stem, {})[extension] = member
-        for parts in samples.values():
+        for parts in _samples(_tar_members(path)):
             image = next((parts[e] for e in SHARD_EXTENSIONS if e in parts and _is_image(parts[e].name)), None)
             if image is not None:
                 files.append(file)
