@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # torch-fidelity's conversion of the TensorFlow graph
+INCEPTION_WIDTHS = {"pooled": 2048, "spatial": 2023}
 SPATIAL_CHANNELS = 7  # sFID takes the first 7 channels of a 17 x 17 map: 2,023 numbers (Nash et al. 2021, as in ADM)
 
 
@@ -32,12 +33,15 @@ class Extractor(nn.Module):
     """uint8 images (N, 3, H, W) of any size -> Features. In eval mode, float32, TF32 off: features must not depend on
     the batch or the GPU.
 
-    name: "inception" or "torchscript". sha256: of the weights' file, 64 hex digits, for protocols and caches.
+    name: "inception" or "torchscript". sha256: of the weights' file, 64 hex digits, for protocols and caches. widths:
+    of the features that ADM's references store statistics of; {}: none are stored of this extractor's.
     """
 
-    def __init__(self, name: str, sha256: str, network: nn.Module, run: Callable[[Tensor], Features]):
+    def __init__(self, name: str, sha256: str, network: nn.Module, run: Callable[[Tensor], Features],
+                 widths: Mapping[str, int] | None = None):
         super().__init__()
         self.name, self.sha256, self.network, self._run = name, sha256, network, run
+        self.widths = dict(widths or {})
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> Extractor:  # noqa: ARG002
@@ -103,7 +107,7 @@ def _open_inception(weights: str | Path | None) -> Extractor:
         pooled, logits = network(images)
         return Features(pooled, logits, kept.pop().flatten(1))
 
-    return Extractor("inception", _sha256(path), network, run)
+    return Extractor("inception", _sha256(path), network, run, INCEPTION_WIDTHS)
 
 
 def _open_torchscript(path: Path) -> Extractor:

@@ -5,9 +5,10 @@
 
 Either side is an ADM .npz (`arr_0` with images, `mu` and `sigma`, or both, as ADM's own references), a folder or
 archive of images, or "digits". Where a reference stores statistics, FID and sFID use those, as ADM's evaluator does;
-precision, recall and KID need its images. gFID of the tables is against VIRTUAL_imagenet256_labeled.npz, rFID against
-the validation images: the two are not comparable, and the report says which reference it used. torchrun spreads the
-images over processes; the numbers stay the same.
+precision, recall and KID need its images. They are of Inception's features: with others all is computed from images.
+gFID of the tables is against VIRTUAL_imagenet256_labeled.npz, rFID against the validation images: the two are not
+comparable, and the report says which reference it used. torchrun spreads the images over processes; the numbers stay
+the same.
 
 The Inception Score is of 10 parts. Samples of an .npz are cut as they lie, as ADM's evaluator does; names of files are
 in no order of sampling, so images of other sources are shuffled first, as torch-fidelity does. The protocol says which.
@@ -136,8 +137,13 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
                 raise ValueError(f"{name} {side.name}: {kind} mu {tuple(gaussian.mu.shape)} and sigma "
                                  f"{tuple(gaussian.sigma.shape)} do not fit together")
     extractor, reason = extractor_of_flags(args, device)
+    warnings = []
+    if extractor is not None:
+        for side in (reference, samples):
+            warnings += keep_statistics_of(extractor, side)
     values: dict[str, float | None] = dict.fromkeys(METRICS)
-    hashes, warnings = {"reference": "", "samples": ""}, warnings_of(reference, samples, extractor)
+    hashes = {"reference": "", "samples": ""}
+    warnings += warnings_of(reference, samples, extractor)
     if extractor is None:
         why = dict.fromkeys((m for m in METRICS if not m.endswith("_std")), reason)
     else:
@@ -160,6 +166,26 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     protocol["id"] = protocol_id(protocol)
     return {**values, "num_reference": reference.count, "num_samples": samples.count, "unavailable": why,
             "protocol": protocol}
+
+
+def keep_statistics_of(extractor: Extractor, side: ImageSet) -> list[str]:
+    """Leave out stored statistics of other features than the extractor's -> warnings.
+
+    ValueError: statistics of another width than Inception's, or a side that stores nothing but another's statistics.
+    """
+    if not side.statistics:
+        return []
+    if not extractor.widths:
+        if not side.count:
+            raise ValueError(f"{side.name} holds Inception's statistics without images, which --features "
+                             f"{extractor.name}:PATH cannot be compared with; name the images")
+        side.statistics = {}
+        return [f"{side.name} stores statistics of Inception's features; its images are used instead"]
+    for kind, gaussian in side.statistics.items():
+        if len(gaussian.mu) != extractor.widths[kind]:
+            raise ValueError(f"{side.name}: the {kind} statistics have {len(gaussian.mu)} dimensions, Inception's "
+                             f"features {extractor.widths[kind]}")
+    return []
 
 
 def warnings_of(reference: ImageSet, samples: ImageSet, extractor: Extractor | None) -> list[str]:

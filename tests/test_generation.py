@@ -16,6 +16,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from evaluations import distribution, generation, image_sets
+from evaluations import features as features_module
 from evaluations.protocol import differences
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -134,6 +135,18 @@ def test_folders_of_sample_c2i_are_no_samples(base, tmp_path):
     assert report_of(base, "reference.npz", str(out / "images"), tmp_path / "r.json")["num_samples"] == M
 
 
+@pytest.fixture
+def as_inception(monkeypatch):
+    """Stored statistics are of the stand-in's features, as ADM's are of Inception's."""
+    def named(spec, _weights=None):
+        extractor = features_module.open_extractor(spec)
+        extractor.widths = {"pooled": 16, "spatial": 12}
+        return extractor
+
+    monkeypatch.setattr(image_sets, "open_extractor", named)
+
+
+@pytest.mark.usefixtures("as_inception")
 def test_stored_statistics_are_used(base, plain, tmp_path):
     statistics = report_of(base, "statistics.npz", "samples.npz", tmp_path / "a.json")
     same_numbers(statistics, plain, ("fid", "sfid", "inception_score"))
@@ -146,6 +159,24 @@ def test_stored_statistics_are_used(base, plain, tmp_path):
     assert both["fid"] > plain["fid"] + 1  # the shifted mean, as ADM's evaluator would take it
     same_numbers(both, plain, ("sfid", "precision", "recall"))
     assert len({r["protocol"]["id"] for r in (plain, statistics, pooled, both)}) == 4
+
+
+@pytest.mark.usefixtures("as_inception")
+def test_statistics_of_another_width_are_refused_before_anything_is_computed(base, tmp_path, monkeypatch):
+    np.savez(tmp_path / "wide.npz", digits(0, 20), mu=np.zeros(2048), sigma=np.eye(2048))
+    monkeypatch.setattr(image_sets.Extractor, "forward", None)
+    for sides in ((str(tmp_path / "wide.npz"), "samples.npz"), ("reference.npz", str(tmp_path / "wide.npz"))):
+        with pytest.raises(SystemExit, match=r"wide.npz: the pooled statistics have 2048 dimensions, .* 16"):
+            generation.main(flags(base, *sides, tmp_path / "r.json", "--no-cache"))
+
+
+def test_other_features_do_not_meet_inceptions_statistics(base, plain, tmp_path):
+    both = report_of(base, "both.npz", "samples.npz", tmp_path / "r.json")
+    same_numbers(both, plain)
+    assert both["protocol"]["id"] == plain["protocol"]["id"]
+    assert any("both.npz stores statistics of Inception's" in w for w in both["protocol"]["warnings"])
+    with pytest.raises(SystemExit, match=r"statistics.npz holds Inception's statistics without images"):
+        report_of(base, "statistics.npz", "samples.npz", tmp_path / "s.json")
 
 
 def test_sides_are_not_exchanged(base, plain, tmp_path):
@@ -228,7 +259,6 @@ BROKEN = {
     "grey": (lambda path, _: np.savez(path, np.zeros((5, 8, 8), np.uint8)), "arr_0 must be uint8"),
     "keys": (lambda path, _: np.savez(path, images=np.zeros(3)), "keys.npz"),
     "shapes": (lambda path, _: np.savez(path, mu=np.zeros(4), sigma=np.eye(3)), "do not fit together"),
-    "width": (lambda path, _: np.savez(path, mu=np.zeros(4), sigma=np.eye(4)), r"must be \(D,\) and \(D, D\)"),
 }
 
 
