@@ -360,6 +360,12 @@ class StructureDataset(Dataset):
         """(n,) residues of each item."""
         return np.minimum(self.structures.lengths[self.indices], self.max_length)
 
+    @property
+    def observed(self) -> npt.NDArray[np.float64]:
+        """(n,) residues of each item that have N, CA and C; of a stretch as many as the chain's share lets expect."""
+        share = self.structures.observed[self.indices] / self.structures.lengths[self.indices]
+        return np.asarray(share * self.lengths, dtype=np.float64)
+
     def __getitem__(self, key: tuple[int, int] | int) -> dict[str, Any]:
         """coords float32 (L, 3, 3) of N, CA, C, NaN where absent, about the centre of the CAs of whole residues;
         residue_index int64 (L,), sequence int64 (L,), index (in the set).

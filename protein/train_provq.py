@@ -69,7 +69,7 @@ class Trainer(CurriculumRun):
         self.optimizer = build_adamw(self.raw, cfg)
         self.scaler = torch.amp.GradScaler(enabled=False)  # fp16 is not offered: coordinates need the range
         self.ema = EMA(self.raw, cfg.ema_decay) if cfg.ema else None
-        self.kmeans_batches = kmeans_batches(cfg, int(cfg.global_batch_size * self.train_set.lengths.mean()))
+        self.kmeans_batches = kmeans_batches(cfg, max(1, int(cfg.global_batch_size * self.train_set.observed.mean())))
         self.resume()
         self.model = self.parallel(self.raw)
 

@@ -224,6 +224,24 @@ def test_examples_never_end_a_run(tmp_path, capsys):
     assert max(chain.residue_numbers.max() for chain in decoded) > 10_000
 
 
+def test_the_codebook_starts_from_enough_latents(tmp_path, capsys):
+    """Masked residues give none: a batch may hold fewer latents than it has residues, and than its chains' mean."""
+    folder = tmp_path / "structures"
+    folder.mkdir()
+    for i in range(16):
+        chain = helix(f"{i}abc", 60, seed=i)
+        chain.coords[10 if i else 60 :, [0, 2]] = float("nan")
+        write_structure(folder / f"{i}abc.cif", chain)
+    words = {"data_path": folder, "preset": "ideal", "max_length": 60, "max_steps": 4, "warmup_steps": 2,
+             "transition_steps": 0, "val_path": folder, "val_size": 2, "global_batch_size": 1, "kmeans_batches": 1,
+             "global_seed": 1}
+    assert "would start from 13 latents for --codebook-size 14" in fails(
+        flags(tmp_path / "early", codebook_size=14, **words), capsys)
+    train_provq.main(flags(tmp_path / "run", codebook_size=13, **words))
+    assert "note: the codebook starts from 20 latents of 2 batches; 1 held too few for 13 codes" in \
+        capsys.readouterr().out
+
+
 def test_defaults_are_the_papers_recipe():
     cfg = parse_config(["--preset", "paper", "--data-path", "somewhere"])
     paper = {"warmup_steps": 20_000, "transition_steps": 10_000, "transition": "cosine", "loss_lambda": 1.0,

@@ -23,6 +23,7 @@ from tokenizer.runtime.ema import EMA
 from tokenizer.runtime.training import RunConfig, TrainingRun, check_run
 from tokenizer.snapshots import save_snapshot
 
+MORE_BATCHES = 8  # times as many at most, when those for the codebook's start hold fewer latents than codes
 CODEBOOK_INITS = ("auto", "kmeans", "latents", "none")
 
 
@@ -242,22 +243,33 @@ class CurriculumRun(TrainingRun):
 
     @torch.no_grad()
     def _collect_latents(self, step: int) -> tuple[Tensor, Tensor]:
-        """Latents (N_rank, D) of the next batches and the place of each among all ranks' (see provq.kmeans)."""
-        count, rank, world = self.kmeans_batches, distributed.rank(), distributed.world_size()
-        sizes = torch.zeros(count * self.cfg.global_batch_size, dtype=torch.int64)  # tokens of each sample
-        latents, rows = [], []
+        """Latents (N_rank, D) of the next batches and the place of each among all ranks' (see provq.kmeans).
+
+        How many of a batch's tokens are masked, nobody knows before: further batches follow while latents are too few.
+        """
+        rank, world, codes = distributed.rank(), distributed.world_size(), self.quantize.num_codes
+        latents, rows, counts = [], [], []
+        done, end, found = 0, self.kmeans_batches, 0
         self.raw.eval()
-        for i, batch in enumerate(self.batches(step, step + count)):
-            with self.autocast():
-                tokens, lengths = self.latents(batch)
-            # Micro-batch m of rank r holds rows [(m W + r) b, +b) of its global batch (StepSampler).
-            row = torch.arange(len(lengths)) + (i * world + rank) * self.micro_batch()
-            sizes[row] = lengths
-            latents.append(tokens.float())
-            rows.append(row)
+        while done < end:
+            for batch in self.batches(step + done, step + end):
+                with self.autocast():
+                    tokens, lengths = self.latents(batch)
+                # Micro-batch m of rank r holds rows [(m W + r) b, +b) of its global batch (StepSampler).
+                rows.append(torch.arange(len(lengths)) + (len(rows) * world + rank) * self.micro_batch())
+                latents.append(tokens.float())
+                counts.append(lengths)
+            done = end
+            found = int(distributed.all_reduce_(torch.tensor(sum(map(len, latents)), device=self.device)))
+            if found < codes:
+                end = min(2 * done, MORE_BATCHES * self.kmeans_batches)
+        if done > self.kmeans_batches:
+            distributed.print0(f"note: the codebook starts from {found} latents of {done} batches; "
+                               f"{self.kmeans_batches} held too few for {codes} codes")
         self.raw.train()
-        mine = torch.cat(rows)
-        lengths = sizes[mine]
+        mine, lengths = torch.cat(rows), torch.cat(counts)
+        sizes = torch.zeros(done * self.cfg.global_batch_size, dtype=torch.int64)  # tokens of each sample
+        sizes[mine] = lengths
         sizes = distributed.all_reduce_(sizes.to(self.device)).cpu()
         starts = (sizes.cumsum(0) - sizes)[mine]
         within = torch.arange(int(lengths.sum())) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
