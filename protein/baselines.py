@@ -103,8 +103,8 @@ class TokenFiles(StructureTokenizer):
     """
 
     def __init__(self, folder: str | Path):
-        """FileNotFoundError; ValueError, naming the file: damaged, a code that is not finite, no code of a token, a chain
-        that is there twice.
+        """FileNotFoundError; ValueError, naming the file: damaged, a code that is not finite, no code of a token, a
+        chain that is there twice.
         """
         folder = Path(folder)
         self.label = folder.name

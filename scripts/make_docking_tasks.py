@@ -4,11 +4,11 @@
 
 Reads a JSONL file with a row per chain: id, split ("train", "valid", "test"), unbound, bound (structure files, relative
 to the JSONL file), residues (numbers with insertion codes), interface (1 within reach of the partner, 0 not, -1
-unknown) and bfactor (of CA, unbound). Writes
+unknown) and bfactor (of CA, unbound; null: unknown). Blank lines are skipped. Writes
 
     interface.jsonl  binary: is the residue part of the interface?
     bfactor.jsonl    regression: B-factor, as the number of standard deviations from the chain's mean (crystals differ
-                     in scale). Chains whose B-factors are all alike are left out
+                     in scale). Chains whose B-factors are all alike are left out, and listed
     pairs.jsonl      pairs of conformations, the unbound and the bound form of every chain
 """
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -23,32 +24,92 @@ from typing import Any
 import numpy as np
 
 
-def convert(source: Path, out: Path) -> dict[str, int]:
-    """Returns the number of examples of each file. ValueError naming the line for a row that lacks a field."""
-    out.mkdir(parents=True, exist_ok=True)
+def read_rows(source: Path) -> list[dict[str, Any]]:
+    """ValueError naming file, line and field for what does not fit."""
+    rows: list[dict[str, Any]] = []
+    seen: set[tuple[str, str]] = set()
+    for number, line in enumerate(source.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        where = f"{source}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: not JSON ({error.msg})") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: holds a {type(row).__name__}, not an object {{...}}")
+        check_row(where, row, source.parent)
+        if (row["split"], row["id"]) in seen:
+            raise ValueError(f"{where}: id: {row['id']!r} is there twice in split {row['split']}")
+        seen.add((row["split"], row["id"]))
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{source}: no rows")
+    return rows
+
+
+def check_row(where: str, row: dict[str, Any], folder: Path) -> None:
+    """ValueError, starting with where and the field. folder: of the structures."""
+    for name in ("id", "split", "unbound", "bound", "residues", "interface", "bfactor"):
+        if name not in row:
+            raise ValueError(f"{where}: no field {name}")
+    for name in ("id", "split", "unbound", "bound"):
+        if not isinstance(row[name], str) or not row[name]:
+            raise ValueError(f"{where}: {name}: {row[name]!r} is not a word")
+    for name in ("unbound", "bound"):
+        if not (folder / row[name]).is_file():
+            raise ValueError(f"{where}: {name}: no file {folder / row[name]}")
+    for name, what, good in (
+        ("residues", "a word", lambda value: isinstance(value, str)),
+        ("interface", "1, 0 or -1", lambda value: type(value) is int and value in (1, 0, -1)),
+        ("bfactor", "a finite number or null",
+         lambda value: value is None or (type(value) in (int, float) and math.isfinite(value))),
+    ):
+        values = row[name]
+        if not isinstance(values, list) or not values:
+            raise ValueError(f"{where}: {name}: must be a list with an entry per residue, got {values!r}")
+        for i, value in enumerate(values):
+            if not good(value):
+                raise ValueError(f"{where}: {name}[{i}]: {value!r} is not {what}")
+        if len(values) != len(row["residues"]):
+            raise ValueError(f"{where}: {name}: {len(values)} for {len(row['residues'])} residues")
+
+
+def standard_scores(values: list[float | None]) -> list[float | None] | None:
+    """Standard deviations from the mean of those that are known. None: all that are known are alike."""
+    known = np.array([value for value in values if value is not None], dtype=np.float64)
+    if not len(known) or known.std() <= 1e-6:
+        return None
+    mean, deviation = float(known.mean()), float(known.std())
+    return [None if value is None else round((value - mean) / deviation, 4) for value in values]
+
+
+def convert(source: Path, out: Path) -> tuple[dict[str, int], list[str]]:
+    """Returns the number of examples of each file, and the ids that bfactor.jsonl lacks.
+
+    ValueError naming file, line and field, before anything is written.
+    """
     files: dict[str, list[dict[str, Any]]] = {
         "interface": [{"task": "Interface", "kind": "binary"}],
         "bfactor": [{"task": "B-factor", "kind": "regression"}],
         "pairs": [{"pairs": "Unbound-bound"}],
     }
-    for number, line in enumerate(source.read_text(encoding="utf-8").splitlines(), start=1):
-        row = json.loads(line)
-        needed = ("id", "split", "unbound", "bound", "residues", "interface", "bfactor")
-        absent = [name for name in needed if name not in row]
-        if absent:
-            raise ValueError(f"{source}, line {number}: no field {absent[0]}")
+    left_out = []
+    for row in read_rows(source):
         unbound, bound = (os.path.relpath(source.parent / row[form], out) for form in ("unbound", "bound"))
         common = {"id": row["id"], "split": row["split"], "structure": unbound, "residues": row["residues"]}
         labels = [None if label < 0 else label for label in row["interface"]]
         files["interface"].append({**common, "labels": labels})
-        values = np.array(row["bfactor"], dtype=np.float64)
-        if values.std() > 1e-6:
-            scores = (values - values.mean()) / values.std()
-            files["bfactor"].append({**common, "labels": [round(score, 4) for score in scores.tolist()]})
+        scores = standard_scores(row["bfactor"])
+        if scores is None:
+            left_out.append(row["id"])
+        else:
+            files["bfactor"].append({**common, "labels": scores})
         files["pairs"].append({"id": row["id"], "first": {"structure": unbound}, "second": {"structure": bound}})
+    out.mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():
         (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return {name: len(rows) - 1 for name, rows in files.items()}
+    return {name: len(rows) - 1 for name, rows in files.items()}, left_out
 
 
 def main() -> None:
@@ -57,10 +118,12 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder to write")
     args = parser.parse_args()
     try:
-        counts = convert(args.source, args.out)
+        counts, left_out = convert(args.source, args.out)
     except (ValueError, OSError) as error:
         raise SystemExit(f"make_docking_tasks.py: error: {error}") from error
     print(", ".join(f"{name}.jsonl: {count}" for name, count in counts.items()))
+    if left_out:
+        print(f"bfactor.jsonl is without {len(left_out)}, whose B-factors are all alike: {', '.join(left_out)}")
 
 
 if __name__ == "__main__":
