@@ -15,6 +15,7 @@ import io
 import json
 import re
 import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from tokenizer.runtime.checkpoint import atomic_write, atomic_write_text
 
 FORMATS = (".fasta", ".jsonl", ".npz")
 _NUMBER = re.compile(r"(-?\d+)(\D?)")
+_INT32 = 2**31  # what .npz keeps of a token, and structure files of a residue number
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +53,10 @@ class TokenChain:
             raise ValueError(f"chain {self.label}: {counts}; they must be equally many, and at least 1")
         if self.tokens.min() < -1:
             raise ValueError(f"chain {self.label}: token {self.tokens.min()}; tokens are at least 0, or -1 for none")
-        odd = [number for number in self.numbers if not _NUMBER.fullmatch(number)]
+        if self.tokens.max() >= _INT32:
+            raise ValueError(f"chain {self.label}: token {self.tokens.max()} is no code of any tokenizer")
+        parts = ((number, _NUMBER.fullmatch(number)) for number in self.numbers)
+        odd = [number for number, part in parts if part is None or abs(int(part[1])) >= _INT32]
         if odd:
             raise ValueError(f"chain {self.label}: {odd[0]!r} is no residue number")
 
@@ -133,6 +138,9 @@ def _chain(values: dict[str, Any]) -> TokenChain:
     tokens = values["tokens"]
     if not isinstance(tokens, list) or not tokens or not all(type(token) is int for token in tokens):
         raise ValueError("tokens must be a list of integers, at least one")
+    huge = [token for token in tokens if abs(token) >= _INT32]  # before they overflow an array
+    if huge:
+        raise ValueError(f"token {huge[0]} is no code of any tokenizer")
     absent = {"sequence": "X" * len(tokens), "numbers": [str(i + 1) for i in range(len(tokens))], "chain": "",
               "tokenizer": ""}
     values = absent | {key: value for key, value in values.items() if value not in ("", None)}
@@ -179,14 +187,25 @@ def _fasta_header(line: str) -> dict[str, Any]:
 
 def _from_npz(path: Path) -> Iterable[TokenChain]:
     try:
-        with np.load(io.BytesIO(path.read_bytes())) as file:
-            arrays = {key: file[key] for key in file.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        file = np.load(io.BytesIO(path.read_bytes()))
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise ValueError("a single array")
+        arrays = {key: file[key] for key in file.files}
+    # RuntimeError: a damaged header that asks for a password or another kind of compression.
+    except (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: damaged, or no .npz file ({error})") from error
     absent = [key for key in ("tokens", "offsets", "names") if key not in arrays]
     if absent:
         raise ValueError(f"{path}: no array {', '.join(absent)}")
-    offsets, count, total = arrays["offsets"], len(arrays["names"]), len(arrays["tokens"])
+    for key in ("tokens", "offsets"):
+        if arrays[key].ndim != 1 or arrays[key].dtype.kind not in "iu":
+            raise ValueError(f"{path}: {key} must be a row of integers, not {arrays[key].dtype} {arrays[key].shape}")
+    count, total = arrays["names"].size, len(arrays["tokens"])
+    for key in ("names", "chains", "sequences", "numbers", "tokenizer"):
+        if key in arrays and (arrays[key].shape != (count,) or arrays[key].dtype.kind != "U"):
+            raise ValueError(f"{path}: {key} must be {count} texts, one for each name, not {arrays[key].dtype} "
+                             f"{arrays[key].shape}")
+    offsets = arrays["offsets"].astype(np.int64)
     ascends = offsets.shape == (count + 1,) and bool((np.diff(offsets) > 0).all())
     if not ascends or offsets[0] != 0 or offsets[-1] != total:
         raise ValueError(f"{path}: offsets do not cut {total} tokens into {count} chains")

@@ -61,6 +61,9 @@ def test_files_of_other_programs(name, text, tmp_path):
     ("a.jsonl", '{"name": "x", "tokens": [1.5]}\n', "must be a list of integers"),
     ("a.jsonl", '{"name": "x", "tokens": []}\n', "must be a list of integers"),
     ("a.jsonl", "[1]\n", "line 1: "),
+    ("a.jsonl", '{"name": "a", "tokens": [1, 99999999999999999999]}\n', "line 1: token 9{20} is no code"),
+    ("a.fasta", ">a\n1 -99999999999999999999\n", "line 2: token -9{20} is no code"),
+    ("a.jsonl", '{"name": "a", "tokens": [1], "numbers": ["99999999999999999999"]}\n', "'9{20}' is no residue number"),
     ("a.npz", "junk", r"a\.npz: damaged, or no \.npz"),
     ("a.txt", "x", r"a\.txt: tokens are kept in \.fasta, \.jsonl, \.npz"),
 ])
@@ -68,6 +71,29 @@ def test_garbage(name, text, message, tmp_path):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         read_tokens(tmp_path / name)
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({"names": np.array("x")}, r"names must be 1 texts, one for each name, not <U1 \(\)"),
+    ({"names": np.array([3])}, "names must be 1 texts"),
+    ({"tokens": np.ones((2, 2), int)}, r"tokens must be a row of integers, not int64 \(2, 2\)"),
+    ({"tokens": np.array([1.5, 2])}, "tokens must be a row of integers, not float64"),
+    ({"offsets": np.array([0.0, 2.0])}, "offsets must be a row of integers, not float64"),
+    ({"tokenizer": np.array(["a", "b"])}, "tokenizer must be 1 texts"),
+    ({"numbers": np.array([], dtype=str)}, "numbers must be 1 texts"),
+])
+def test_arrays_of_another_kind(change, said, tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez(path, **({"tokens": np.array([1, 2]), "offsets": np.array([0, 2]), "names": np.array(["x"])} | change))
+    with pytest.raises(ValueError, match=rf"a\.npz: {said}"):
+        read_tokens(path)
+
+
+def test_a_single_array(tmp_path):
+    with (tmp_path / "a.npz").open("wb") as file:
+        np.save(file, np.arange(3))
+    with pytest.raises(ValueError, match=r"a\.npz: damaged, or no \.npz file \(a single array\)"):
+        read_tokens(tmp_path / "a.npz")
 
 
 def test_damaged_arrays(tmp_path):
