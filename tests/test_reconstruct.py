@@ -95,14 +95,31 @@ def test_llamagen_files_with_their_pickled_namespace_load(trained, tmp_path):
     (["/no/such/ckpt", "{pictures}"], "/no/such/ckpt"),
     (["{garbage}", "{pictures}"], "garbage.pt"),
     (["{run}", "{pictures}", "--batch-size", "0"], "--batch-size is 0"),
+    (["{run}", "--export-hf", "{run}"], "name a new folder for the export"),
+    (["{run}", "{pictures}", "--export-hf", "{run}"], "name a new folder for the export"),
+    (["{run}", "{pictures}", "--max-images", "0"], "--max-images is 0"),
 ])
 def test_mistakes_are_named(trained, tmp_path, capsys, words, said):
     (tmp_path / "garbage.pt").write_bytes(b"\0" * 1000)
+    before = (trained / "run" / "config.json").read_bytes()
     places = {"run": trained / "run", "pictures": trained / "pictures", "garbage": tmp_path / "garbage.pt"}
     with pytest.raises(SystemExit) as stopped:
         reconstruct.main([word.format(**places) for word in words] + ["--out", str(tmp_path / "out")])
     assert said in f"{stopped.value} {capsys.readouterr().err}"
     assert not (tmp_path / "out").exists()
+    assert (trained / "run" / "config.json").read_bytes() == before
+    assert not (trained / "run" / "model.safetensors").exists()
+
+
+def test_the_output_folder_is_tried_first(trained, tmp_path, monkeypatch):
+    words = [str(trained / "run"), str(trained / "pictures"), "--out"]
+    reconstruct.main([*words, str(tmp_path / "new" / "er"), "--max-pictures", "0"])
+    assert np.load(tmp_path / "new" / "er" / "codes.npy").shape == (COUNT, 4, 4)
+    monkeypatch.setattr(reconstruct.pretrained, "load_tokenizer", None)  # not reached
+    (tmp_path / "file").write_text("")
+    for out in ("/proc/nope", tmp_path / "file" / "x", tmp_path / "file"):
+        with pytest.raises(SystemExit, match=f"--out {out}: no files can be written there"):
+            reconstruct.main([*words, str(out)])
 
 
 def test_a_tokenizer_in_its_warmup_is_refused(trained, tmp_path):
@@ -112,9 +129,14 @@ def test_a_tokenizer_in_its_warmup_is_refused(trained, tmp_path):
         reconstruct.main([str(tmp_path / "early"), str(trained / "pictures"), "--out", str(tmp_path / "out")])
 
 
-def test_no_readable_image_is_an_error(trained, tmp_path):
+@pytest.mark.parametrize("words", [[], ["--max-images", "2"]])
+def test_no_readable_image_is_an_error(trained, tmp_path, words):
     (tmp_path / "junk").mkdir()
-    (tmp_path / "junk" / "a.png").write_bytes(b"junk")
-    with pytest.raises(SystemExit, match="cannot be read"):
-        reconstruct.main([str(trained / "run"), str(tmp_path / "junk"), "--out", str(tmp_path / "out")])
+    for name in ("a.png", "b.png"):
+        (tmp_path / "junk" / name).write_bytes(b"junk")
+    Image.new("L", (16, 16)).save(tmp_path / "junk" / "c.png")
+    if not words:
+        (tmp_path / "junk" / "c.png").unlink()
+    with pytest.raises(SystemExit, match=r"can(not)? be read"):
+        reconstruct.main([str(trained / "run"), str(tmp_path / "junk"), "--out", str(tmp_path / "out"), *words])
     assert not (tmp_path / "out").exists()

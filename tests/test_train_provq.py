@@ -263,6 +263,8 @@ def fails(words, capsys):
     ({"val_path": "/no/such/val"}, "--val-path: "),
     ({"disc_weight": 1}, "--image-size 16 is too small"),
     ({"preset": "imagenet256"}, "needs --data-path"),
+    ({"results_dir": "/proc/nope", "dry_run": True}, "--results-dir /proc/nope: no files can be written there"),
+    ({"results_dir": f"{__file__}/x"}, "test_train_provq.py/x: no files can be written there"),
 ])
 def test_mistakes_are_named_before_anything_is_written(tmp_path, capsys, changes, said):
     run_dir = tmp_path / "run"

@@ -88,7 +88,8 @@ def save_pretrained(model: VQModel, folder: str | Path) -> Path:
     """Write an inference export, {folder}/config.json and model.safetensors (float32, LlamaGen's keys) -> folder.
 
     The quantizer becomes a plain table of its effective codes, so LlamaGen can load the weights as they are and the
-    export cannot continue a SimVQ or EMA training: checkpoints do that. ValueError: no codebook yet.
+    export cannot continue a SimVQ or EMA training: checkpoints do that. ValueError: no codebook yet, or the folder is
+    in use, see `write_export`.
     """
     state = to_llamagen_state_dict(model)
     defaults = VQModelConfig()
@@ -105,9 +106,15 @@ def save_pretrained(model: VQModel, folder: str | Path) -> Path:
 
 
 def write_export(folder: Path, description: Mapping[str, Any], state: Mapping[str, Tensor]) -> Path:
-    """{folder}/config.json and model.safetensors -> folder. state: on the CPU, contiguous."""
+    """{folder}/config.json and model.safetensors -> folder. state: on the CPU, contiguous.
+
+    ValueError, before anything is written: the folder's config.json is of something else, such as a run.
+    """
     import safetensors.torch
 
+    path = folder / CONFIG_FILE
+    if path.exists() and config.load(path).get("format") != description["format"]:
+        raise ValueError(f"{path} is not of such an export, and must not be replaced; name a new folder for the export")
     weights = safetensors.torch.save(dict(state), metadata={"format": "pt"})
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.atomic_write(folder / WEIGHTS_FILE, lambda file: file.write(weights))

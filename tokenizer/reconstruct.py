@@ -27,7 +27,7 @@ from tokenizer.data import BadImageCounter, TooManyBadImages, consecutive
 from tokenizer.image_sources import open_images
 from tokenizer.perceptual import LPIPS
 from tokenizer.runtime import distributed
-from tokenizer.runtime.checkpoint import atomic_write, atomic_write_text
+from tokenizer.runtime.checkpoint import atomic_write, atomic_write_text, require_writable
 from tokenizer.validation import ReconstructionMeter, reconstructions
 from tokenizer.vq_model import VQModel
 
@@ -92,6 +92,9 @@ def reconstruct(model: VQModel, args: argparse.Namespace, device: torch.device) 
                 pictures.mkdir(parents=True, exist_ok=True)
                 name = f"{i:06d}_{Path(source.name(i)).stem}.png"
                 save_image((torch.stack([original, decoded]) + 1) / 2, pictures / name, padding=0)
+    if not names:
+        raise ValueError(f"none of the {count} images of {args.images} can be read: {', '.join(sorted(bad.names)[:20])}")
+    args.out.mkdir(parents=True, exist_ok=True)
     metrics = meter.result(model.quantize.codebook) | {"image_size": size, "unreadable_images": len(bad.names)}
     smallest = np.min_scalar_type(model.quantize.num_codes - 1)
     atomic_write(args.out / "codes.npy", lambda file: np.save(file, np.concatenate(codes).astype(smallest)))
@@ -108,6 +111,8 @@ def main(argv: list[str] | None = None) -> None:
         device = distributed.init(args.device)
         if distributed.world_size() > 1:
             raise ValueError("runs on one process; start it with python, not torchrun")
+        if args.images:
+            require_writable(args.out, "--out")
         model = pretrained.load_tokenizer(args.ckpt, device, args.weights, codebook_l2_norm=args.codebook_l2_norm)
         export(model, args)
         if args.images:

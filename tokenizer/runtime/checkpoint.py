@@ -5,9 +5,11 @@ the disk itself failed. Files hold tensors and Python primitives: nothing is exe
 """
 
 import argparse
+import contextlib
 import os
 import pickle
 import re
+import tempfile
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -58,6 +60,26 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def require_writable(folder: str | Path, what: str) -> None:
+    """Raise ValueError, starting with what (a flag), unless files can be written to folder. Leaves nothing behind.
+
+    The folder and its parents need not exist. Tried, not asked: root may write where the file system takes nothing.
+    """
+    folder = Path(folder)
+    created: list[Path] = []
+    try:
+        created = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{what} {folder}: no files can be written there ({error}); name another folder") from error
+    finally:
+        for parent in created:
+            with contextlib.suppress(OSError):  # never made, or in use by now
+                parent.rmdir()
 
 
 def load_file(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tokenizer.runtime import config, distributed
-from tokenizer.runtime.checkpoint import Checkpointer, atomic_write_text
+from tokenizer.runtime.checkpoint import Checkpointer, atomic_write_text, require_writable
 from tokenizer.runtime.config import arg
 from tokenizer.runtime.metrics import JsonlFile, MetricLogger
 from tokenizer.runtime.seeding import StepSampler, seed_step
@@ -69,6 +69,8 @@ def check_run(cfg: Any, world_size: int) -> None:
         raise ValueError(f"give one of --max-steps and --epochs; got {cfg.max_steps} and {cfg.epochs}")
     if Path(cfg.results_dir).exists() and not Path(cfg.results_dir).is_dir():
         raise ValueError(f"--results-dir {cfg.results_dir} is a file; name a folder")
+    if distributed.is_main():  # the one that writes
+        require_writable(cfg.results_dir, "--results-dir")
     parts = world_size * cfg.gradient_accumulation_steps
     if cfg.global_batch_size % parts:
         raise ValueError(f"--global-batch-size {cfg.global_batch_size} must be a multiple of {parts}: {world_size} "
