@@ -13,7 +13,8 @@ published tables do not say which they are. Both are measured:
     normalized_perplexity  perplexity / K, likewise; StructTokenBench's "normalized entropy" is entropy / K
     code_distance          mean Euclidean distance of the effective codes, unused ones included; code_distance_used:
                            of the codes that occur
-    rmsd, lddt, tm         of the decoded structures, means over chains: see validation.reconstruction_metrics
+    rmsd, lddt, tm         of the decoded structures, means over chains: see validation.reconstruction_metrics; null
+                           where no chain has them
 """
 
 from __future__ import annotations
@@ -96,8 +97,9 @@ def measure(tokenizer: Any, chains: Sequence[Chain], args: argparse.Namespace, d
     out: dict[str, Any] = codebook_metrics(torch.cat([part for part, _ in parts]), tokenizer.codebook().float())
     rows = [row for _, part in parts for row in part]
     if rows:
-        out |= {name: float(np.nanmean([row[name] for row in rows])) for name in METRICS}
-        out["rmsd_median"] = float(np.nanmedian([row["rmsd"] for row in rows]))
+        known = {name: [row[name] for row in rows if np.isfinite(row[name])] for name in METRICS}
+        out |= {name: float(np.mean(values)) if values else None for name, values in known.items()}
+        out["rmsd_median"] = float(np.median(known["rmsd"])) if known["rmsd"] else None
     return out
 
 
@@ -121,14 +123,14 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
             "tokenizer_hash": tokenizer.hash(), "codes": tokenizer.num_codes}
     if distributed.is_main():
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(args.out, json.dumps(report, indent=1) + "\n")
+        atomic_write_text(args.out, json.dumps(report, indent=1, allow_nan=False) + "\n")
         distributed.print0(table(report["tokenizers"]) + f"\nwrote {args.out}")
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """Markdown."""
+    """Markdown; what is absent or None is left empty."""
     lines = ["| tokenizer | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    lines += [f"| {name} | " + " | ".join(f"{row[c]:.4g}" if c in row else "" for c in COLUMNS) + " |"
+    lines += [f"| {name} | " + " | ".join("" if row.get(c) is None else f"{row[c]:.4g}" for c in COLUMNS) + " |"
               for name, row in results.items()]
     return "\n".join(lines)
 

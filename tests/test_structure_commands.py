@@ -134,6 +134,18 @@ def test_evaluation(base, tmp_path, capsys):
     assert two == pytest.approx(found, rel=1e-6)
 
 
+@pytest.mark.filterwarnings("error")
+def test_what_cannot_be_averaged_is_null(base, tmp_path):
+    (chain,) = generate_backbones(1, seed=9)
+    chain.coords[2:] = np.nan
+    write_structure(tmp_path / "two.cif", chain)
+    out = tmp_path / "metrics.json"
+    evaluate.main([str(tmp_path / "two.cif"), "--ckpt", str(base / "run"), "--out", str(out), "--device", "cpu"])
+    (found,) = json.loads(out.read_text(), parse_constant=never)["tokenizers"].values()
+    assert [found[name] for name in ("rmsd", "lddt", "tm", "rmsd_median")] == [None] * 4
+    assert found["tokens"] == 2
+
+
 def test_length_batches_cover_everything_once():
     lengths = [5, 100, 1, 40, 40, 3000, 7]
     batches = list(length_batches(lengths, max_residues=120))
