@@ -13,8 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 from tokenizer.runtime import config
 from tokenizer.runtime.checkpoint import atomic_write, atomic_write_text
 from tokenizer.runtime.seeding import fold
+from tokenizer.runtime.training import CannotContinue
 
 FORMAT = "provq-codes-1"
 MANIFEST, LABELS, NAMES = "manifest.json", "labels.npy", "names.txt"
@@ -38,6 +39,15 @@ def code_dtype(codebook_size: int) -> np.dtype:
 
 def shard_name(number: int, count: int) -> str:
     return f"codes-{number:05d}-of-{count:05d}.npy"
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, 64 hex digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def write_manifest(
@@ -67,17 +77,31 @@ class CodeFiles:
     num_classes: int
     tokenizer_hash: str  # "": unknown, in LlamaGen's folders
     fingerprint: str     # of the content, as the manifest has it
+    shards: list[tuple[Path, str]] = field(default_factory=list)  # file and SHA-256 of each; none in LlamaGen's folders
+
+    def damage(self, mine: Callable[[int], bool] = lambda number: True) -> list[str]:  # noqa: ARG005
+        """Read the shards whose number is `mine` to the end -> what is wrong with them, a sentence each."""
+        found = []
+        for number, (path, sha256) in enumerate(self.shards):
+            if not mine(number):
+                continue
+            if file_hash(path) != sha256:
+                found.append(f"{path} is not the file that the manifest describes (another SHA-256)")
+            elif self.arrays[number].max(initial=0) >= self.codebook_size:
+                found.append(f"{path} has codes up to {self.arrays[number].max()}, the codebook has "
+                             f"{self.codebook_size}")
+        return found
 
     def codes(self, image: int, view: int) -> np.ndarray:
-        """(tokens,) int64. ValueError: a code beyond the codebook."""
+        """(tokens,) int64. CannotContinue: a code beyond the codebook, in a file that has changed since `damage`."""
         shard = 0
         while image >= len(self.arrays[shard]):
             image -= len(self.arrays[shard])
             shard += 1
         found = self.arrays[shard][image, view].astype(np.int64)
         if found.max() >= self.codebook_size or found.min() < 0:
-            raise ValueError(f"{self.path}: image {image} of shard {shard} has codes in [{found.min()}, "
-                             f"{found.max()}], the codebook has {self.codebook_size}; extract the codes again")
+            raise CannotContinue(f"{self.path}: image {image} of shard {shard} has codes in [{found.min()}, "
+                                 f"{found.max()}], the codebook has {self.codebook_size}; extract the codes again")
         return found
 
 
@@ -100,9 +124,12 @@ def read_folder(path: Path) -> CodeFiles:
         if sum(len(array) for array in arrays) != len(labels):
             raise ValueError(f"{path / MANIFEST}: the shards hold {sum(map(len, arrays))} images, there are "
                              f"{len(labels)} labels")
+        if len(labels) and not 0 <= labels.min() <= labels.max() < manifest["num_classes"]:
+            raise ValueError(f"{path / LABELS} spans [{labels.min()}, {labels.max()}], the manifest says "
+                             f"{manifest['num_classes']} classes; make the folder again")
         fingerprint = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode() + labels.tobytes()).hexdigest()
         return CodeFiles(path, arrays, labels, manifest["views"], **{k: manifest[k] for k in COMMON},
-                         fingerprint=fingerprint)
+                         fingerprint=fingerprint, shards=[(path / s["file"], s["sha256"]) for s in manifest["shards"]])
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path / MANIFEST}: {error} is missing or of another kind") from error
 
@@ -113,7 +140,9 @@ def _open_array(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarr
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing; extract the codes again") from error
     except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is damaged or cut short ({error}); delete it and extract the codes again") from error
+        raise ValueError(f"{path} is damaged or cut short ({error}); extract the codes again") from error
+    if path.stat().st_size != array.offset + array.nbytes:
+        raise ValueError(f"{path} is longer than its header says; extract the codes again")
     if array.shape != shape or array.dtype != dtype:
         raise ValueError(f"{path} holds {array.dtype} {array.shape}, the manifest says {dtype} {shape}")
     return array
@@ -127,8 +156,8 @@ def is_llamagen(path: Path) -> bool:
 def read_llamagen(path: Path, codebook_size: int) -> CodeFiles:
     """Read LlamaGen's folders, of one (1, views, tokens) file and one (1,) file per image, into memory.
 
-    path: with NAME_codes/ and NAME_labels/ inside, or NAME_codes itself. ValueError: files that are absent, damaged or
-    of other shapes.
+    path: with NAME_codes/ and NAME_labels/ inside, or NAME_codes itself. ValueError: files that are absent, damaged, of
+    other shapes or types, codes beyond the codebook, negative labels.
     """
     pair = _llamagen_pair(path)
     if pair is None:
@@ -143,6 +172,11 @@ def read_llamagen(path: Path, codebook_size: int) -> CodeFiles:
         if row.ndim != 3 or len(row) != 1 or label.shape != (1,) or (rows and row.shape[1:] != rows[0].shape):
             raise ValueError(f"{codes / f'{number}.npy'} has shape {row.shape} and its label {label.shape}; expected "
                              "(1, views, tokens) alike for all images, and (1,)")
+        for what, value in ((codes, row), (labels, label)):
+            if value.dtype.kind not in "iu":
+                raise ValueError(f"{what / f'{number}.npy'} holds {value.dtype}, expected whole numbers")
+        if label[0] < 0:
+            raise ValueError(f"{labels / f'{number}.npy'} has the label {label[0]}; labels count from 0")
         if row.min() < 0 or row.max() >= codebook_size:
             raise ValueError(f"{codes / f'{number}.npy'} has codes in [{row.min()}, {row.max()}], the codebook "
                              f"{codebook_size}; give the right --codebook-size")

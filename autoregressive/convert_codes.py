@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 from pathlib import Path
 
@@ -17,10 +16,11 @@ if not __package__:
 import numpy as np
 from tqdm import tqdm
 
-from autoregressive.code_shards import code_dtype, read_folder, read_llamagen, shard_name, write_manifest
+from autoregressive.code_shards import code_dtype, file_hash, read_folder, read_llamagen, shard_name, write_manifest
 from tokenizer.data import consecutive
 from tokenizer.runtime import distributed
 from tokenizer.runtime.checkpoint import atomic_write
+from tokenizer.runtime.training import CannotContinue
 
 SHARD = 65536  # images
 
@@ -50,8 +50,7 @@ def to_shards(args: argparse.Namespace) -> str:
         name = shard_name(number, len(rows))
         part = array[chunk[0] : chunk[-1] + 1]
         atomic_write(args.out / name, lambda file, part=part: np.save(file, part))
-        digest = hashlib.sha256((args.out / name).read_bytes()).hexdigest()
-        shards.append({"file": name, "images": len(part), "sha256": digest})
+        shards.append({"file": name, "images": len(part), "sha256": file_hash(args.out / name)})
     description = {"views": files.views, "num_tokens": files.num_tokens, "codebook_size": args.codebook_size,
                    "num_classes": classes, "tokenizer_hash": "", "crops": f"as in LlamaGen's {args.source.name}"}
     write_manifest(args.out, description, shards, files.labels.tolist(), [str(i) for i in range(len(array))])
@@ -77,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"{args.out} exists already; name a new folder")
         done = to_llamagen(args) if args.to_llamagen else to_shards(args)
         distributed.print0(f"wrote {args.out}: {done}")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, CannotContinue) as error:
         raise SystemExit(f"convert_codes.py: error: {error}") from error
 
 

@@ -4,14 +4,14 @@
     python autoregressive/extract_codes.py --vq-ckpt runs/digits       # the run's own images, into runs/digits/codes
 
 Views follow LlamaGen: the center crop and its mirror image, or with --ten-crop ten crops of a larger one (four corners,
-center, and the same of the mirror image). The same command again continues what was interrupted; processes share the
-work by shards, and the result does not depend on their number.
+center, and the same of the mirror image). The same command again continues what was interrupted, and makes shards of a
+finished folder again that are missing or damaged; processes share the work by shards, and the result does not depend on
+their number.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import shutil
 import sys
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from autoregressive.code_shards import MANIFEST, shard_name, write_manifest
+from autoregressive.code_shards import LABELS, MANIFEST, NAMES, file_hash, shard_name, write_manifest
 from autoregressive.extraction import default_batch_size, extract_shard
 from tokenizer.data import BadImageCounter, ImageDataset, consecutive
 from tokenizer.image_sources import ImageSource, open_images
@@ -128,6 +128,51 @@ def prepare_folder(folder: Path, description: dict[str, Any]) -> bool:
     return known.name != MANIFEST
 
 
+def inspect(folder: Path, source: ImageSource, chunks: list[list[int]]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Of a finished folder: the parts of its intact shards, and the files that are not. Collective; work is shared.
+
+    chunks: places of the images of each shard. ValueError: the manifest lists other shards.
+    """
+    listed = config.load(folder / MANIFEST)["shards"]
+    if [shard["file"] for shard in listed] != [shard_name(i, len(chunks)) for i in range(len(chunks))]:
+        raise ValueError(f"--code-path {folder} has {len(listed)} shards, expected {len(chunks)}; delete the folder")
+    names = folder / NAMES
+    lines = names.read_bytes().decode(errors="replace").split("\n")[:-1] if names.is_file() else []
+    mine, first, rank, world = {}, 0, distributed.rank(), distributed.world_size()
+    for number, (shard, places) in enumerate(zip(listed, chunks, strict=True)):
+        path, wanted = folder / shard["file"], lines[first : first + shard["images"]]
+        first += shard["images"]
+        if len(places) > shard["images"]:  # some could not be read
+            places = _subsequence(source, places, wanted)
+        if number % world == rank:
+            intact = len(places) == shard["images"] and path.is_file() and file_hash(path) == shard["sha256"]
+            mine[number] = {**shard, "places": places} if intact else None
+    found = sorted(pair for part in distributed.gather_objects(mine) for pair in part.items())
+    good = [part for _, part in found if part is not None]
+    damaged = [listed[number]["file"] for number, part in found if part is None]
+    if not damaged:
+        kept = [place for part in good for place in part["places"]]
+        damaged += [NAMES] if lines != [source.name(i) for i in kept] else []
+        damaged += [LABELS] if not _holds(folder / LABELS, [source.label(i) for i in kept]) else []
+    return good, damaged
+
+
+def _subsequence(source: ImageSource, places: list[int], names: list[str]) -> list[int]:
+    """The places of these names, which come in this order; fewer where a name is not among them."""
+    kept: list[int] = []
+    for place in places:
+        if len(kept) < len(names) and source.name(place) == names[len(kept)]:
+            kept.append(place)
+    return kept
+
+
+def _holds(path: Path, labels: list[int]) -> bool:
+    try:
+        return np.array_equal(np.load(path, allow_pickle=False), labels)
+    except (OSError, ValueError, EOFError):
+        return False
+
+
 def extract(args: argparse.Namespace, device: torch.device) -> None:
     """Collective. ValueError, OSError: mistakes in flags and files, before anything is computed."""
     model = load_tokenizer(args.vq_ckpt, device, args.weights, codebook_l2_norm=args.codebook_l2_norm)
@@ -147,17 +192,24 @@ def extract(args: argparse.Namespace, device: torch.device) -> None:
         raise ValueError("--flip and --ten-crop mirror images, but the mirror image of a digit is no digit")
     description = describe(model, source, args)
     folder = args.code_path
+    shards = consecutive(len(source), min(max(-(-len(source) // SHARDS), LEAST), MOST))
+    good: list[dict[str, Any]] = []
     if not prepare_folder(folder, description):
-        distributed.print0(f"{folder} is complete")
-        return
+        good, damaged = inspect(folder, source, shards)
+        if not damaged:
+            distributed.print0(f"{folder} is complete")
+            return
+        distributed.print0(f"{folder}: missing or damaged, made again: {', '.join(damaged)}")
     distributed.barrier()  # all ranks have looked before rank 0 writes
     parts = folder / PARTS
     if distributed.is_main():
         parts.mkdir(parents=True, exist_ok=True)
+        for part in good:
+            atomic_write_text(parts / f"{part['file']}.json", json.dumps(part))
         atomic_write_text(folder / SETTINGS, json.dumps(description, indent=1) + "\n")
+        (folder / MANIFEST).unlink(missing_ok=True)
     distributed.barrier()
     dataset = ImageDataset(source, enlarged(args))
-    shards = consecutive(len(source), min(max(-(-len(source) // SHARDS), LEAST), MOST))
     rank, world = distributed.rank(), distributed.world_size()
     bad = BadImageCounter(args.max_bad_images)
     encode = torch.compile(model.encode_latents) if args.compile else None
@@ -176,7 +228,7 @@ def extract(args: argparse.Namespace, device: torch.device) -> None:
                 progress=shown.update, encode=encode,
             )
             atomic_write(folder / name, lambda file, codes=codes: np.save(file, codes))
-            part = {"file": name, "images": len(kept), "sha256": _sha256(folder / name), "places": kept}
+            part = {"file": name, "images": len(kept), "sha256": file_hash(folder / name), "places": kept}
             atomic_write_text(parts / f"{name}.json", json.dumps(part))
     distributed.barrier()
     if distributed.is_main():
@@ -184,7 +236,7 @@ def extract(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def _is_done(shard: Path, part: Path) -> bool:
-    return part.is_file() and shard.is_file() and config.load(part)["sha256"] == _sha256(shard)
+    return part.is_file() and shard.is_file() and config.load(part)["sha256"] == file_hash(shard)
 
 
 def _finish(folder: Path, description: dict[str, Any], source: ImageSource, files: list[str]) -> None:
@@ -198,10 +250,6 @@ def _finish(folder: Path, description: dict[str, Any], source: ImageSource, file
     (folder / SETTINGS).unlink()
     distributed.print0(f"wrote {folder}: {len(places)} images, {description['views']} views of "
                        f"{description['num_tokens']} codes, {len(files)} shards")
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def main(argv: list[str] | None = None) -> None:

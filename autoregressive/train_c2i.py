@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import save_image
 
 from autoregressive import sharding
-from autoregressive.code_shards import CodeDataset, open_codes
+from autoregressive.code_shards import CodeDataset, CodeFiles, open_codes
 from autoregressive.gpt import GPT, GPTConfig
 from autoregressive.sampling import SamplingConfig, generate
 from autoregressive.train_config import TrainConfig, check, parse_config, resumable, shards
@@ -95,6 +95,10 @@ class Trainer(TrainingRun):
             raise ValueError("no image is held out for validation: give --val-code-path, or --val-size above 0")
         self.train_set = codes.subset(train, seed=cfg.global_seed)
         self.val_set = val.subset(held_out, seed=None)
+        if not list(Path(cfg.results_dir or ".").glob("checkpoints/*.pt")):  # once in a run: it may be many gigabytes
+            _require_intact("--code-path", codes.files)
+            if val is not codes:
+                _require_intact("--val-code-path", val.files)
         return codes
 
     def _open_tokenizer(self, codes: CodeDataset) -> VQModel | None:
@@ -254,6 +258,16 @@ def _open(flag: str, path: str, codebook_size: int) -> CodeDataset:
         return open_codes(path, codebook_size)
     except (ValueError, OSError) as error:
         raise ValueError(f"{flag}: {error}") from error
+
+
+def _require_intact(flag: str, folders: list[CodeFiles]) -> None:
+    """Collective; ranks share the shards. ValueError: shards that are damaged."""
+    rank, world = distributed.rank(), distributed.world_size()
+    mine = [line for files in folders for line in files.damage(lambda number: number % world == rank)]
+    found = [line for part in distributed.gather_objects(mine) for line in part]
+    if found:
+        raise ValueError(f"{flag}: {'; '.join(found)}. The command that made them makes damaged shards again "
+                         "(autoregressive/extract_codes.py)")
 
 
 def main(argv: list[str] | None = None) -> None:

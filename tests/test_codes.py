@@ -1,6 +1,7 @@
 """Codes on disk: extraction against the tokenizer, resume, processes, views, LlamaGen's folders, and garbage."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +14,12 @@ from sklearn.datasets import load_digits
 from torchvision.transforms import TenCrop
 
 from autoregressive import convert_codes, extract_codes
-from autoregressive.code_shards import open_codes
+from autoregressive.code_shards import file_hash, open_codes
 from tokenizer import train_provq
 from tokenizer.data import center_crop_arr, image_to_tensor
 from tokenizer.pretrained import load_tokenizer, save_pretrained, tokenizer_hash
 from tokenizer.runtime.seeding import StepSampler
+from tokenizer.runtime.training import CannotContinue
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNT = 600  # three shards
@@ -132,6 +134,42 @@ def test_an_interrupted_extraction_continues(base, codes, tmp_path, monkeypatch)
     assert len(calls) == 2
 
 
+SHARDS = [f"codes-0000{i}-of-00003.npy" for i in range(3)]
+
+
+@pytest.mark.parametrize(("name", "data", "made"), [
+    (SHARDS[1], None, 1), (SHARDS[2], b"cut", 1), ("labels.npy", None, 0), ("names.txt", b"x\n", 0),
+])
+def test_a_finished_folder_is_mended(base, codes, tmp_path, monkeypatch, capsys, name, data, made):
+    out = tmp_path / "codes"
+    shutil.copytree(codes, out)
+    if data is None:
+        (out / name).unlink()
+    else:
+        (out / name).write_bytes(data)
+    real, calls = extract_codes.extract_shard, []
+    monkeypatch.setattr(extract_codes, "extract_shard", lambda *a, **kw: calls.append(1) or real(*a, **kw))
+    extract_codes.main(flags(base, out))
+    assert f"missing or damaged, made again: {name}" in capsys.readouterr().out
+    assert len(calls) == made
+    assert content(out) == content(codes)
+    extract_codes.main(flags(base, out))
+    assert "is complete" in capsys.readouterr().out
+
+
+def test_a_changed_code_is_found_where_images_were_left_out(base, tmp_path):
+    (tmp_path / "some").mkdir()
+    for i, path in enumerate(sorted((base / "pictures").rglob("*.png"))[:300]):
+        (tmp_path / "some" / path.name).write_bytes(b"junk" if i in (4, 290) else path.read_bytes())
+    out, more = tmp_path / "codes", ("--data-path", str(tmp_path / "some"))
+    extract_codes.main(flags(base, out, *more))
+    before = content(out)
+    array = np.load(out / "codes-00001-of-00002.npy")
+    np.save(out / "codes-00001-of-00002.npy", array ^ 1)
+    extract_codes.main(flags(base, out, *more))
+    assert content(out) == before
+
+
 def test_unreadable_images_are_left_out(base, tmp_path, capsys):
     (tmp_path / "some").mkdir()
     for i, path in enumerate(sorted((base / "pictures" / "1").iterdir())[:10]):
@@ -176,6 +214,15 @@ def test_llamagens_folders_are_read_and_converted(codes, tmp_path):
     assert both.views == 4
     with pytest.raises(ValueError, match="give the right --codebook-size"):
         open_codes(str(tmp_path / "theirs"), 4)
+    for kind, wrong, said in (("labels", np.array([-3]), "3.npy has the label -3"),
+                              ("labels", np.array([3.0]), "3.npy holds float64, expected whole numbers"),
+                              ("codes", np.zeros((1, 2, 16)), "3.npy holds float64, expected whole numbers")):
+        file = tmp_path / "theirs" / f"imagenet16_{kind}" / "3.npy"
+        before = file.read_bytes()
+        np.save(file, wrong)
+        with pytest.raises(SystemExit, match=said):
+            convert_codes.main([str(tmp_path / "theirs"), str(tmp_path / "no"), "--codebook-size", "300"])
+        file.write_bytes(before)
     np.save(tmp_path / "theirs" / "imagenet16_codes" / "3.npy", np.zeros((1, 1, 16), np.int64))
     with pytest.raises(ValueError, match=r"3.npy has shape"):
         open_codes(str(tmp_path / "theirs"), 300)
@@ -195,6 +242,11 @@ def test_damaged_folders_are_named(codes, tmp_path):
     (cut / "codes-00001-of-00003.npy").write_bytes((cut / "codes-00001-of-00003.npy").read_bytes()[:500])
     with pytest.raises(ValueError, match=r"codes-00001-of-00003.npy is damaged or cut short"):
         open_codes(str(cut))
+    longer = copy("longer")
+    with (longer / "codes-00001-of-00003.npy").open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(ValueError, match=r"codes-00001-of-00003.npy is longer than its header says"):
+        open_codes(str(longer))
     gone = copy("gone")
     (gone / "codes-00002-of-00003.npy").unlink()
     with pytest.raises(ValueError, match=r"codes-00002-of-00003.npy is missing"):
@@ -207,8 +259,19 @@ def test_damaged_folders_are_named(codes, tmp_path):
     array = np.load(large / "codes-00000-of-00003.npy")
     array[4, 0, 3] = 300
     np.save(large / "codes-00000-of-00003.npy", array)
-    with pytest.raises(ValueError, match="the codebook has 300"):
+    with pytest.raises(CannotContinue, match="the codebook has 300"):
         _ = open_codes(str(large))[4]
+    manifest = json.loads((large / "manifest.json").read_text())
+    damage = open_codes(str(large)).files[0].damage
+    assert "codes-00000-of-00003.npy is not the file that the manifest describes" in damage()[0]
+    assert damage(lambda number: number > 0) == []
+    manifest["shards"][0]["sha256"] = file_hash(large / "codes-00000-of-00003.npy")
+    (large / "manifest.json").write_text(json.dumps(manifest))
+    assert "codes up to 300, the codebook has 300" in open_codes(str(large)).files[0].damage()[0]
+    classes = copy("classes")
+    np.save(classes / "labels.npy", np.full(COUNT, -3, np.int32))
+    with pytest.raises(ValueError, match=r"labels.npy spans \[-3, -3\], the manifest says 10 classes"):
+        open_codes(str(classes))
     keys = copy("keys")
     manifest = json.loads((keys / "manifest.json").read_text())
     del manifest["views"]

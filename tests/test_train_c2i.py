@@ -166,6 +166,17 @@ def test_mistakes_are_named_before_anything_is_written(base, tmp_path, capsys, c
     assert not (tmp_path / "run").exists()
 
 
+def test_damaged_codes_are_refused_before_training(base, tmp_path):
+    shutil.copytree(base / "vq" / "codes", tmp_path / "codes")
+    shard = sorted((tmp_path / "codes").glob("codes-*"))[0]
+    array = np.load(shard)
+    array[3, 0, 0] = 200
+    np.save(shard, array)
+    with pytest.raises(SystemExit, match=f"--code-path: .*{shard.name} is not the file .*extract_codes.py"):
+        train_c2i.main(flags(base, tmp_path / "run", code_path=tmp_path / "codes"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_codes_of_another_tokenizer_are_refused(base, tmp_path):
     words = "--image-size 16 --codebook-size 64 --global-batch-size 16 --max-steps 2 --warmup-steps 0".split()
     train_provq.main([*words, "--transition-steps", "0", "--device", "cpu", "--results-dir", str(tmp_path / "other")])
