@@ -154,7 +154,8 @@ def read_structure(
     model:   which one of several in the file's order, from 1, whatever numbers they have.
     altloc:  of a residue in several conformations (or of several kinds) keep the one named first in the file, or the
         one of the highest occupancy.
-    modified_residues:  keep amino acids stored as HETATM when bonds link them to a residue that is not.
+    modified_residues:  keep amino acids stored as HETATM when bonds link them to a residue that is not, or when they
+        stand between two such residues, in the file as by number (one at an end without a bond is taken for a ligand).
         False leaves all HETATM out, as StructTokenBench does: selenomethionines then are gaps.
     name:    Chain.name; None: the file's name without extension.
 
@@ -348,10 +349,11 @@ def _chains(atoms: Any, name: str, altloc: str, modified_residues: bool) -> dict
     chains = {}
     for chain_id in dict.fromkeys(chain_ids[amino_acid].tolist()):
         rows = np.flatnonzero(amino_acid & (chain_ids == chain_id))
-        # HETATM are modified residues, but also amino acids and peptides among the ligands: bonds tell them apart.
+        # HETATM are modified residues, but also amino acids and peptides among the ligands: bonds tell them apart, and
+        # next to unobserved residues, where there are none, a place inside the chain.
         bonded = np.linalg.norm(coords[rows[1:], 0] - coords[rows[:-1], 2], axis=-1) < _MAX_BOND  # (R' - 1,)
         part = np.concatenate([[0], np.cumsum(~bonded)])  # (R',) number of the bonded stretch
-        rows = rows[~hetero[rows] | np.isin(part, part[~hetero[rows]])]
+        rows = rows[~hetero[rows] | np.isin(part, part[~hetero[rows]]) | _inside(numbers[rows], ~hetero[rows])]
         if len(rows):
             chains[chain_id] = Chain(
                 name=name,
@@ -363,6 +365,16 @@ def _chains(atoms: Any, name: str, altloc: str, modified_residues: bool) -> dict
                 bfactors=bfactors[rows],
             )
     return chains
+
+
+def _inside(numbers: npt.NDArray[np.int64], linked: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """(R,) bool: between two linked residues of a chain, in the file as by number. Ligands come after the chain."""
+    place, among = np.arange(len(numbers)), np.flatnonzero(linked)
+    after = np.searchsorted(among, place)
+    inside = (after > 0) & (after < len(among))
+    before, behind = numbers[among[after[inside] - 1]], numbers[among[after[inside]]]
+    inside[inside] = (before <= numbers[inside]) & (numbers[inside] <= behind)
+    return inside
 
 
 def _one_conformation(atoms: Any, altloc: str) -> npt.NDArray[np.bool_]:

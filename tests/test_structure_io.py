@@ -131,6 +131,18 @@ def test_modified_residues_count_as_their_parents(save, extension):
     assert without.residue_index().tolist() == [0, 3]
 
 
+@ALL_FORMATS
+def test_modified_residues_between_unobserved_ones(save, extension):
+    """No bond tells whose they are, but their place: MSE 3 of 1, 3, 5 is of the chain; 9, and 300 before 5, are not."""
+    rows = [*residue(0, number=1), *residue(2, "MSE", number=3, record="HETATM"), *residue(4, number=5)]
+    assert read_structure(save(rows, f"x{extension}"))[0].sequence == "AMA"
+    assert read_structure(save(rows, f"x{extension}"), modified_residues=False)[0].sequence == "AA"
+    end = [*rows, *residue(8, "MSE", number=9, record="HETATM")]
+    assert read_structure(save(end, f"x{extension}"))[0].sequence == "AMA"
+    ligand = residue(30, "GLU", number=300, record="HETATM")
+    assert read_structure(save(rows[:5] + ligand + rows[5:], f"x{extension}"))[0].sequence == "AMA"
+
+
 def test_a_chromophore_made_of_three_residues_is_one_unknown(save):
     rows = [*residue(0), *residue(1, "CRO", record="HETATM"), *residue(2)]
     assert read_structure(save(rows))[0].sequence == "AXA"
