@@ -241,7 +241,9 @@ def read_cache(folder: Path) -> StructureSet:
     if offsets[0] != 0 or offsets[-1] != residues or (np.diff(offsets) < 1).any():
         raise ValueError(f"{folder / OFFSETS} does not divide {residues} residues into {chains} chains; {again}")
     names = config.load(folder / NAMES)
-    if any(len(names.get(key, ())) != chains for key in ("names", "chain_ids")):
+    listed = [names.get(key) for key in ("names", "chain_ids")]
+    if not all(isinstance(texts, list) and len(texts) == chains and all(isinstance(text, str) for text in texts)
+               for texts in listed):
         raise ValueError(f"{folder / NAMES} does not have the names of {chains} chains; {again}")
     arrays = ChainArrays(*(_open_array(folder / f"{name}.npy", (residues, *row), kind)
                            for name, (kind, row) in _ROWS.items()))
