@@ -46,7 +46,7 @@ from tokenizer.perceptual import LPIPS, MIN_IMAGE_SIZE
 from tokenizer.runtime import config, distributed
 from tokenizer.runtime.checkpoint import atomic_write_text
 from tokenizer.runtime.training import CannotContinue
-from tokenizer.train_config import TrainConfig, open_split
+from tokenizer.train_config import open_run_split
 from tokenizer.validation import ReconstructionMeter, reconstructions
 from tokenizer.vq_model import VQModel
 
@@ -102,11 +102,10 @@ def open_data(args: argparse.Namespace, channels: int) -> Images:
         source = open_images(None if args.data_path == "digits" else args.data_path, channels=channels)
         images = Images(source, list(range(len(source))), Path(args.data_path).name)
     else:
-        path = args.vq_ckpt / "config.json"
         if not (args.vq_ckpt / "checkpoints").is_dir():
             raise ValueError(f"--vq-ckpt {args.vq_ckpt} is no run's folder, so its held-out images are unknown: give "
                              "--data-path")
-        split = open_split(config.from_dict(TrainConfig, config.load(path), str(path)))
+        split = open_run_split(args.vq_ckpt)
         images = Images(split.val_source, [int(i) for i in split.val_indices], "images that the run validates on")
     if args.max_images:
         images = images._replace(places=[images.places[i] for i in spread(len(images.places), args.max_images)])
