@@ -94,6 +94,11 @@ class Trainer(CurriculumRun):
         val = val[spread(len(val), cfg.val_size or len(val))]
         self.train_set = StructureDataset(structures, train, max_length=cfg.max_length, seed=cfg.global_seed)
         self.val_set = StructureDataset(val_structures, val, max_length=cfg.max_length)
+        watched = spread(len(val), PROBED)
+        if not any(self.val_set[i]["coords"].isfinite().all((1, 2)).sum() >= 3 for i in watched):
+            raise ValueError(f"validation could measure nothing: in their stretches of --max-length {cfg.max_length}, "
+                             f"none of {len(watched)} held-out chains has 3 residues with N, CA and C; raise "
+                             "--max-length, or name other structures by --val-path")
         distributed.print0(f"{len(train)} training and {len(val)} validation chains; left out: {chains.short} shorter "
                            f"than {cfg.min_length} residues, {chains.long} longer than {cfg.max_length}")
         return {"data_fingerprint": structures.fingerprint(), "val_fingerprint": val_structures.fingerprint()}

@@ -224,6 +224,19 @@ def test_examples_never_end_a_run(tmp_path, capsys):
     assert max(chain.residue_numbers.max() for chain in decoded) > 10_000
 
 
+def test_validation_chains_that_show_nothing_are_refused(tmp_path, capsys):
+    """Their RMSD is unknown, which no log can hold: the first validation would end the run."""
+    folder = tmp_path / "structures"
+    folder.mkdir()
+    for i in range(4):
+        chain = helix(f"{i}abc", 400, seed=i)
+        chain.coords[10:, 0] = float("nan")
+        write_structure(folder / f"{i}abc.cif", chain)
+    assert "validation could measure nothing" in fails(
+        flags(tmp_path / "run", data_path=folder, preset="ideal", max_length=10, val_size=1, codebook_size=1), capsys)
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_codebook_starts_from_enough_latents(tmp_path, capsys):
     """Masked residues give none: a batch may hold fewer latents than it has residues, and than its chains' mean."""
     folder = tmp_path / "structures"
