@@ -22,7 +22,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from tokenizer.image_sources import EXTENSIONS
-from tokenizer.runtime.checkpoint import atomic_write_text
+from tokenizer.runtime.checkpoint import atomic_write_text, require_writable
 
 
 def read_classes(path: Path) -> list[str]:
@@ -46,11 +46,16 @@ def list_images(folder: Path, classes: list[str], flag: str) -> dict[str, list[P
             f"{flag}: {len(absent)} of {len(classes)} classes have no folder in {folder}, such as {absent[0]}; it must "
             "hold one folder per class (sort ImageNet's flat validation images into such folders first)"
         )
-    found = {c: sorted(p for p in (folder / c).iterdir() if p.suffix.lower() in EXTENSIONS) for c in classes}
+    found = {c: sorted(p for p in (folder / c).iterdir() if _is_image(p)) for c in classes}
     empty = [name for name, images in found.items() if not images]
     if empty:
         raise ValueError(f"{flag}: no images in {folder / empty[0]}")
     return found
+
+
+def _is_image(path: Path) -> bool:
+    # A Mac leaves a ._NAME beside each NAME on foreign disks.
+    return path.suffix.lower() in EXTENSIONS and not path.name.startswith("._")
 
 
 def hold_out(images: dict[str, list[Path]], total: int, seed: int) -> dict[str, set[Path]]:
@@ -81,16 +86,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the choice (default: 0)")
     args = parser.parse_args(argv)
     try:
+        require_writable(args.out, "--out")
+        # Of real folders: `..` leads out of the one that a link points to, not of the link's.
+        imagenet, out = args.imagenet.resolve(), args.out.resolve()
         classes = read_classes(args.classes)
-        train = list_images(args.imagenet / "train", classes, "--imagenet")
-        val = list_images(args.imagenet / "val", classes, "--imagenet")
+        train = list_images(imagenet / "train", classes, "--imagenet")
+        val = list_images(imagenet / "val", classes, "--imagenet")
         test = hold_out(train, args.test_images, args.seed)
     except (ValueError, OSError) as error:
         raise SystemExit(f"make_imagenet100: error: {error}") from error
 
     def lines(images: dict[str, list[Path]], keep) -> list[str]:
         return [
-            f"{os.path.relpath(path, args.out)}\t{label}\n"
+            f"{os.path.relpath(path, out)}\t{label}\n"
             for label, name in enumerate(classes) for path in images[name] if keep(name, path)
         ]
 

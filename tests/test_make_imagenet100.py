@@ -64,6 +64,23 @@ def test_split_depends_on_the_seed_and_on_nothing_else_in_the_folder(imagenet):
     assert len(first - names(make(imagenet, out="more")["test"])) <= 1
 
 
+def test_lists_below_a_link_lead_to_the_images(imagenet):
+    (imagenet / "deep" / "er").mkdir(parents=True)
+    (imagenet / "link").symlink_to(imagenet / "deep" / "er")
+    (imagenet / "imagenet" / "train" / "n01" / "._n01_train_0.JPEG").write_bytes(b"a Mac's")
+    source = make(imagenet, out="link/lists")["train"]
+    assert len(source) == 12
+    assert source.read(0).size == (8, 8)
+
+
+@pytest.mark.parametrize("out", ["file", "file/lists"])
+def test_an_impossible_output_is_named(imagenet, out):
+    (imagenet / "file").write_text("precious")
+    with pytest.raises(SystemExit, match=r"--out .*file"):
+        make(imagenet, out=out)
+    assert (imagenet / "file").read_text() == "precious"
+
+
 @pytest.mark.parametrize(("change", "message"), [
     (lambda p: (p / "classes.txt").write_text("n01\nn01\n"), "n01 occurs twice"),
     (lambda p: (p / "classes.txt").write_text("\n"), "no class in it"),
