@@ -39,6 +39,7 @@ from evaluations.image_sets import (
     extract,
     extractor_of_flags,
     open_set,
+    require_out,
 )
 from evaluations.protocol import protocol_id
 from tokenizer.runtime import distributed
@@ -207,6 +208,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
         device = distributed.init(args.device)
+        require_out(args.out)
         report = evaluate(args, device)
     except (ValueError, OSError, CannotContinue) as error:
         raise SystemExit(f"generation.py: error: {error}") from error

@@ -25,11 +25,11 @@ from tqdm import tqdm
 
 from evaluations.distribution import Gaussian, gaussian_statistics
 from evaluations.features import INCEPTION_FILE, Extractor, Features, open_extractor
-from tokenizer.data import BadImageCounter, ImageDataset, consecutive, make_loader
+from tokenizer.data import ImageDataset, consecutive, make_loader
 from tokenizer.image_readers import ImageSource, UnreadableImage
 from tokenizer.image_sources import open_images
 from tokenizer.runtime import distributed
-from tokenizer.runtime.checkpoint import atomic_write
+from tokenizer.runtime.checkpoint import atomic_write, require_writable
 
 CHUNK = 250  # images; of 256 x 256 pixels 49 MB
 
@@ -109,7 +109,7 @@ class NpzSet(ImageSet):
 class SourceSet(ImageSet):
     """An image source, center-cropped to image_size, or as it is when all its images have one size (None).
 
-    ValueError: images of other sizes. TooManyBadImages: one that cannot be read.
+    ValueError: images of other sizes, or one that cannot be read.
     """
 
     ordered = False
@@ -125,10 +125,11 @@ class SourceSet(ImageSet):
 
     def chunks(self, mine: Callable[[int], bool]) -> Iterator[tuple[int, Tensor]]:
         chunks = [(i, rows) for i, rows in enumerate(consecutive(self.count, CHUNK)) if mine(i)]
-        bad = BadImageCounter(0)
         loader = make_loader(self.dataset, [rows for _, rows in chunks], num_workers=self.num_workers)
         for (number, _), batch in zip(chunks, loader, strict=True):
-            bad.add(batch["bad"])
+            if batch["bad"]:
+                raise ValueError(f"{self.name}: {batch['bad'][0]} cannot be read; all images are scored, so replace or "
+                                 "remove it")
             yield number, as_bytes(batch["image"])
 
 
@@ -279,6 +280,15 @@ def extractor_of_flags(args: argparse.Namespace, device: torch.device) -> tuple[
         if args.features != "inception" or args.inception_weights is not None:
             raise
         return None, str(error)
+
+
+def require_out(path: Path) -> None:
+    """Before any work, on the process that writes: ValueError unless --out can be written."""
+    if not distributed.is_main():
+        return
+    if path.is_dir():
+        raise ValueError(f"--out {path} is a folder; name a file in it")
+    require_writable(path.parent, "--out: folder")
 
 
 def cache_of_flags(args: argparse.Namespace) -> FeatureCache:

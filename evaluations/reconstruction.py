@@ -37,6 +37,7 @@ from evaluations.image_sets import (
     cache_of_flags,
     extractor_of_flags,
     pixel_hash,
+    require_out,
 )
 from evaluations.protocol import protocol_id
 from tokenizer import pretrained
@@ -232,6 +233,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
         device = distributed.init(args.device)
+        require_out(args.out)
         report = evaluate(args, device)
     except (ValueError, OSError, CannotContinue) as error:
         raise SystemExit(f"reconstruction.py: error: {error}") from error

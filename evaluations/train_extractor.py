@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evaluations.image_sets import as_bytes
+from evaluations.image_sets import as_bytes, require_out
 from tokenizer.data import BadImageCounter, ImageDataset, consecutive, default_augment, make_loader, split_holdout
 from tokenizer.image_sources import open_images
 from tokenizer.runtime import distributed
@@ -81,12 +81,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lr", type=float, default=2e-3, help="peak learning rate of AdamW, half a sine (default: 2e-3)")
     add("--val-size", type=int, default=300, help="images held out for the accuracy, at most a tenth (default: 300)")
     add("--seed", type=int, default=0, help="of weights, split and order (default: 0)")
+    add("--max-bad-images", type=int, default=100, help="unreadable images to skip before stopping (default: 100)")
     add("--num-workers", type=int, default=0, help="data-loading processes (default: 0)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     args = parser.parse_args(argv)
-    for name in ("image_size", "max_steps", "batch_size", "val_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+    for name, low in (("image_size", 1), ("max_steps", 1), ("batch_size", 1), ("val_size", 1), ("max_bad_images", 0),
+                      ("num_workers", 0)):
+        if getattr(args, name) < low:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {low}")
     if args.image_size % 8:
         parser.error(f"--image-size {args.image_size} must be a multiple of 8")
     return args
@@ -97,6 +99,9 @@ def train(args: argparse.Namespace, device: torch.device) -> tuple[Extractor, fl
     source = open_images(args.data_path)
     if len(source.classes) < 2:
         raise ValueError(f"--data-path {args.data_path}: one class only; a classifier needs labelled images")
+    if len(source) < 10:
+        raise ValueError(f"--data-path {args.data_path}: {len(source)} images; at least 10 are needed, as a tenth is "
+                         "held out")
     train_indices, val_indices = split_holdout(len(source), min(args.val_size, len(source) // 10), args.seed)
     augment = default_augment(source, args.image_size)
     train_set = ImageDataset(source, args.image_size, augment=augment, seed=args.seed, indices=train_indices)
@@ -104,7 +109,7 @@ def train(args: argparse.Namespace, device: torch.device) -> tuple[Extractor, fl
     torch.manual_seed(args.seed)
     model = Extractor(args.image_size, len(source.classes)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.05)
-    bad = BadImageCounter(100)
+    bad = BadImageCounter(args.max_bad_images)
     sampler = StepSampler(len(train_set), args.batch_size, seed=args.seed, end_step=args.max_steps)
     for step, batch in enumerate(make_loader(train_set, sampler, num_workers=args.num_workers)):
         bad.add(batch["bad"])
@@ -131,6 +136,7 @@ def main(argv: list[str] | None = None) -> None:
         device = distributed.init(args.device)
         if distributed.world_size() > 1:
             raise ValueError("runs on one process; start it with python, not torchrun")
+        require_out(args.out)
         model, accuracy = train(args, device)
         scripted = io.BytesIO()
         with warnings.catch_warnings():

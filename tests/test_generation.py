@@ -282,7 +282,7 @@ def test_pictures_must_have_one_size(base, tmp_path):
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["num_samples"] == 12
     (tmp_path / "mixed" / "3.png").write_bytes(b"junk")
-    with pytest.raises(SystemExit, match=r"3.png"):
+    with pytest.raises(SystemExit, match=r"mixed: 3.png cannot be read; .* replace or remove it"):
         generation.main([*words, "--image-size", "16"])
 
 
@@ -293,6 +293,14 @@ def test_flags_are_checked(base, tmp_path, capsys, more, said):
     with pytest.raises(SystemExit):
         generation.main(flags(base, "digits", "digits", tmp_path / "r.json", *more))
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out", ["", "file/r.json"])
+def test_an_impossible_output_is_named_before_anything_is_computed(base, tmp_path, monkeypatch, out):
+    (tmp_path / "file").write_text("precious")
+    monkeypatch.setattr(generation, "evaluate", None)
+    with pytest.raises(SystemExit, match="--out"):
+        generation.main(flags(base, "reference.npz", "samples.npz", tmp_path / out))
 
 
 def test_missing_files_are_named(base, tmp_path):

@@ -183,6 +183,14 @@ def test_a_run_whose_data_changed_is_refused(base, tmp_path):
     assert not (tmp_path / "r.json").exists()
 
 
+@pytest.mark.parametrize("out", ["", "file/r.json"])
+def test_an_impossible_output_is_named_before_anything_is_computed(base, tmp_path, monkeypatch, out):
+    (tmp_path / "file").write_text("precious")
+    monkeypatch.setattr(reconstruction, "evaluate", None)
+    with pytest.raises(SystemExit, match="--out"):
+        reconstruction.main(flags(base, tmp_path / out))
+
+
 def test_a_file_needs_images(base, tmp_path):
     best = next((base / "run" / "checkpoints").glob("*.pt"))
     with pytest.raises(SystemExit, match="give --data-path"):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 
 from evaluations import train_extractor
 
@@ -31,9 +32,38 @@ def test_it_learns_the_classes(extractor_file, capsys):
     assert accuracy > 0.8
 
 
-def test_one_class_is_refused(tmp_path):
-    from PIL import Image
+def pictures(folder, count):
+    for i in range(count):
+        (folder / str(i % 2)).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(folder / str(i % 2) / f"{i}.png")
 
+
+def test_few_images_are_refused(tmp_path):
+    pictures(tmp_path / "few", 9)
+    with pytest.raises(SystemExit, match="few: 9 images; at least 10"):
+        train_extractor.main(["--data-path", str(tmp_path / "few"), "--out", str(tmp_path / "x.pt")])
+
+
+def test_unreadable_images_are_tolerated_as_asked(tmp_path):
+    pictures(tmp_path / "some", 40)
+    for i in (0, 9, 20):
+        (tmp_path / "some" / str(i % 2) / f"{i}.png").write_bytes(b"junk")
+    words = ["--data-path", str(tmp_path / "some"), "--out", str(tmp_path / "x.pt"), "--image-size", "8", "--max-steps",
+             "5", "--batch-size", "8", "--device", "cpu"]
+    with pytest.raises(SystemExit, match="raise --max-bad-images"):
+        train_extractor.main([*words, "--max-bad-images", "0"])
+    train_extractor.main([*words, "--max-bad-images", "3"])
+
+
+@pytest.mark.parametrize("out", ["", "file/x.pt"])
+def test_an_impossible_output_is_named_before_training(tmp_path, monkeypatch, out):
+    (tmp_path / "file").write_text("precious")
+    monkeypatch.setattr(train_extractor, "train", None)
+    with pytest.raises(SystemExit, match="--out"):
+        train_extractor.main(["--out", str(tmp_path / out), "--device", "cpu"])
+
+
+def test_one_class_is_refused(tmp_path):
     for i in range(20):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
     with pytest.raises(SystemExit, match="one class only"):
