@@ -116,6 +116,15 @@ def test_default_augment_depends_on_the_image_size(crops):
     assert data.default_augment(crops, 64) == "flip"
 
 
+def test_default_augment_goes_by_most_images(tmp_path):
+    large, small = encoded(picture(0, 64, 64)), encoded(picture(0, 16, 16))
+    files = {f"{i:03d}.png": large for i in range(130)} | {"000.png": small, "001.png": b"broken"}
+    source = data.open_images(str(write_folder(tmp_path / "large", files)))
+    assert data.default_augment(source, 32) == "crop-flip"
+    files = {f"{i:03d}.png": small for i in range(130)} | {"000.png": large}
+    assert data.default_augment(data.open_images(str(write_folder(tmp_path / "small", files))), 32) == "flip"
+
+
 @pytest.mark.parametrize(
     "options", [{"augment": "mirror"}, {"indices": []}, {"indices": [12]}, {"indices": [-1]}, {"image_size": 0}]
 )
@@ -181,7 +190,7 @@ def test_nothing_readable_raises(tmp_path):
     dataset = data.ImageDataset(data.open_images(str(write_folder(tmp_path, {"a.png": b"", "b.png": b"x"}))), 32)
     with pytest.raises(RuntimeError, match=r"2 images in a row .* b\.png to a\.png"):
         dataset[0, 1]
-    with pytest.raises(ValueError, match=r"none of the first 2 images .* a\.png"):
+    with pytest.raises(ValueError, match=r"none of 2 images .* a\.png"):
         data.default_augment(dataset.source, 32)
 
 

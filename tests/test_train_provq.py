@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from training_runs import Killed, rows, to_words
 from tokenizer import train_provq
 from tokenizer.provq import Curriculum
 from tokenizer.runtime.checkpoint import load_file
-from tokenizer.train_config import PRESETS, TrainConfig, check, parse_config
+from tokenizer.train_config import PRESETS, TrainConfig, check, open_run_split, parse_config
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "tokenizer" / "train_provq.py"
@@ -263,6 +264,7 @@ def fails(words, capsys):
     ({"val_path": "/no/such/val"}, "--val-path: "),
     ({"disc_weight": 1}, "--image-size 16 is too small"),
     ({"preset": "imagenet256"}, "needs --data-path"),
+    ({"preset": "cifar10"}, "--preset cifar10 needs --data-path: a folder with cifar-10-batches-py, or the word"),
     ({"results_dir": "/proc/nope", "dry_run": True}, "--results-dir /proc/nope: no files can be written there"),
     ({"results_dir": f"{__file__}/x"}, "test_train_provq.py/x: no files can be written there"),
 ])
@@ -289,6 +291,75 @@ def test_a_finished_run_can_be_run_again_and_extended(straight, tmp_path):
         train_provq.main(flags(tmp_path, ema=True, max_steps=5))
     train_provq.main(flags(tmp_path, ema=True))
     assert rows(tmp_path) == rows(straight)
+
+
+def test_what_cannot_be_resumed_is_not_replaced(straight, tmp_path, capsys):
+    shutil.copytree(straight, tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints").glob("0*.pt"):
+        path.unlink()
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    for words in (flags(tmp_path / "run", ema=True), flags(tmp_path / "run", lr=0.5)):
+        assert "would replace its summary.json and best.pt. Use another --results-dir" in fails(words, capsys)
+    (tmp_path / "run" / "summary.json").unlink()
+    for words in (flags(tmp_path / "run", ema=True), flags(tmp_path / "run", lr=0.5)):
+        assert "would replace its best.pt" in fails(words, capsys)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_over(straight, tmp_path, monkeypatch):
+    def kill():
+        raise Killed
+
+    words = flags(tmp_path, ema=True, ckpt_every=100)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_provq.Trainer, "derive", lambda _, row: kill() if row["step"] == 9 else {})
+        with pytest.raises(Killed):
+            train_provq.main(words)
+    assert (tmp_path / "checkpoints" / "best.pt").exists()
+    train_provq.main(words)
+    assert_same_run(straight, tmp_path)
+
+
+def test_a_damaged_log_is_named(straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "run")
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write("junk\n")
+    with pytest.raises(SystemExit, match=rf"metrics.jsonl, line {STEPS + 1}: not a JSON object"):
+        train_provq.main(flags(tmp_path / "run", ema=True, max_steps=STEPS + 1))
+
+
+@pytest.mark.parametrize("changes", [
+    {"log_every": 1}, {"log_every": 100, "ckpt_every": 100, "val_every": 2},
+    {"log_every": 100, "ckpt_every": 2, "val_every": 100}, {"log_every": 100, "ckpt_every": 100, "val_every": 100},
+])
+def test_divergence_ends_in_one_line(tmp_path, changes):
+    with pytest.raises(SystemExit, match=r"step \d+.*diverged: lower --lr \(it is 1e\+30\), in another"):
+        train_provq.main(flags(tmp_path, lr=1e30, **changes))
+
+
+@pytest.mark.parametrize("processes", [None, 2])
+def test_divergence_with_data_workers_ends_the_program(tmp_path, processes):
+    process = run(flags(tmp_path, lr=1e30, num_workers=1), processes=processes)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert out.count("train_provq.py: error: ") == 1
+    assert "lower --lr" in out
+
+
+def test_changed_data_are_noticed(tmp_path, capsys):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(40):
+        Image.new("RGB", (16, 16), (i * 6, 0, 0)).save(folder / f"{i:02d}.png")
+    words = flags(tmp_path / "run", data_path=folder, preset="cifar10", val_size=4, max_steps=1)
+    train_provq.main(words)
+    assert "--augment auto: flip" in capsys.readouterr().out
+    split = open_run_split(tmp_path / "run")
+    assert len(split.val_indices) == 4
+    shutil.copy(folder / "00.png", folder / "000.png")
+    with pytest.raises(ValueError, match=r"images has changed since .*run was trained on it \(data_fingerprint"):
+        open_run_split(tmp_path / "run")
+    assert "its data have changed since; data_fingerprint" in fails(words, capsys)
 
 
 def test_unreadable_images_are_skipped_up_to_a_limit(tmp_path, capsys):
@@ -321,7 +392,7 @@ def test_presets_and_explicit_flags():
     assert parse_config([]).preset == "digits"
     assert parse_config(["--lr", "0.5"]).lr == 0.5
     assert parse_config(["--epochs", "2"]).max_steps is None  # replaces the preset's length
-    assert parse_config(["--preset", "cifar10"]).data_path == "cifar10"
+    assert parse_config(["--preset", "cifar10"]).data_path is None
     for name in PRESETS:
         check(parse_config(["--preset", name, "--data-path", "x"]), 1)
     assert isinstance(parse_config([]), TrainConfig)

@@ -33,11 +33,14 @@ class CodeMeter:
         """Collective, once. codebook (K, D); None: the warm-up has none, and its statistics are 0: no code is in use.
 
         usage in [0, 1]; perplexity (codes); code_distance (mean pairwise, Euclidean); effective_rank of the latents
-        (dimensions); quantization_error: mean |z - code|^2 as a fraction of the latents' variance.
+        (dimensions); quantization_error: mean |z - code|^2 as a fraction of the latents' variance. FloatingPointError,
+        on all ranks: latents that are not finite.
         """
         for tensor in (self.error, self.counts, self.moments):
             distributed.all_reduce_(tensor)
         tokens = self.moments[0, 0]
+        if not bool(self.moments.isfinite().all()):
+            raise FloatingPointError("latents are not finite: the run has diverged")
         mean = self.moments[0, 1:] / tokens
         variance = (self.moments[1:, 1:].diagonal() / tokens - mean.square()).sum().item()
         return code_statistics(self.counts) | {

@@ -267,6 +267,8 @@ class CurriculumRun(TrainingRun):
             distributed.print0(f"note: the codebook starts from {found} latents of {done} batches; "
                                f"{self.kmeans_batches} held too few for {codes} codes")
         self.raw.train()
+        if distributed.any_rank(not all(bool(tokens.isfinite().all()) for tokens in latents)):
+            raise FloatingPointError(f"latents are not finite at step {step}: the run has diverged")
         mine, lengths = torch.cat(rows), torch.cat(counts)
         sizes = torch.zeros(done * self.cfg.global_batch_size, dtype=torch.int64)  # tokens of each sample
         sizes[mine] = lengths

@@ -110,20 +110,21 @@ def image_to_tensor(image: Image.Image) -> Tensor:
 def default_augment(source: ImageSource, image_size: int) -> str:
     """The augmentation for training on `source`: a key of AUGMENTATIONS.
 
-    'none' for digits, 'flip' when the first readable image is no larger than image_size on its shorter side (a crop
-    would only blur it), else 'crop-flip'. Raises ValueError when none of the first images is readable.
+    'none' for digits, 'flip' when at least half of the readable images among 64, evenly spaced, are no larger than
+    image_size on their shorter side (a crop would only blur them), else 'crop-flip'. Raises ValueError when none of
+    them is readable.
     """
     if not source.flippable:
         return "none"
-    for i in range(min(len(source), _MAX_BAD_IN_A_ROW)):
+    small = []
+    for i in spread(len(source), 64):
         try:
-            image = source.read(i)
+            small.append(min(source.read(i).size) <= image_size)
         except UnreadableImage:
             continue  # training will meet and report it
-        return "flip" if min(image.size) <= image_size else "crop-flip"
-    raise ValueError(
-        f"none of the first {min(len(source), _MAX_BAD_IN_A_ROW)} images can be read, from {source.name(0)} on"
-    )
+    if not small:
+        raise ValueError(f"none of {min(len(source), 64)} images can be read, from {source.name(0)} on")
+    return "flip" if 2 * sum(small) >= len(small) else "crop-flip"
 
 
 class ImageDataset(Dataset):

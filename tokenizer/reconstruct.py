@@ -93,7 +93,8 @@ def reconstruct(model: VQModel, args: argparse.Namespace, device: torch.device) 
                 name = f"{i:06d}_{Path(source.name(i)).stem}.png"
                 save_image((torch.stack([original, decoded]) + 1) / 2, pictures / name, padding=0)
     if not names:
-        raise ValueError(f"none of the {count} images of {args.images} can be read: {', '.join(sorted(bad.names)[:20])}")
+        some = ", ".join(sorted(bad.names)[:20])
+        raise ValueError(f"none of the {count} images of {args.images} can be read: {some}")
     args.out.mkdir(parents=True, exist_ok=True)
     metrics = meter.result(model.quantize.codebook) | {"image_size": size, "unreadable_images": len(bad.names)}
     smallest = np.min_scalar_type(model.quantize.num_codes - 1)
@@ -119,7 +120,8 @@ def main(argv: list[str] | None = None) -> None:
             metrics = reconstruct(model, args, device)
             distributed.print0(" ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
             distributed.print0(f"wrote {args.out}")
-    except (ValueError, OSError, TooManyBadImages) as error:  # a mistake in flags or files: without a traceback
+    # Mistakes in flags or files, and a tokenizer that has diverged: without a traceback.
+    except (ValueError, OSError, TooManyBadImages, FloatingPointError) as error:
         raise SystemExit(f"reconstruct.py: error: {error}") from error
 
 

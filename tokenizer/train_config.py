@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy as np
 from tokenizer.curriculum_run import CurriculumConfig, check_curriculum, kmeans_batches
 from tokenizer.data import AUGMENTATIONS, ImageSource, open_images, split_holdout, spread
 from tokenizer.losses import GENERATOR_LOSSES, RECONSTRUCTION_LOSSES
+from tokenizer.pretrained import CONFIG_FILE, read_checkpoint
 from tokenizer.runtime import config
 from tokenizer.runtime.config import arg, flag_name
 from tokenizer.runtime.training import RESUMABLE_RUN
@@ -26,7 +28,8 @@ class TrainConfig(CurriculumConfig):
     preset: str = arg("auto", "set of defaults, below; auto: imagenet256 with --data-path, else digits",
                       choices=("auto", "digits", "cifar10", "imagenet256", "imagenet384"))
     data_path: str | None = arg(None, "training images: folder, .tar, .zip, shards-{000..099}.tar, list in .txt or "
-                                      ".csv, or cifar10; none: scikit-learn's digits; paper: ImageNet")
+                                      ".csv, or the word cifar10 to download it; none: scikit-learn's digits; paper: "
+                                      "ImageNet")
     val_path: str | None = arg(None, "validation images; none: --val-size are held out of the training images")
     val_size: int = arg(1000, "images held out (of --data-path at most a tenth), or taken of --val-path; 0: all of "
                               "it; paper: ImageNet's 50000")
@@ -90,12 +93,11 @@ def pick_preset(given: dict[str, Any]) -> str:
 
 
 def parse_config(argv: list[str] | None = None, description: str = "") -> TrainConfig:
-    """Flags -> configuration with preset, data and folder decided. SystemExit(2) names the flag that is wrong."""
+    """Flags -> configuration with preset and folder decided. SystemExit(2) names the flag that is wrong."""
     cfg = config.parse(TrainConfig, argv, presets=PRESETS, pick_preset=pick_preset, exclusive=("max_steps", "epochs"),
                        description=description, prog="tokenizer/train_provq.py")
     preset = pick_preset({"preset": cfg.preset, "data_path": cfg.data_path})
-    data = cfg.data_path or ("cifar10" if preset == "cifar10" else None)
-    return replace(cfg, preset=preset, data_path=data, results_dir=cfg.results_dir or f"runs/{preset}")
+    return replace(cfg, preset=preset, results_dir=cfg.results_dir or f"runs/{preset}")
 
 
 def check(cfg: TrainConfig, world_size: int) -> None:
@@ -108,8 +110,9 @@ def check(cfg: TrainConfig, world_size: int) -> None:
         raise ValueError(f"--lr is {cfg.lr}; it must be positive")
     if cfg.reconstruction_weight == cfg.perceptual_weight == 0:
         raise ValueError("--reconstruction-weight and --perceptual-weight are both 0: nothing would be learned")
-    if cfg.preset.startswith("imagenet") and not cfg.data_path:
-        raise ValueError(f"--preset {cfg.preset} needs --data-path")
+    if cfg.preset != "digits" and not cfg.data_path:
+        word = ": a folder with cifar-10-batches-py, or the word cifar10 to download it into data/"
+        raise ValueError(f"--preset {cfg.preset} needs --data-path{word if cfg.preset == 'cifar10' else ''}")
     if cfg.disc_adaptive_weight and cfg.mixed_precision == "fp16":
         raise ValueError("--disc-adaptive-weight compares gradients that vanish in --mixed-precision fp16; use bf16")
     for name, low in (("disc_weight", 24), ("perceptual_weight", 16), ("image_size", 7)):
@@ -132,6 +135,10 @@ class DataSplit(NamedTuple):
     val_source: ImageSource
     val_indices: Sequence[int] | np.ndarray
 
+    def fingerprints(self) -> dict[str, str]:
+        """As a run records them."""
+        return {"data_fingerprint": self.source.fingerprint(), "val_fingerprint": self.val_source.fingerprint()}
+
 
 def open_split(cfg: TrainConfig) -> DataSplit:
     """Open --data-path and --val-path. ValueError names the flag: nothing there, unreadable, nothing to validate on."""
@@ -146,6 +153,25 @@ def open_split(cfg: TrainConfig) -> DataSplit:
     if not len(val):
         raise ValueError("no image is held out for validation: give --val-path, or --val-size above 0")
     return DataSplit(source, train, val_source, val)
+
+
+def open_run_split(run: str | Path) -> DataSplit:
+    """The split that the run in this folder was trained on.
+
+    ValueError: as `open_split`, or the images are not those that the run's checkpoint records, so that the split would
+    be another one. FileNotFoundError: no checkpoint.
+    """
+    path = Path(run) / CONFIG_FILE
+    cfg = config.from_dict(TrainConfig, config.load(path), str(path))
+    split = open_split(cfg)
+    recorded = read_checkpoint(Path(run))[1]["config"]
+    for name, found in split.fingerprints().items():
+        if recorded.get(name, found) != found:
+            data = cfg.val_path if cfg.val_path and name == "val_fingerprint" else cfg.data_path
+            raise ValueError(f"{data} has changed since {run} was trained on it ({name} {recorded[name]} then, {found} "
+                             "now): images that it was trained on would count as held out. Restore the data as they "
+                             "were, or give images of your own with --data-path")
+    return split
 
 
 def _open(flag: str, path: str | None, channels: int) -> ImageSource:

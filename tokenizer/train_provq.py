@@ -85,13 +85,16 @@ class Trainer(CurriculumRun):
 
     def _open_data(self, cfg: TrainConfig) -> dict[str, str]:
         split = open_split(cfg)
-        source, val_source = split.source, split.val_source
-        augment = default_augment(source, cfg.image_size) if cfg.augment == "auto" else cfg.augment
-        self.train_set = ImageDataset(source, cfg.image_size, augment=augment, seed=cfg.global_seed,
+        augment = cfg.augment
+        if augment == "auto":
+            augment = default_augment(split.source, cfg.image_size)
+            if not cfg.dry_run:  # which prints JSON
+                distributed.print0(f"--augment auto: {augment}")
+        self.train_set = ImageDataset(split.source, cfg.image_size, augment=augment, seed=cfg.global_seed,
                                       indices=split.train_indices)
-        self.val_set = ImageDataset(val_source, cfg.image_size, indices=split.val_indices)
+        self.val_set = ImageDataset(split.val_source, cfg.image_size, indices=split.val_indices)
         self.bad = BadImageCounter(cfg.max_bad_images)
-        return {"data_fingerprint": source.fingerprint(), "val_fingerprint": val_source.fingerprint()}
+        return split.fingerprints()
 
     # -------------------------------------------------------------------------------------------------- state
 

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tokenizer.runtime import config, distributed
-from tokenizer.runtime.checkpoint import Checkpointer, atomic_write_text, require_writable
+from tokenizer.runtime.checkpoint import Checkpointer, atomic_write_text, load_file, require_writable
 from tokenizer.runtime.config import arg
 from tokenizer.runtime.metrics import JsonlFile, MetricLogger
 from tokenizer.runtime.seeding import StepSampler, seed_step
@@ -219,12 +219,16 @@ class TrainingRun(ABC):
         if state is None:
             if (self.run_dir / "metrics.jsonl").exists() and not (self.run_dir / "config.json").exists():
                 raise ValueError(f"--results-dir {self.run_dir} holds the metrics.jsonl of something else; use another")
+            self._require_nothing_lost()
             return
         changed = [d for d in config.diff(state["config"], self.identity()) if d[0] not in self._resumable]
         if changed:
             what = "; ".join(f"{name}: {old!r} there, {new!r} now" for name, old, new in changed)
-            raise ValueError(f"--results-dir {self.run_dir} holds a run with other settings ({what}). Use its settings "
-                             "to resume it, or another --results-dir")
+            fix = "Use its settings"
+            if all(name in self._inputs for name, _, _ in changed):
+                what, fix = f"its data have changed since; {what}", "Restore the data"
+            raise ValueError(f"--results-dir {self.run_dir} holds a run with other settings ({what}). {fix} to resume "
+                             "it, or use another --results-dir")
         if state["step"] > self.cfg.max_steps:
             raise ValueError(f"--results-dir {self.run_dir} is at step {state['step']}, beyond --max-steps "
                              f"{self.cfg.max_steps}")
@@ -235,6 +239,23 @@ class TrainingRun(ABC):
         self.start, self.last_validation = state["step"], state["last_validation"]
         self._resumed_metrics = state["metrics"]
         distributed.print0(f"resuming {self.run_dir} at step {self.start}")
+
+    def _require_nothing_lost(self) -> None:
+        """ValueError: there is no checkpoint to resume, but the run got further than to where starting over is right.
+
+        A run that was killed before its first checkpoint starts over, and may well have validated by then.
+        """
+        best = self.checkpoints.folder / "best.pt"
+        lost = [self.run_dir / "summary.json"] if (self.run_dir / "summary.json").exists() else []
+        if best.exists():
+            state = load_file(best)
+            changed = {d[0] for d in config.diff(state["config"], self.identity())} - self._resumable
+            if changed or state["step"] > state["config"]["ckpt_every"]:
+                lost.append(best)
+        if lost:
+            raise ValueError(f"--results-dir {self.run_dir} holds a run without a numbered checkpoint to resume, and "
+                             f"starting over would replace its {' and '.join(path.name for path in lost)}. Use another "
+                             "--results-dir, or move this folder away")
 
     def _open_logs(self) -> None:
         """Rows of steps that will be done again go; sums since the last row come back."""
@@ -254,7 +275,10 @@ class TrainingRun(ABC):
         """Train to max_steps; on SIGTERM save and return early."""
         cfg = self.cfg
         stop = _StopSignal()
-        self._open_logs()
+        try:
+            self._open_logs()
+        except (ValueError, OSError) as error:  # a damaged log, a full disk
+            raise CannotContinue(str(error)) from error
         batches = self.batches(self.start, cfg.max_steps)
         began = time.monotonic()
         for step in range(self.start, cfg.max_steps):
@@ -270,7 +294,7 @@ class TrainingRun(ABC):
                 self.before_flush()
                 self.metrics.flush(done, labels, derive=self.derive)
             stopping = distributed.any_rank(stop.asked)
-            with self.metrics.untimed():
+            with self.metrics.untimed(), _naming(done):
                 if done % cfg.val_every == 0 or done == cfg.max_steps:
                     self.last_validation = self.validate(done)
                 self.after_validation(done)
@@ -319,6 +343,14 @@ class TrainingRun(ABC):
 
 
 @contextmanager
+def _naming(step: int) -> Iterator[None]:
+    try:
+        yield
+    except FloatingPointError as error:
+        raise FloatingPointError(f"step {step}: {error}") from error
+
+
+@contextmanager
 def accumulating(module: nn.Module, more: bool) -> Iterator[None]:
     """Gradients of DDP and FSDP modules are reduced with the last micro-batch only; `more`: this is not the last."""
     if isinstance(module, DistributedDataParallel) and more:
@@ -346,7 +378,7 @@ def launch(prog: str, build: Callable[[], TrainingRun]) -> None:
     """The main of a training script: build the run, then train, or with --dry-run print its configuration.
 
     ValueError and OSError while building are mistakes in flags, files or data: rank 0 says so in one line, without a
-    traceback, and all ranks exit with a failure. So is CannotContinue while training.
+    traceback, and all ranks exit with a failure. So are CannotContinue and divergence while training.
     """
     try:
         run = build()
@@ -359,4 +391,7 @@ def launch(prog: str, build: Callable[[], TrainingRun]) -> None:
             run.run()
         except CannotContinue as error:
             raise SystemExit(f"{prog}: error: {error}") from error
+        except FloatingPointError as error:  # on all ranks at once
+            fix = f"lower --lr (it is {run.cfg.lr}), in another --results-dir"
+            raise SystemExit(f"{prog}: error: {error}: {fix}" if distributed.is_main() else 2) from error
     distributed.finalize()  # after an exception just exit: torchrun then ends the other ranks
