@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from autoregressive.code_shards import code_dtype, file_hash, read_folder, read_llamagen, shard_name, write_manifest
 from tokenizer.data import consecutive
-from tokenizer.runtime import distributed
+from tokenizer.runtime import config, distributed
 from tokenizer.runtime.checkpoint import atomic_write
 from tokenizer.runtime.training import CannotContinue
 
@@ -34,12 +34,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--codebook-size", type=int, default=16384, help="K, which LlamaGen's folders do not record (default: 16384)")
     add("--num-classes", type=int, help="classes of the data set (default: one more than the largest label)")
     add("--to-llamagen", metavar="NAME", help="write OUT/NAME_codes/0.npy and OUT/NAME_labels/0.npy and so on")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in ("codebook_size", "num_classes"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"{config.flag_name(name)} is {value}; it must be at least 1")
+    return args
 
 
 def to_shards(args: argparse.Namespace) -> str:
     files = read_llamagen(args.source, args.codebook_size)
-    classes = args.num_classes or files.num_classes
+    classes = files.num_classes if args.num_classes is None else args.num_classes
     if classes < files.num_classes:
         raise ValueError(f"--num-classes is {classes}, but a label is {files.num_classes - 1}")
     array = files.arrays[0].astype(code_dtype(args.codebook_size))

@@ -103,9 +103,11 @@ def newest_run(root: Path = Path("runs")) -> Path:
 
 
 def tokenizer_path(args: argparse.Namespace) -> Path:
-    """--vq-ckpt, or what the GPT's run names. ValueError: neither."""
+    """--vq-ckpt, or what the GPT's run names. ValueError: neither. FileNotFoundError: no such run."""
     if args.vq_ckpt is not None:
         return args.vq_ckpt
+    if not args.gpt_ckpt.exists():
+        raise FileNotFoundError(f"--gpt-ckpt {args.gpt_ckpt} does not exist")
     path = args.gpt_ckpt / "config.json"
     named = config.load(path).get("vq_ckpt") if (args.gpt_ckpt / "checkpoints").is_dir() else None
     if not named:
@@ -117,6 +119,9 @@ def open_models(args: argparse.Namespace, device: torch.device) -> tuple[LoadedG
     """ValueError, FileNotFoundError: models that are not there or do not belong together."""
     vq = load_tokenizer(tokenizer_path(args), device, args.weights if args.weights != "ema" else "auto",
                         codebook_l2_norm=args.codebook_l2_norm)
+    if args.image_size is not None and args.image_size % vq.downsample:
+        raise ValueError(f"--image-size {args.image_size} must be a multiple of {vq.downsample}, the tokenizer's "
+                         "factor")
     num_codes = None if args.image_size is None else (args.image_size // vq.downsample) ** 2
     loaded = load_gpt(args.gpt_ckpt, device, args.weights, num_codes=num_codes)
     if vq.quantize.num_codes != loaded.model.config.vocab_size:

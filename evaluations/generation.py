@@ -134,7 +134,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     reference, samples = (open_set(path, args.image_size, args.num_workers) for path in (args.reference, args.samples))
     for name, side in (("reference", reference), ("samples", samples)):
         for kind, gaussian in side.statistics.items():
-            if gaussian.sigma.shape != (len(gaussian.mu),) * 2:
+            if gaussian.mu.dim() != 1 or gaussian.sigma.shape != (len(gaussian.mu),) * 2:
                 raise ValueError(f"{name} {side.name}: {kind} mu {tuple(gaussian.mu.shape)} and sigma "
                                  f"{tuple(gaussian.sigma.shape)} do not fit together")
     extractor, reason = extractor_of_flags(args, device)

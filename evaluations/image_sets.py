@@ -12,6 +12,7 @@ import hashlib
 import os
 import sys
 import zipfile
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ from tokenizer.image_sources import open_images
 from tokenizer.runtime import distributed
 from tokenizer.runtime.checkpoint import atomic_write, require_writable
 
+_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)  # the last: an unknown compression
 CHUNK = 250  # images; of 256 x 256 pixels 49 MB
 
 
@@ -70,24 +72,31 @@ class NpzSet(ImageSet):
                     if dtype != np.uint8 or len(self.shape) != 4 or self.shape[3] != 3 or fortran:
                         raise ValueError(f"{path}: arr_0 must be uint8 (N, H, W, 3), it is {dtype} {self.shape}")
                     self.count, self.size = self.shape[0], "{}x{}".format(*self.shape[1:3])
-        except (zipfile.BadZipFile, EOFError) as error:
+        except _DAMAGED as error:
             raise ValueError(f"{path}: not a readable .npz file ({error})") from error
         if not self.count and "pooled" not in self.statistics:
             found = ", ".join(sorted(members)) or "nothing"
             raise ValueError(f"{path} holds {found}; expected arr_0 with images, or mu and sigma")
 
-    @staticmethod
-    def _header(file: zipfile.ZipExtFile) -> tuple[tuple[int, ...], np.dtype, bool]:
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(file)
+    def _header(self, file: zipfile.ZipExtFile) -> tuple[tuple[int, ...], np.dtype, bool]:
+        try:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = read(file)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: arr_0 is no array of numpy's ({error})") from error
         return shape, dtype, fortran
 
     def _array(self, archive: zipfile.ZipFile, key: str) -> Tensor:
         with archive.open(f"{key}.npy") as file:
-            array = np.lib.format.read_array(file, allow_pickle=False)
+            try:
+                array = np.lib.format.read_array(file, allow_pickle=False)
+            except ValueError as error:
+                raise ValueError(f"{self.path}: {key} is no array of numbers ({error})") from error
         if array.dtype.kind != "f":
             raise ValueError(f"{self.path}: {key} must hold floating-point numbers, it is {array.dtype}")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{self.path}: {key} has values that are not finite")
         return torch.from_numpy(array.astype(np.float64))
 
     def chunks(self, mine: Callable[[int], bool]) -> Iterator[tuple[int, Tensor]]:
@@ -102,7 +111,7 @@ class NpzSet(ImageSet):
                     if mine(number):
                         pixels = torch.frombuffer(bytearray(data), dtype=torch.uint8)
                         yield number, pixels.view(-1, *self.shape[1:]).permute(0, 3, 1, 2).contiguous()
-        except (zipfile.BadZipFile, EOFError) as error:
+        except _DAMAGED as error:
             raise ValueError(f"{self.path}: arr_0 is damaged ({error})") from error
 
 

@@ -230,6 +230,13 @@ def test_llamagens_folders_are_read_and_converted(codes, tmp_path):
         convert_codes.main([str(codes), str(tmp_path / "back"), "--to-llamagen", "x"])
 
 
+@pytest.mark.parametrize("flag", ["--num-classes", "--codebook-size"])
+def test_nothing_counts_as_no_number(tmp_path, capsys, flag):
+    with pytest.raises(SystemExit):
+        convert_codes.main([str(tmp_path), str(tmp_path / "out"), flag, "0"])
+    assert f"{flag} is 0; it must be at least 1" in capsys.readouterr().err
+
+
 def test_damaged_folders_are_named(codes, tmp_path):
     def copy(name):
         folder = tmp_path / name

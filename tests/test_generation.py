@@ -252,7 +252,25 @@ def damaged(path, _base):
         file.write(b"0" * 2000)
 
 
+def deflated(path, _base):
+    """A compressed array whose first byte is no block of deflate's; the zip's directory is whole."""
+    np.savez_compressed(path, digits(0, 20))
+    data = bytearray(path.read_bytes())
+    data[30 + sum(int.from_bytes(data[i : i + 2], "little") for i in (26, 28))] = 0xFF
+    path.write_bytes(data)
+
+
+def header(path, _base):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("arr_0.npy", b"no array at all")
+
+
 BROKEN = {
+    "deflated": (deflated, r"deflated.npz: not a readable .npz file \(.*invalid block type"),
+    "header": (header, r"header.npz: arr_0 is no array of numpy's"),
+    "scalar": (lambda path, _: np.savez(path, mu=np.float64(3), sigma=np.eye(3)), r"scalar.npz: .* do not fit"),
+    "nan": (lambda path, _: np.savez(path, mu=np.full(3, np.nan), sigma=np.eye(3)), r"nan.npz: mu has values that are"),
+    "objects": (lambda path, _: np.savez(path, mu=np.array([None]), sigma=np.eye(1)), r"objects.npz: mu is no array"),
     "cut": (cut, "not a readable .npz"),
     "damaged": (damaged, "arr_0 ends before image 2"),
     "float": (lambda path, _: np.savez(path, np.zeros((5, 8, 8, 3))), r"arr_0 must be uint8 \(N, H, W, 3\)"),

@@ -258,7 +258,9 @@ def test_the_newest_finished_run_is_taken(straight, tmp_path, monkeypatch, capsy
 
 @pytest.mark.parametrize(("more", "said"), [
     (["--classes", "3,11"], "--classes 3,11: give numbers from 0 to 9"),
-    (["--gpt-ckpt", "/no/gpt"], "--vq-ckpt"),
+    (["--gpt-ckpt", "/no/gpt"], "--gpt-ckpt /no/gpt does not exist"),
+    (["--image-size", "17"], "--image-size 17 must be a multiple of 4"),
+    (["--image-size", "2"], "--image-size 2 must be a multiple of 4"),
     (["--image-size", "32"], "is for 16 codes per image, not 64"),
     (["--vq-ckpt", "/no/vq"], "/no/vq"),
 ])
@@ -267,6 +269,16 @@ def test_wrong_requests_are_named(straight, tmp_path, more, said):
         sample_c2i.main(["--gpt-ckpt", str(straight), "--device", "cpu", "--out", str(tmp_path / "out"), *more])
     assert said in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("key", ["gpt", "tokenizer_hash"])
+def test_an_export_without_a_key_is_named(straight, base, tmp_path, key):
+    sample_c2i.main(["--gpt-ckpt", str(straight), "--device", "cpu", "--export-hf", str(tmp_path / "hf")])
+    description = json.loads((tmp_path / "hf" / "config.json").read_text())
+    del description[key]
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(description))
+    with pytest.raises(SystemExit, match=f"config.json has no '{key}'"):
+        sample_c2i.main(["--gpt-ckpt", str(tmp_path / "hf"), "--vq-ckpt", str(base / "vq"), "--device", "cpu"])
 
 
 def test_an_export_samples_the_same(straight, base, samples, tmp_path):
