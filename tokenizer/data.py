@@ -219,15 +219,6 @@ def _kill_workers() -> None:
             process.kill()
 
 
-def _kill_workers() -> None:
-    """At exit, before multiprocessing's own handler: that one sends SIGTERM, which they ignore, and waits for them."""
-    if hasattr(signal, "SIGCHLD"):  # not on Windows
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report them as crashed
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
-
-
 def make_loader(
     dataset: Dataset,
     batch_sampler: Iterable[list],
@@ -245,10 +236,6 @@ def make_loader(
     # Fork shares the index of the images with the workers and starts at once; they touch neither CUDA nor a shared file
     # offset. Elsewhere (no fork on Windows, unsafe on macOS) the platform's default pickles the dataset instead.
     forks = num_workers > 0 and sys.platform.startswith("linux")
-    if num_workers:
-        # Exit handlers run last in, first out; multiprocessing's came with the import of DataLoader. Once is enough.
-        atexit.unregister(_kill_workers)
-        atexit.register(_kill_workers)
     if num_workers:
         # Exit handlers run last in, first out; multiprocessing's came with the import of DataLoader. Once is enough.
         atexit.unregister(_kill_workers)
