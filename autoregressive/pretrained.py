@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from tokenizer.pretrained import (
     choose_weights,
     read_checkpoint,
     read_export,
+    require_keys,
     write_export,
 )
 
@@ -95,23 +96,16 @@ def _config(values: Mapping[str, Any], source: str) -> GPTConfig:
         raise ValueError(f"{source}: the sizes of the GPT are not readable ({error})") from error
 
 
-def _require_keys(description: Mapping[str, Any], keys: Sequence[str], source: Path) -> None:
-    absent = [key for key in keys if key not in description]
-    if absent:
-        raise ValueError(f"{source} has no {absent[0]!r}: it was not written by this project, or is damaged")
-
-
 def _from_export(path: Path, weights: str) -> LoadedGPT:
-    description, state = read_export(path, weights, EXPORT_FORMAT)
-    _require_keys(description, ("gpt", "tokenizer_hash"), path / CONFIG_FILE)
+    description, state = read_export(path, weights, EXPORT_FORMAT, ["gpt", "tokenizer_hash"])
     gpt_config = _config(description["gpt"], str(path / CONFIG_FILE))
     return _build(gpt_config, state, str(path / WEIGHTS_FILE), description["tokenizer_hash"])
 
 
 def _from_checkpoint(path: Path, saved: Mapping[str, Any], weights: str) -> LoadedGPT:
     state, source = choose_weights(path, saved, weights)
-    _require_keys(saved, ("config",), path)
-    _require_keys(saved["config"], ("tokenizer_hash",), path)
+    require_keys(saved, ("config",), path)
+    require_keys(saved["config"], ("tokenizer_hash",), path)
     return _build(_config(saved["gpt"], source), state, source, saved["config"]["tokenizer_hash"])
 
 

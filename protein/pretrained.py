@@ -318,7 +318,7 @@ def save_pretrained(model: StructureVQModel, folder: str | Path) -> Path:
 
 
 def _from_export(path: Path, weights: str) -> VQTokenizer:
-    description, state = read_export(path, weights, EXPORT_FORMAT)
+    description, state = read_export(path, weights, EXPORT_FORMAT, ["tokenizer"])
     model = StructureVQModel(_config(description, "tokenizer", str(path / CONFIG_FILE)))
     load_structtokenbench(model, state, str(path / WEIGHTS_FILE))
     return VQTokenizer(model)

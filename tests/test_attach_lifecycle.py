@@ -307,3 +307,14 @@ def test_the_reservoir_moves_with_its_module():
     whole = torch.load(file, weights_only=False)
     _forward(whole, range(5))
     assert whole[1].provq.has_codebook
+
+
+def test_loading_copies_the_collected_latents():
+    model, other = _model(Curriculum(3, 2)), _model(Curriculum(3, 2))
+    _forward(model, range(2))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    kept = state["1.provq.reservoir"].clone()
+    other.load_state_dict(state)
+    _forward(other, range(2, 3))
+    assert torch.equal(state["1.provq.reservoir"], kept), "training on wrote into what was loaded"
+    assert other[1].provq.reservoir.device == other[1].provq.step.device

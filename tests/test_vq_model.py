@@ -331,6 +331,12 @@ def test_what_does_not_fit_is_named(tmp_path):
         load_tokenizer(tmp_path / "none.pt")
     with pytest.raises(FileNotFoundError, match="no tokenizer at"):
         load_tokenizer(tmp_path / "absent")
+    folder = save_pretrained(model, tmp_path / "export")
+    described = json.loads((folder / "config.json").read_text())
+    del described["tokenizer"]
+    (folder / "config.json").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match=r"export/config.json has no 'tokenizer'"):
+        load_tokenizer(folder)
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"neither model.safetensors"):
         load_tokenizer(tmp_path / "empty")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -122,8 +122,20 @@ def write_export(folder: Path, description: Mapping[str, Any], state: Mapping[st
     return folder
 
 
-def read_export(path: Path, weights: str, expected: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """config.json and the tensors of an exported folder. ValueError: weights "ema", another format, damaged files."""
+def require_keys(description: Mapping[str, Any], keys: Sequence[str], source: Path) -> None:
+    """ValueError naming source and the first key that description lacks."""
+    absent = [key for key in keys if key not in description]
+    if absent:
+        raise ValueError(f"{source} has no {absent[0]!r}: it was not written by this project, or is damaged")
+
+
+def read_export(
+    path: Path, weights: str, expected: str, keys: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json, which has these keys, and the tensors of an exported folder.
+
+    ValueError: weights "ema", another format, an absent key, damaged files.
+    """
     import safetensors.torch
 
     if weights == "ema":
@@ -131,6 +143,7 @@ def read_export(path: Path, weights: str, expected: str) -> tuple[dict[str, Any]
     description = config.load(path / CONFIG_FILE)
     if description.get("format") != expected:
         raise ValueError(f"{path / CONFIG_FILE} has format {description.get('format')!r}, expected {expected!r}")
+    require_keys(description, keys, path / CONFIG_FILE)
     try:
         return description, safetensors.torch.load_file(path / WEIGHTS_FILE)
     except safetensors.SafetensorError as error:
@@ -201,7 +214,7 @@ def read_checkpoint(path: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _from_export(path: Path, weights: str) -> VQModel:
-    description, state = read_export(path, weights, EXPORT_FORMAT)
+    description, state = read_export(path, weights, EXPORT_FORMAT, ["tokenizer"])
     model = VQModel(VQModelConfig.from_dict(description["tokenizer"]))
     load_llamagen_state_dict(model, state, source=str(path / WEIGHTS_FILE))
     return model

@@ -691,8 +691,8 @@ class ProVQ(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         self._empty_reservoir()
         if prefix + "reservoir" in state_dict:  # popped: they come and go, and strict loading must not mind
-            self.reservoir = state_dict.pop(prefix + "reservoir").clone()
-            self.reservoir_state = state_dict.pop(prefix + "reservoir_state").clone()
+            self.reservoir = state_dict.pop(prefix + "reservoir").to(self.step.device, copy=True)
+            self.reservoir_state = state_dict.pop(prefix + "reservoir_state").to(self.step.device, copy=True)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._mirror()
 
@@ -1023,7 +1023,10 @@ def _put(out: Any, path: Path, value: Any) -> Any:
 def _beside(module: nn.Module, name: str) -> Any:
     """What is called `name` in the file of the module's class, or of the nearest base whose file has it."""
     scopes = (vars(cls)["forward"].__globals__ for cls in type(module).__mro__ if "forward" in vars(cls))
-    return next(scope[name] for scope in scopes if name in scope)
+    found = next((scope[name] for scope in scopes if name in scope), None)
+    if found is None:
+        raise TypeError(f"{type(module).__name__}: no {name} beside its class: a version that is not supported?")
+    return found
 
 
 class Adapter(nn.Module):

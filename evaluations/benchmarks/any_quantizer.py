@@ -46,7 +46,7 @@ def _lucidrains(name: str, **options: Any) -> Callable[[], nn.Module]:
 def _diveq() -> nn.Module:
     import diveq
 
-    return diveq.DIVEQ(num_embeddings=256, embedding_dim=DIM)
+    return diveq.DIVEQ(num_embeddings=256, embedding_dim=DIM, verbose=False)
 
 
 QUANTIZERS: dict[str, Callable[[], nn.Module]] = {  # about 256 codes each
@@ -135,6 +135,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--image-size", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--loss-floor", type=float, default=0.5, help="lambda of Eq. 4")
     parser.add_argument("--val-size", type=int, default=1000, help="held-out images")
     parser.add_argument("--max-images", type=int, default=20_000, help="at most so many of each half are read")
     parser.add_argument("--out", type=Path, help="also write every run as a line of JSON there")
@@ -153,9 +154,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     training, held_out = load(args)
     third = args.steps // 3
+    curricula = {"bare": Curriculum(0, 0), "+ ProVQ": Curriculum(third, third, loss_floor=args.loss_floor)}
     print("| quantizer | | PSNR (dB) | codes used | perplexity |\n|---|---|---|---|---|")  # noqa: T201
     for name in args.quantizers:
-        for label, curriculum in (("bare", Curriculum(0, 0)), ("+ ProVQ", Curriculum(third, third))):
+        for label, curriculum in curricula.items():
             runs = [score(train(args, name, curriculum, seed, training), held_out) for seed in args.seeds]
             if args.out:
                 with args.out.open("a", encoding="utf-8") as file:
