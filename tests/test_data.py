@@ -235,6 +235,7 @@ def test_batches_do_not_depend_on_workers(tmp_path, kind):
 
 LEAVE = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background is started without
 sys.path.insert(0, {root!r})
 from tokenizer.data import make_loader
 first = iter(make_loader(range(100), [[i] for i in range(100)], num_workers=2, collate=list))
