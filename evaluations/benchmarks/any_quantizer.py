@@ -88,7 +88,9 @@ def train(args: argparse.Namespace, name: str, curriculum: Curriculum, seed: int
     torch.manual_seed(seed)
     model = Autoencoder(QUANTIZERS[name](), images.shape[1], flat=name == "diveq")
     provq = attach(model.quantize, curriculum)
-    optimizer = torch.optim.Adam(model.parameters(), args.lr)
+    codes = list(model.quantize.parameters())
+    others = [p for p in model.parameters() if all(p is not code for code in codes)]
+    optimizer = torch.optim.Adam([{"params": others}, {"params": codes, "lr": args.code_lr or args.lr}], args.lr)
     batches = torch.Generator().manual_seed(seed)
     for step in range(args.steps):
         provq.set_step(step)
@@ -135,13 +137,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--image-size", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--code-lr", type=float, help="learning rate of the quantizer's parameters, default --lr")
     parser.add_argument("--loss-floor", type=float, default=0.5, help="lambda of Eq. 4")
     parser.add_argument("--val-size", type=int, default=1000, help="held-out images")
     parser.add_argument("--max-images", type=int, default=20_000, help="at most so many of each half are read")
     parser.add_argument("--out", type=Path, help="also write every run as a line of JSON there")
     args = parser.parse_args(argv)
-    for name in ("steps", "image_size", "batch_size", "lr", "val_size", "max_images"):
-        if getattr(args, name) <= 0:
+    for name in ("steps", "image_size", "batch_size", "lr", "code_lr", "val_size", "max_images"):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be positive")
     if args.steps < 3 or args.image_size % ARCHITECTURE.downsample:
         parser.error(f"--steps must be at least 3 and --image-size a multiple of {ARCHITECTURE.downsample}")
