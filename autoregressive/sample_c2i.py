@@ -35,7 +35,7 @@ from tqdm import tqdm
 from autoregressive.gpt import GPT
 from autoregressive.pretrained import LoadedGPT, export_gpt, load_gpt
 from autoregressive.sampling import SCHEDULES, SamplingConfig, compile_decoding, generate
-from evaluations.pixels import to_uint8
+from tokenizer.pixels import to_uint8
 from tokenizer.pretrained import load_tokenizer, tokenizer_hash
 from tokenizer.runtime import config, distributed
 from tokenizer.runtime.checkpoint import atomic_write, atomic_write_text

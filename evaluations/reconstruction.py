@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evaluations import distribution, pixels
+from evaluations import distribution
 from evaluations.features import Extractor
 from evaluations.image_sets import (
     CHUNK,
@@ -40,7 +40,7 @@ from evaluations.image_sets import (
     require_out,
 )
 from evaluations.protocol import protocol_id
-from tokenizer import pretrained
+from tokenizer import pixels, pretrained
 from tokenizer.data import BadImageCounter, ImageDataset, consecutive, make_loader, spread
 from tokenizer.image_sources import ImageSource, open_images
 from tokenizer.perceptual import LPIPS, MIN_IMAGE_SIZE

@@ -23,12 +23,12 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from evaluations import report_figures as figures
-from evaluations import report_page as page
 from evaluations.protocol import differences, protocol_id
-from evaluations.report_page import Cell, Table
-from evaluations.report_runs import Run, Setting, clear_best, differing, group_settings, merge, number, read_runs
-from tokenizer.runtime import config, distributed
+from evaluations.report_runs import Run, Setting, differing, group_settings, number, read_runs
+from tokenizer.runtime import config, distributed, page
 from tokenizer.runtime.checkpoint import atomic_write_text
+from tokenizer.runtime.over_seeds import clear_best, merge
+from tokenizer.runtime.page import Cell, Table
 from tokenizer.train_config import PRESETS, RESUMABLE, TrainConfig
 from tokenizer.vq_model import ARCHITECTURES
 

@@ -1,4 +1,4 @@
-"""Makes tasks for protein/train_task.py and sensitivity.py from unbound and bound protein structures.
+"""Makes tasks for protein/benchmark/train_task.py and sensitivity.py from unbound and bound protein structures.
 
     python scripts/make_docking_tasks.py proteins/benchmark.jsonl tasks
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import torch
+from places import GOLDEN
 from torch import Tensor
-
-GOLDEN = Path(__file__).resolve().parent / "golden"
 
 
 def load_arrays(name: str) -> dict[str, Tensor]:

@@ -14,10 +14,10 @@ import pytest
 import torch
 from helices import helix
 
-from protein.released_tasks import list_files
+from protein.benchmark.released_tasks import list_files
+from protein.benchmark.task_archives import Archive
+from protein.benchmark.tasks import STRUCTTOKENBENCH
 from protein.structure_io import write_structure
-from protein.task_archives import Archive
-from protein.tasks import STRUCTTOKENBENCH
 
 CHAINS, START = 60, 5
 FOLDS, SUPERFAMILIES = (10, 20), (10, 20, 30, 40, 50)

@@ -1,12 +1,14 @@
 """The rules of the architecture that a reader of one file cannot see, checked on the syntax trees of all files.
 
-    L0  tokenizer/provq.py | tokenizer/runtime/ | evaluations/*.py     groups that import nothing of ours but themselves
-    L1  tokenizer/*.py                                                 imports L0, L1
-    L2  autoregressive/ | protein/ | synthetic/                        imports L0, L1 and its own folder
-    L3  evaluations/benchmarks/, the entry scripts of evaluations/     imports everything above
-        and image_sets.py, which those share
-    L4  scripts/ | tests/                                              import everything
+    L0  tokenizer/provq.py | tokenizer/runtime/                imports nothing of ours but its own group
+    L1  tokenizer/                                             imports L0 and its own folder
+    L2  autoregressive/ | protein/ | synthetic/                import L0, L1 and their own folder
+    L3  protein/benchmark/                                     imports L0, L1, protein/ and its own folder
+    L4  evaluations/                                           imports everything above
+    L5  scripts/ | tests/                                      import everything
 
+So no arrow runs back up between folders, and nothing but scripts and tests imports evaluations/. Its meters (what is no
+entry script, no benchmark and not shared by those) take arrays and import nothing of ours.
 Entry scripts (files with `if __name__ == "__main__"`) are imported by nobody but tests. Each check takes the repository
 root and returns complaints as "file:line: what", so that it can be shown to fail on a small wrong tree as well.
 """
@@ -17,14 +19,15 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("tokenizer", "autoregressive", "protein", "synthetic", "evaluations")
 FOLDERS = (*PACKAGES, "scripts", "tests")
 MAX_LINES = 600
 PROVQ = Path("tokenizer/provq.py")
 CURRICULUM_RUN = Path("tokenizer/curriculum_run.py")  # and what all tokenizers' trainers share
-IMAGE_SETS = Path("evaluations/image_sets.py")
+# What the entry scripts of evaluations/ share. The rest of that folder are meters.
+EVALUATIONS_SHARED = {Path("evaluations/image_sets.py")}
 LONGER = {PROVQ: 1700}  # one file on purpose: it is copied into other projects by itself
 GUARD = "if not __package__:\n    sys.path[0] = str(Path(__file__).resolve().parents[{depth}])"
 
@@ -64,31 +67,50 @@ def is_entry(tree):
 
 
 def group(path, tree):
-    """(layer, name of the group that may import itself)"""
+    """(layer, name of the group that may import itself, layers that it may import)"""
     top = path.parts[0]
     if path.name == "__init__.py" or path == PROVQ:
-        return 0, str(path)
+        return 0, str(path), ()
     if path.parts[:2] == ("tokenizer", "runtime"):
-        return 0, "runtime"
+        return 0, "tokenizer/runtime", ()
     if top == "tokenizer":
-        return 1, top
+        return 1, top, (0,)
+    if path.parts[:2] == ("protein", "benchmark"):
+        return 3, "protein/benchmark", (0, 1, "protein")
     if top == "evaluations":
-        return (3, top) if is_entry(tree) or len(path.parts) > 2 or path == IMAGE_SETS else (0, str(path))
-    return (2, top) if top in PACKAGES else (4, "")
+        meter = not is_entry(tree) and len(path.parts) == 2 and path not in EVALUATIONS_SHARED
+        return 4, str(path) if meter else top, () if meter else (0, 1, 2, 3, 4)
+    return (2, top, (0, 1)) if top in PACKAGES else (5, top, (0, 1, 2, 3, 4, 5))
 
 
 def check_layers(root):
     files = python_files(root)
     for path, tree in files.items():
-        layer, name = group(path, tree)
+        layer, name, allowed = group(path, tree)
         for line, imported in project_imports(tree, files):
             if imported.name == "__init__.py":
                 continue
-            below, other = group(imported, files[imported])
-            if name != other and below >= layer < 4:
+            below, other, _ = group(imported, files[imported])
+            if name != other and below not in allowed and other not in allowed:
                 yield f"{path}:{line}: L{layer} ({name}) imports {imported}, which is L{below} ({other})"
             if is_entry(files[imported]) and path.parts[0] != "tests":
                 yield f"{path}:{line}: imports the entry script {imported}; move what is shared to a module"
+
+
+def check_no_arrow_back(root):
+    """Between folders, as a reader of the tree sees them: the graph of their imports has no circle."""
+    files = python_files(root, (*PACKAGES, "scripts"))
+    graph, where = {}, {}
+    for path, tree in files.items():
+        for line, imported in project_imports(tree, files):
+            if path.parts[0] != imported.parts[0]:
+                graph.setdefault(path.parts[0], set()).add(imported.parts[0])
+                where.setdefault((path.parts[0], imported.parts[0]), f"{path}:{line}")
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        circle = error.args[1]
+        yield f"{where[circle[1], circle[0]]}: folders import one another: {' <- '.join(circle)}"
 
 
 def check_absolute_imports(root):
@@ -203,7 +225,7 @@ CHECKS = [
     (check_layers, {"tokenizer/runtime/ema.py": "\nfrom tokenizer import data", "tokenizer/data.py": ""}, None, 2),
     (check_layers, {"tokenizer/data.py": "from synthetic.a import b", "synthetic/a.py": ""}, None, 1),
     (check_layers, {"protein/a.py": "def f():\n  import synthetic.a", "synthetic/a.py": ""}, None, 2),
-    (check_layers, {"evaluations/pixels.py": "import tokenizer.data", "tokenizer/data.py": ""}, None, 1),
+    (check_layers, {"tokenizer/pixels.py": "import tokenizer.data", "tokenizer/data.py": ""}, None, 1),
     (check_layers, {"tokenizer/a.py": "from tokenizer import train", "tokenizer/train.py": MAIN}, None, 1),
     (check_layers, {"scripts/a.py": "from tokenizer.train import f", "tokenizer/train.py": MAIN}, None, 1),
     (check_absolute_imports, {"tokenizer/a.py": "from .runtime import ema"}, None, 1),
@@ -257,10 +279,11 @@ def test_allowed_imports_pass(tmp_path):
         "tokenizer/runtime/seeding.py": "",
         "tokenizer/runtime/ema.py": "from tokenizer.runtime import seeding",
         "tokenizer/model.py": "from tokenizer.provq import ProVQ\nfrom tokenizer.runtime import ema",
-        "evaluations/pixels.py": "",
-        "autoregressive/gpt.py": "import tokenizer.model\nimport evaluations.pixels",
+        "tokenizer/pixels.py": "",
+        "autoregressive/gpt.py": "import tokenizer.model",
         "autoregressive/train.py": GUARD.format(depth=1) + "\nfrom autoregressive import gpt\n" + MAIN,
-        "evaluations/report.py": GUARD.format(depth=1) + "\nfrom autoregressive import gpt\n" + MAIN,
+        "evaluations/report.py": GUARD.format(depth=1) + "\nimport autoregressive.gpt\nimport evaluations.features\n"
+        + MAIN,
         "tests/test_train.py": "from autoregressive import train",
         "scripts/convert.py": "import argparse\nzip(a, b, strict=False)\n" + MAIN,
     }

@@ -2,13 +2,12 @@
 
 import subprocess
 from fnmatch import fnmatch
-from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"tokenizer", "autoregressive", "protein", "synthetic", "evaluations", "scripts", "tests"}
-FILES = ("requirements*.txt", "README.md", "pyproject.toml", "LICENSE", "RESULTS.md", "CITATION.cff")
+FILES = ("requirements*.txt", "*.md", "pyproject.toml", "LICENSE", "CITATION.cff")
 
 
 def unexpected(paths):

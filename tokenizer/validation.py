@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from evaluations import pixels
+from tokenizer import pixels
 from tokenizer.code_meter import CodeMeter
 from tokenizer.data import BadImageCounter, ImageDataset, ImageSource, make_loader
 from tokenizer.runtime import distributed

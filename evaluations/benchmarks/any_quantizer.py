@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evaluations.pixels import psnr
 from tokenizer.data import ImageDataset, split_holdout
 from tokenizer.image_sources import open_images
+from tokenizer.pixels import psnr
 from tokenizer.provq import Curriculum, attach, code_statistics
 from tokenizer.vq_model import Architecture, Decoder, Encoder
 

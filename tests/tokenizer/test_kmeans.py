@@ -1,0 +1,338 @@
+"""Nearest codes, k-means and the statistics of provq.py against closed forms and brute force."""
+
+import itertools
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from places import ROOT
+
+from tokenizer import provq
+from tokenizer.provq import (
+    code_statistics,
+    drift,
+    effective_rank,
+    kmeans,
+    mean_pairwise_distance,
+    nearest_code,
+    second_moments,
+)
+
+
+def _normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _brute(x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    return (x.double()[:, None] - codes.double()[None]).square().sum(-1).argmin(1)
+
+
+def _blobs(per_blob: int = 40, blobs: int = 12, dim: int = 3, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens of well separated blobs, and the blob of each token."""
+    centres = 100.0 * torch.tensor(list(itertools.product(range(3), repeat=dim)), dtype=torch.float32)[:blobs]
+    label = torch.arange(blobs).repeat_interleave(per_blob)
+    return centres[label] + 0.1 * _normal(len(label), dim, seed=seed), label
+
+
+# ------------------------------------------------------------------------------------------------ nearest_code
+
+@pytest.mark.parametrize(("n", "k", "d"), [(1, 1, 1), (500, 7, 2), (300, 64, 8), (64, 1000, 16)])
+def test_nearest_code_agrees_with_float64_brute_force(n, k, d):
+    x, codes = _normal(n, d), _normal(k, d, seed=1)
+    assert torch.equal(nearest_code(x, codes), _brute(x, codes))
+
+
+def test_nearest_code_of_no_tokens():
+    found = nearest_code(torch.zeros(0, 4), _normal(8, 4))
+    assert found.shape == (0,)
+    assert found.dtype == torch.int64
+
+
+def test_nearest_code_stays_float32_under_autocast():
+    codes = torch.linspace(-1, 1, 400)[:, None].repeat(1, 2)  # spacing 0.005: bfloat16 cannot tell neighbours apart
+    x = codes + 0.001
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.mm(x, x.t()).dtype == torch.bfloat16, "the premise: autocast is on"
+        assert torch.equal(nearest_code(x, codes), torch.arange(400))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0, -3000.0])
+def test_nearest_code_survives_a_common_offset(offset):
+    codes = offset + 0.1 * torch.stack(torch.meshgrid(torch.arange(20.0), torch.arange(20.0), indexing="ij"), -1)
+    codes = codes.reshape(-1, 2)
+    x = codes + 0.02
+    assert torch.equal(nearest_code(x, codes), torch.arange(400))
+
+
+def test_nearest_code_keeps_float64():
+    codes = torch.tensor([[1.0], [1.0 + 1e-9]], dtype=torch.float64)
+    assert nearest_code(codes, codes).tolist() == [0, 1]
+    assert nearest_code(codes, codes.float()).tolist() == [0, 0]  # in float32 both codes are 1
+
+
+def test_ties_go_to_the_lowest_index():
+    corners = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [-1.0, 1.0], [1.0, 1.0]])  # small integers: no rounding at all
+    x = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+    assert nearest_code(x, corners).tolist() == [0, 2, 1, 3]
+    assert nearest_code(x, corners.repeat(8, 1)).tolist() == [0, 2, 1, 3]
+    assert nearest_code(torch.zeros(50, 3), torch.zeros(32, 3)).eq(0).all()
+
+
+def test_blocks_change_nothing(monkeypatch):
+    x, codes = _normal(301, 8), _normal(50, 8, seed=1)
+    whole = nearest_code(x, codes)
+    for elements in (1, 50, 150, 50 * 301):
+        monkeypatch.setattr(provq, "CPU_SEARCH_ELEMENTS", elements)
+        assert torch.equal(nearest_code(x, codes), whole), elements
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to measure memory")
+def test_search_and_kmeans_never_hold_the_distance_matrix():
+    # 65536 x 16384 distances are 4 GiB in float32; the whole process must stay under 2 GB. That takes more than
+    # blocks: a small result that outlives its 2 MiB block can pin the freed memory behind it.
+    # The peak is read from the process itself: getrusage would report the peak of the process that started it.
+    script = ("import re, sys, torch; sys.path.insert(0, sys.argv[1]); from tokenizer import provq\n"
+              "x = torch.randn(65536, 8)\n"
+              "result = provq.kmeans(x, 16384, iters=0, start='random')\n"
+              "assert len(provq.nearest_code(x[:16384], result.centroids)) == 16384\n"
+              "print(re.search(r'VmHWM:\\s*(\\d+) kB', open('/proc/self/status').read())[1])")
+    done = subprocess.run([sys.executable, "-c", script, str(ROOT)], capture_output=True, text=True, timeout=120,
+                          check=True)
+    assert int(done.stdout) * 1024 < 2e9
+
+
+# ----------------------------------------------------------------------------------------------------- k-means
+
+@pytest.mark.parametrize("seed", range(5))
+def test_separated_blobs_are_recovered_exactly(seed):
+    x, label = _blobs()
+    result = kmeans(x, 12, seed=seed)
+    means = torch.stack([x[label == b].double().mean(0) for b in range(12)]).float()
+    order = nearest_code(means, result.centroids)
+    assert sorted(order.tolist()) == list(range(12))
+    torch.testing.assert_close(result.centroids[order], means, rtol=1e-6, atol=1e-5)
+    assert result.counts.tolist() == [40] * 12
+
+
+def test_the_result_is_a_fixed_point_with_its_own_counts_and_inertia():
+    x = _normal(600, 3)
+    result = kmeans(x, 8, iters=500)
+    assert result.iterations < 500
+    index = _brute(x, result.centroids)
+    means = torch.stack([x[index == k].double().mean(0) for k in range(8)])
+    torch.testing.assert_close(result.centroids.double(), means, rtol=1e-6, atol=1e-6)
+    assert torch.equal(result.counts, torch.bincount(index, minlength=8))
+    assert result.counts.dtype == torch.int64
+    assert result.centroids.dtype == torch.float32
+    assert result.inertia == pytest.approx((x - result.centroids[index]).square().sum(1).mean().item(), rel=1e-5)
+
+
+def test_counts_and_inertia_belong_to_the_returned_centroids_when_iterations_run_out():
+    x = _normal(600, 3)
+    result = kmeans(x, 20, iters=1)
+    index = _brute(x, result.centroids)
+    assert result.iterations == 1
+    assert torch.equal(result.counts, torch.bincount(index, minlength=20))
+    assert result.inertia == pytest.approx((x - result.centroids[index]).square().sum(1).mean().item(), rel=1e-5)
+
+
+def test_inertia_falls_with_iterations():
+    x = _normal(800, 4)
+    inertia = [kmeans(x, 16, iters=n, start="random").inertia for n in (0, 1, 2, 5, 20)]
+    assert all(a > b for a, b in itertools.pairwise(inertia))
+
+
+@pytest.mark.parametrize("start", ["kmeans++", "random"])
+def test_zero_iterations_return_distinct_tokens(start):
+    x = _normal(100, 3)
+    result = kmeans(x, 10, iters=0, start=start)
+    rows = [(x == c).all(1).nonzero().tolist() for c in result.centroids]
+    assert all(len(r) == 1 for r in rows)
+    assert len({r[0][0] for r in rows}) == 10
+    assert result.iterations == 0
+
+
+def test_empty_clusters_move_to_far_tokens():
+    # A random start takes nearly all its seeds from the 500 equal tokens, so that most clusters begin empty.
+    far = 10.0 * _normal(20, 3)
+    x = torch.cat([torch.zeros(500, 3), far])
+    start = kmeans(x, 8, iters=0, start="random")
+    assert (start.counts == 0).sum() >= 5, "the premise: empty clusters"
+    result = kmeans(x, 8, iters=1, start="random")  # one iteration: without the move, six codes would share a place
+    assert (result.counts > 0).all()
+    assert result.inertia < 0.5 * start.inertia
+
+
+def test_ties_among_far_tokens_follow_order():
+    axes = 8.0 * torch.cat([torch.eye(6), -torch.eye(6)])  # all equally far from the zeros
+    x = torch.cat([torch.zeros(200, 6), axes])
+    straight = kmeans(x, 8, iters=1, start="random")
+    for seed in range(4):
+        shuffle = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+        shuffled = kmeans(x[shuffle], 8, iters=1, start="random", order=shuffle)
+        assert torch.equal(shuffled.centroids, straight.centroids)
+
+
+def test_fewer_distinct_tokens_than_codes():
+    x = torch.eye(3).repeat(10, 1)
+    for start in ("kmeans++", "random"):
+        result = kmeans(x, 8, start=start)
+        assert result.centroids.isfinite().all()
+        assert result.inertia == 0.0
+        assert sorted(result.counts.tolist()) == [0] * 5 + [10] * 3
+        assert result.iterations < 20
+
+
+def test_as_many_tokens_as_codes():
+    x = _normal(16, 3)
+    result = kmeans(x, 16)
+    assert result.counts.tolist() == [1] * 16
+    assert sorted(result.centroids.tolist()) == sorted(x.tolist())
+
+
+def test_spherical_clusters_by_angle():
+    directions = F.normalize(_normal(6, 4, seed=3), dim=1)
+    label = torch.arange(6).repeat(50)
+    length = 0.1 + 100 * torch.rand(300, 1, generator=torch.Generator().manual_seed(1))  # must not matter
+    x = length * F.normalize(directions[label] + 0.01 * _normal(300, 4), dim=1)
+    result = kmeans(x, 6, spherical=True)
+    torch.testing.assert_close(result.centroids.norm(dim=1), torch.ones(6))
+    assert ((directions @ result.centroids.t()).amax(1) > 0.999).all()
+    assert result.counts.tolist() == [50] * 6
+    assert result.inertia < 0.01
+
+
+def test_a_seed_reproduces_and_leaves_the_global_generator_alone():
+    x = _normal(500, 3)
+    before = torch.get_rng_state()
+    first, again, other = kmeans(x, 16, seed=1), kmeans(x, 16, seed=1), kmeans(x, 16, seed=2)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first.centroids, again.centroids)
+    assert not torch.equal(first.centroids, other.centroids)
+
+
+@pytest.mark.parametrize("start", ["kmeans++", "random"])
+def test_order_makes_the_storage_order_irrelevant(start):
+    x = _normal(500, 3)
+    shuffle = torch.randperm(500, generator=torch.Generator().manual_seed(9))
+    straight = kmeans(x, 16, start=start)
+    shuffled = kmeans(x[shuffle], 16, start=start, order=shuffle)
+    torch.testing.assert_close(shuffled.centroids, straight.centroids, rtol=1e-6, atol=1e-6)
+    assert torch.equal(shuffled.counts, straight.counts)
+    unordered = kmeans(x[shuffle], 16, start=start)
+    assert not torch.allclose(unordered.centroids, straight.centroids), "the premise: storage order matters without it"
+
+
+def test_kmeans_plus_plus_starts_better_than_random():
+    x, _ = _blobs(blobs=20)
+    for iters in (0, 10):
+        careful = [kmeans(x, 20, iters=iters, seed=s).inertia for s in range(5)]
+        blind = [kmeans(x, 20, iters=iters, seed=s, start="random").inertia for s in range(5)]
+        assert sum(careful) < 0.1 * sum(blind)
+
+
+def test_half_precision_tokens():
+    x, _ = _blobs()
+    result = kmeans(x.bfloat16(), 12)
+    torch.testing.assert_close(result.centroids, kmeans(x.bfloat16().float(), 12).centroids)
+
+
+def test_kmeans_is_float32_under_autocast():
+    x = _normal(2000, 8) + 5
+    plain = kmeans(x, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = kmeans(x, 32)
+    assert torch.equal(under.centroids, plain.centroids)
+    assert under.inertia == plain.inertia
+
+
+@pytest.mark.parametrize(("x", "options", "message"), [
+    (torch.zeros(5), {}, r"\(N, D\)"),
+    (torch.zeros(5, 2, dtype=torch.int64), {}, "int64"),
+    (torch.zeros(3, 2), {}, "4 tokens over all ranks, got 3"),
+    (torch.tensor([[math.nan, 0.0]]).repeat(9, 1), {}, "9 non-finite"),
+    (torch.tensor([[math.inf, 0.0]]).repeat(9, 1), {}, "non-finite"),
+    (torch.zeros(9, 2), {"start": "median"}, "median"),
+    (torch.zeros(9, 2), {"iters": -1}, "iters"),
+    (torch.zeros(9, 2), {"order": torch.zeros(9, dtype=torch.int64)}, "order"),
+])
+def test_kmeans_errors(x, options, message):
+    with pytest.raises(ValueError, match=message):
+        kmeans(x, 4, **options)
+
+
+def test_kmeans_refuses_no_codes():
+    with pytest.raises(ValueError, match="num_codes"):
+        kmeans(torch.zeros(9, 2), 0)
+
+
+@pytest.mark.parametrize("order", [torch.arange(8), torch.arange(1, 10), torch.arange(9) - 1])
+def test_a_wrong_order_is_a_value_error(order):
+    with pytest.raises(ValueError, match="order"):
+        kmeans(_normal(9, 2), 4, order=order)
+
+
+# -------------------------------------------------------------------------------------------------- statistics
+
+def test_code_statistics_closed_forms():
+    assert code_statistics(torch.zeros(8, dtype=torch.int64)) == {"usage": 0.0, "perplexity": 0.0}
+    assert code_statistics(torch.tensor([0, 7, 0, 0])) == {"usage": 0.25, "perplexity": pytest.approx(1.0)}
+    assert code_statistics(torch.full((8,), 3)) == {"usage": 1.0, "perplexity": pytest.approx(8.0)}
+    skewed = code_statistics(torch.tensor([1, 3, 0, 0]))
+    assert skewed["usage"] == 0.5
+    assert skewed["perplexity"] == pytest.approx(math.exp(-(0.25 * math.log(0.25) + 0.75 * math.log(0.75))))
+
+
+def test_mean_pairwise_distance_is_the_mean_over_pairs():
+    codes = _normal(40, 5)
+    pairs = [(codes[i] - codes[j]).norm().item() for i, j in itertools.combinations(range(40), 2)]
+    assert mean_pairwise_distance(codes) == pytest.approx(sum(pairs) / len(pairs), rel=1e-6)
+    assert mean_pairwise_distance(torch.tensor([[0.0, 0.0], [3.0, 4.0]])) == 5.0
+    assert mean_pairwise_distance(codes[:1]) == 0.0
+    near = torch.tensor([[1e4, 0.0], [1e4 + 0.0078125, 0.0]])  # |a|^2 - 2ab + |b|^2 would lose this distance
+    assert mean_pairwise_distance(near) == 0.0078125
+
+
+def test_mean_pairwise_distance_in_blocks():
+    codes = F.normalize(_normal(2500, 8), dim=1)  # more than one block of 2^22 elements
+    # Two uniform points of the unit sphere in 8 dimensions are 1.389 apart on average (sqrt 2 in root mean square).
+    expected = 2**7 * math.gamma(4) ** 2 / (math.sqrt(math.pi) * math.gamma(7.5))
+    assert mean_pairwise_distance(codes) == pytest.approx(expected, rel=3e-3)
+
+
+def test_effective_rank_closed_forms():
+    rank = lambda z: effective_rank(second_moments(z))  # noqa: E731
+    cross = torch.cat([torch.eye(6), -torch.eye(6)])
+    assert rank(cross) == pytest.approx(6.0, abs=1e-9)  # equal spread in every direction
+    assert rank(1000.0 + cross) == pytest.approx(6.0, abs=1e-6)  # the mean does not count
+    line = torch.linspace(-1, 1, 50)[:, None] * torch.tensor([[1.0, 2.0, -1.0]])
+    assert rank(line) == pytest.approx(1.0, abs=1e-3)
+    weights = torch.tensor([3.0, 1.0])  # singular values in the ratio 3 : 1
+    p = weights / weights.sum()
+    two = torch.cat([torch.diag(weights), -torch.diag(weights)])
+    assert rank(two) == pytest.approx(math.exp(-(p * p.log()).sum().item()), rel=1e-6)
+    assert rank(torch.ones(1, 4)) == 0.0
+    assert rank(torch.ones(9, 4) / 3) == 0.0
+    assert rank(torch.zeros(0, 4)) == 0.0
+
+
+def test_second_moments_add_up():
+    z = _normal(100, 5)
+    whole = second_moments(z)
+    assert whole.shape == (6, 6)
+    assert whole.dtype == torch.float64
+    assert whole[0, 0] == 100
+    torch.testing.assert_close(whole[0, 1:], z.double().sum(0))
+    torch.testing.assert_close(second_moments(z[:30]) + second_moments(z[30:]), whole)
+
+
+def test_drift_closed_forms():
+    before = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])  # RMS distance to the mean: 1
+    assert drift(before, before) == 0.0
+    assert drift(before, before + torch.tensor([3.0, 4.0])) == pytest.approx(5.0)
+    assert drift(10 * before, 10 * before + 1.0) == pytest.approx(math.sqrt(2) / 10)
+    assert drift(before + 7, -before + 7) == pytest.approx(2.0)

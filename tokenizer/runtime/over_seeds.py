@@ -1,0 +1,38 @@
+"""Numbers over seeds, for tables: mean, spread, and which row is clearly best."""
+
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Merged(NamedTuple):
+    """A number over seeds."""
+
+    mean: float
+    deviation: float | None   # sample standard deviation; None: one seed
+    count: int                # seeds that have the number
+
+
+def merge(values: Sequence[float | None]) -> Merged | None:
+    """Mean and standard deviation (n - 1) of the values that are there; None: there are none."""
+    present = [value for value in values if value is not None]
+    if not present:
+        return None
+    return Merged(statistics.fmean(present), statistics.stdev(present) if len(present) > 1 else None, len(present))
+
+
+def clear_best(column: Sequence[Merged | None], higher_is_better: bool) -> int | None:
+    """Row whose mean is better than every other's by more than the two standard deviations together, or None.
+
+    Without a spread (one seed) on either side nothing is clear.
+    """
+    present = [i for i, value in enumerate(column) if value is not None]
+    if len(present) < 2:
+        return None
+    sign = 1 if higher_is_better else -1
+    best = max(present, key=lambda i: sign * column[i].mean)
+    for i in present:
+        spreads = (column[best].deviation, column[i].deviation)
+        if i != best and (None in spreads or sign * (column[best].mean - column[i].mean) <= sum(spreads)):
+            return None
+    return best
