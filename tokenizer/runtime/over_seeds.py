@@ -26,13 +26,16 @@ def clear_best(column: Sequence[Merged | None], higher_is_better: bool) -> int |
 
     Without a spread (one seed) on either side nothing is clear.
     """
-    present = [i for i, value in enumerate(column) if value is not None]
+    present = {i: value for i, value in enumerate(column) if value is not None}
     if len(present) < 2:
         return None
     sign = 1 if higher_is_better else -1
-    best = max(present, key=lambda i: sign * column[i].mean)
-    for i in present:
-        spreads = (column[best].deviation, column[i].deviation)
-        if i != best and (None in spreads or sign * (column[best].mean - column[i].mean) <= sum(spreads)):
+    row, best = max(present.items(), key=lambda item: sign * item[1].mean)
+    for i, other in present.items():
+        if i == row:
+            continue
+        if best.deviation is None or other.deviation is None:
             return None
-    return best
+        if sign * (best.mean - other.mean) <= best.deviation + other.deviation:
+            return None
+    return row
