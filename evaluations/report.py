@@ -188,7 +188,7 @@ def metric_cells(rows: Sequence[Setting], group: Group, metrics: Sequence[Metric
                 continue
             text = metric.form.format(value.mean)
             text += "" if value.deviation is None else f" ± {metric.form.format(value.deviation)}"
-            text += f" (n = {value.count})" if value.count < len(runs) else ""
+            text += f" (n = {value.seeds})" if value.seeds < len(runs) else ""
             cells.append(Cell(text, bold=i == best, footnote=why))
         columns.append(cells)
     return [list(row) for row in zip(*columns, strict=True)]

@@ -10,7 +10,7 @@ class Merged(NamedTuple):
 
     mean: float
     deviation: float | None   # sample standard deviation; None: one seed
-    count: int                # seeds that have the number
+    seeds: int                # that have the number
 
 
 def merge(values: Sequence[float | None]) -> Merged | None:

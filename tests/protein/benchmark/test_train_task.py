@@ -286,9 +286,9 @@ def test_the_learning_rate_is_chosen_on_validation_for_every_seed():
 
 def test_spread_is_over_seeds_or_over_runs():
     one = summarise({"a": {0: 0.7, 1: 0.5, 2: 0.6}})
-    assert (one.mean, one.deviation, one.count) == (pytest.approx(0.6), pytest.approx(0.1), 3)
+    assert (one.mean, one.deviation, one.seeds) == (pytest.approx(0.6), pytest.approx(0.1), 3)
     several = summarise({"a": {0: 0.7, 1: 0.5}, "b": {0: 0.8, 1: 0.8}})  # means 0.6 and 0.8
-    assert (several.mean, several.deviation, several.count) == (pytest.approx(0.7), pytest.approx(0.2 / 2**0.5), 2)
+    assert (several.mean, several.deviation, several.seeds) == (pytest.approx(0.7), pytest.approx(0.2 / 2**0.5), 2)
     assert summarise({"a": {0: 0.7}}).deviation is None
     assert summarise({"a": {0: 0.7, 1: None}}) is None
     assert summarise({}) is None
