@@ -8,8 +8,8 @@ smaller ESM3 decoder, and changes the quantizer only: VanillaVQ is quantizer="vq
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,58 +18,36 @@ from protein.geometry import valid_residues
 from protein.structure_decoder import Decoded, PairLogits, RegressionHead, VectorDecoder
 from protein.structure_encoder import StructureEncoder
 from tokenizer.pretrained import check_state_dict
-from tokenizer.provq import QUANTIZERS, AdaptiveWarmup, Curriculum, ProVQ, ProVQOutput, VectorQuantizer, make_quantizer
+from tokenizer.provq import AdaptiveWarmup, Curriculum, ProVQ, ProVQOutput
+from tokenizer.quantizer_config import ModelConfig, build_quantizer, check_quantizer
 
 SEQUENCE_VOCABULARY = 33  # ESM's alphabet: the inverse folding head scores these letters
 
 
 @dataclass(frozen=True)
-class StructureModelConfig:
-    """What rebuilds the modules; defaults are StructTokenBench's sizes. ValueError: impossible values."""
+class StructureModelConfig(ModelConfig):
+    """Rebuilds a structure tokenizer; defaults are StructTokenBench's sizes. ValueError: impossible values."""
 
-    encoder_width: int = 1024            # channels of a slot
-    encoder_heads: int = 128             # vector heads of geometric attention
-    encoder_layers: int = 2              # geometric blocks
-    neighbours: int = 16                 # residues of a neighbourhood, itself among them
-    decoder_width: int = 1024            # channels of a token
-    decoder_heads: int = 16              # attention heads
-    decoder_layers: int = 8              # transformer blocks
-    codebook_size: int = 512             # K, codes
-    codebook_embed_dim: int = 1024       # D, channels of one code
-    quantizer: str = "vq"                # key of provq.QUANTIZERS
-    commit_loss_beta: float = 0.25       # weight of the commitment term
-    codebook_ema_decay: float = 0.99     # "ema" only: decay of the running means per optimizer step
-    codebook_restart_below: float = 0.0  # "ema" only: restart codes under this fraction of the mean count; 0 = never
+    LATER = {"codebook_l2_norm": False, "rotation": False}  # noqa: RUF012  # settable since version 0.3
+
+    encoder_width: int = 1024       # channels of a slot
+    encoder_heads: int = 128        # vector heads of geometric attention
+    encoder_layers: int = 2         # geometric blocks
+    neighbours: int = 16            # residues of a neighbourhood, itself among them
+    decoder_width: int = 1024       # channels of a token
+    decoder_heads: int = 16         # attention heads
+    decoder_layers: int = 8         # transformer blocks
+    codebook_size: int = 512
+    codebook_embed_dim: int = 1024
 
     def __post_init__(self) -> None:
+        check_quantizer(self)
         for field in fields(self):
             if field.type == "int" and getattr(self, field.name) < 1:
                 raise ValueError(f"{field.name}={getattr(self, field.name)} must be at least 1")
-        if self.quantizer not in QUANTIZERS:
-            raise ValueError(f"quantizer={self.quantizer!r} is unknown; choose one of {', '.join(QUANTIZERS)}")
         if self.decoder_width % (2 * self.decoder_heads):
             raise ValueError(f"decoder_width={self.decoder_width} must be an even multiple of "
                              f"decoder_heads={self.decoder_heads}")
-        for name in ("codebook_ema_decay", "codebook_restart_below"):
-            value = getattr(self, name)
-            if self.quantizer != "ema" and value != getattr(type(self), name):
-                raise ValueError(f"{name}={value} has an effect with quantizer='ema' only, got {self.quantizer!r}")
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> StructureModelConfig:
-        """Pick this class's fields out of a larger configuration (a training config names them alike).
-
-        Raises ValueError naming the absent fields: a default could differ from what the weights were made with.
-        """
-        names = [field.name for field in fields(cls)]
-        missing = [name for name in names if name not in values]
-        if missing:
-            raise ValueError(f"structure model configuration lacks {', '.join(missing)}")
-        return cls(**{name: values[name] for name in names})
-
-    def to_dict(self) -> dict[str, int | float | str]:
-        """JSON-ready primitives; inverse of from_dict."""
-        return asdict(self)
 
 
 PRESETS: dict[str, dict[str, int]] = {
@@ -117,7 +95,7 @@ class StructureVQModel(nn.Module):
             config.neighbours,
         )
         self.quantize = ProVQ(
-            _quantizer(config), Curriculum(0, 0) if curriculum is None else curriculum, channel_dim=-1,
+            build_quantizer(config), Curriculum(0, 0) if curriculum is None else curriculum, channel_dim=-1,
             adaptive=adaptive,
         )
         self.decoder = VectorDecoder(
@@ -198,13 +176,6 @@ def check_tokens(tokens: Tensor, mask: Tensor | None, num_codes: int) -> Tensor:
     if bool((tokens >= num_codes).any()):
         raise ValueError(f"token {int(tokens.max())} is no code: the codebook has {num_codes}")
     return tokens.long().clamp_min(-1)
-
-
-def _quantizer(config: StructureModelConfig) -> VectorQuantizer:
-    options: dict[str, float] = {"beta": config.commit_loss_beta}
-    if config.quantizer == "ema":
-        options |= {"decay": config.codebook_ema_decay, "restart_below": config.codebook_restart_below}
-    return make_quantizer(config.quantizer, config.codebook_size, config.codebook_embed_dim, **options)
 
 
 # -------------------------------------------------------------------------------------- weights of StructTokenBench

@@ -7,12 +7,13 @@ VQ-4 is this project's own small model for 28..64 pixel images: the same blocks 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokenizer.provq import QUANTIZERS, AdaptiveWarmup, Curriculum, ProVQ, ProVQOutput, VectorQuantizer, make_quantizer
+from tokenizer.provq import AdaptiveWarmup, Curriculum, ProVQ, ProVQOutput
+from tokenizer.quantizer_config import ModelConfig, build_quantizer, check_quantizer
 
 
 @dataclass(frozen=True)
@@ -48,55 +49,23 @@ ARCHITECTURES = {  # VQ-8 and VQ-16 are LlamaGen's: 70.1 M and 71.9 M parameters
 
 
 @dataclass(frozen=True)
-class VQModelConfig:
-    """Everything needed to rebuild a tokenizer's modules; the curriculum belongs to training and is passed separately.
+class VQModelConfig(ModelConfig):
+    """Rebuilds an image tokenizer. ValueError: unknown names, impossible values."""
 
-    Raises ValueError for unknown names and for sizes that are not positive.
-    """
-
-    vq_model: str = "VQ-16"             # key of ARCHITECTURES
-    image_channels: int = 3             # image channels, input and output
-    image_size: int = 256               # side in pixels that it is trained at; it runs at any multiple of its factor
-    codebook_size: int = 16384          # K, codes
-    codebook_embed_dim: int = 8         # D, channels of one code
-    quantizer: str = "vq"               # key of provq.QUANTIZERS
-    codebook_l2_norm: bool = False      # compare and return unit vectors
-    commit_loss_beta: float = 0.25      # weight of the commitment term
-    rotation: bool = False              # rotation-trick gradient instead of straight-through
-    codebook_ema_decay: float = 0.99    # "ema" only: decay of the running means per optimizer step
-    codebook_restart_below: float = 0.0 # "ema" only: restart codes under this fraction of the mean count; 0 = never
-    dropout_p: float = 0.0              # dropout inside residual blocks
+    vq_model: str = "VQ-16"   # key of ARCHITECTURES
+    image_channels: int = 3   # input and output
+    image_size: int = 256     # side in pixels that it is trained at; it runs at any multiple of its factor
+    dropout_p: float = 0.0    # inside residual blocks
 
     def __post_init__(self) -> None:
+        check_quantizer(self)
         if self.vq_model not in ARCHITECTURES:
             raise ValueError(f"vq_model={self.vq_model!r} is unknown; choose one of {', '.join(ARCHITECTURES)}")
-        if self.quantizer not in QUANTIZERS:
-            raise ValueError(f"quantizer={self.quantizer!r} is unknown; choose one of {', '.join(QUANTIZERS)}")
-        for name in ("image_channels", "image_size", "codebook_size", "codebook_embed_dim"):
+        for name in ("image_channels", "image_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("codebook_ema_decay", "codebook_restart_below"):
-            value = getattr(self, name)
-            if self.quantizer != "ema" and value != getattr(type(self), name):
-                raise ValueError(f"{name}={value} has an effect with quantizer='ema' only, got {self.quantizer!r}")
         if not 0.0 <= self.dropout_p < 1.0:
             raise ValueError(f"dropout_p={self.dropout_p} must lie in [0, 1)")
-
-    @classmethod
-    def from_dict(cls, values: dict) -> VQModelConfig:
-        """Pick this class's fields out of a larger configuration (a training config names them alike).
-
-        Raises ValueError naming the absent fields: a default could differ from what the weights were made with.
-        """
-        names = [f.name for f in fields(cls)]
-        missing = [name for name in names if name not in values]
-        if missing:
-            raise ValueError(f"tokenizer configuration lacks {', '.join(missing)}")
-        return cls(**{name: values[name] for name in names})
-
-    def to_dict(self) -> dict[str, str | int | float | bool]:
-        """JSON-ready primitives; inverse of from_dict."""
-        return asdict(self)
 
 
 def _conv3(in_channels: int, out_channels: int) -> nn.Conv2d:
@@ -255,15 +224,6 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))  # (B, out_channels, h*f, w*f)
 
 
-def _quantizer(config: VQModelConfig) -> VectorQuantizer:
-    options: dict[str, float | bool] = {
-        "l2_norm": config.codebook_l2_norm, "beta": config.commit_loss_beta, "rotation": config.rotation,
-    }
-    if config.quantizer == "ema":
-        options |= {"decay": config.codebook_ema_decay, "restart_below": config.codebook_restart_below}
-    return make_quantizer(config.quantizer, config.codebook_size, config.codebook_embed_dim, **options)
-
-
 class VQModel(nn.Module):
     """Encoder -> 1x1 conv -> ProVQ -> 1x1 conv -> decoder.
 
@@ -286,7 +246,8 @@ class VQModel(nn.Module):
         self.encoder = Encoder(arch, config.image_channels, config.dropout_p)
         self.decoder = Decoder(arch, config.image_channels, config.dropout_p)
         self.quantize = ProVQ(
-            _quantizer(config), Curriculum(0, 0) if curriculum is None else curriculum, channel_dim=1, adaptive=adaptive
+            build_quantizer(config), Curriculum(0, 0) if curriculum is None else curriculum, channel_dim=1,
+            adaptive=adaptive,
         )
         self.quant_conv = nn.Conv2d(arch.z_channels, config.codebook_embed_dim, kernel_size=1)
         self.post_quant_conv = nn.Conv2d(config.codebook_embed_dim, arch.z_channels, kernel_size=1)

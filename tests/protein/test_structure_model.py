@@ -50,7 +50,7 @@ def test_configuration_is_read_out_of_a_larger_one_and_nothing_may_be_absent():
     values = SMALL.to_dict()
     assert StructureModelConfig.from_dict(values | {"lr": 1e-4}) == SMALL
     del values["neighbours"], values["quantizer"]
-    with pytest.raises(ValueError, match="lacks neighbours, quantizer"):
+    with pytest.raises(ValueError, match="lacks quantizer, neighbours"):
         StructureModelConfig.from_dict(values)
 
 

@@ -1,0 +1,81 @@
+"""The settings of a quantizer and what makes no sense among them: one owner for every model and every trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, TypeVar
+
+from tokenizer.provq import QUANTIZERS, VectorQuantizer, make_quantizer
+from tokenizer.runtime.config import arg, flag_name
+
+Config = TypeVar("Config", bound="ModelConfig")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizerConfig:
+    """Defaults are the paper's for images. Configurations of models and of training runs subclass it."""
+
+    quantizer: str = arg("vq", "vq: trained table; simvq, aminoaseed: frozen table, trained linear map; ema: running "
+                               "means; paper: vq", choices=tuple(QUANTIZERS))
+    codebook_size: int = arg(16384, "codes, K; paper: 16384")
+    codebook_embed_dim: int = arg(8, "channels of a code, D; paper: 8")
+    codebook_l2_norm: bool = arg(False, "unit-norm latents and codes, LlamaGen's baseline; paper's ProVQ: no")
+    rotation: bool = arg(False, "rotation trick instead of straight-through gradients; paper: no")
+    commit_loss_beta: float = arg(0.25, "weight of the commitment loss, beta; LlamaGen: 0.25")
+    codebook_ema_decay: float = arg(0.99, "ema quantizer: decay of the running means per step; VQ-VAE-2: 0.99")
+    codebook_restart_below: float = arg(0.0, "ema quantizer: restart codes used less than this fraction of the mean")
+
+
+@dataclass(frozen=True)
+class ModelConfig(QuantizerConfig):
+    """Everything that rebuilds a model's modules; the curriculum belongs to training and is passed separately."""
+
+    LATER: ClassVar[Mapping[str, Any]] = {}  # fields that older files do not have -> the value that they had then
+
+    @classmethod
+    def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
+        """Pick this class's fields out of a larger configuration (a training config names them alike).
+
+        ValueError names the absent fields: a default could differ from what the weights were made with.
+        """
+        values = {**cls.LATER, **values}
+        names = [field.name for field in fields(cls)]
+        missing = [name for name in names if name not in values]
+        if missing:
+            raise ValueError(f"tokenizer configuration lacks {', '.join(missing)}")
+        return cls(**{name: values[name] for name in names})
+
+    def to_dict(self) -> dict[str, str | int | float | bool]:
+        """JSON-ready primitives; inverse of from_dict."""
+        return asdict(self)
+
+
+def check_quantizer(cfg: QuantizerConfig, *, flags: bool = False) -> None:
+    """Raise ValueError for settings that cannot work, named as fields or as flags of a command line."""
+    def said(name: str) -> str:
+        value = getattr(cfg, name)
+        return f"{flag_name(name)} is {value}; it" if flags else f"{name}={value!r}"
+
+    if cfg.quantizer not in QUANTIZERS:
+        raise ValueError(f"{said('quantizer')} is unknown; choose one of {', '.join(QUANTIZERS)}")
+    least = {"codebook_size": 1, "codebook_embed_dim": 1, "commit_loss_beta": 0, "codebook_restart_below": 0}
+    for name, low in least.items():
+        if not getattr(cfg, name) >= low:  # so that NaN is refused
+            raise ValueError(f"{said(name)} must be at least {low}")
+    if not 0 <= cfg.codebook_ema_decay < 1:
+        raise ValueError(f"{said('codebook_ema_decay')} must lie in [0, 1)")
+    for name in ("codebook_ema_decay", "codebook_restart_below"):
+        if cfg.quantizer != "ema" and getattr(cfg, name) != getattr(QuantizerConfig, name):
+            only = f"{flag_name('quantizer')} ema" if flags else "quantizer='ema'"
+            raise ValueError(f"{said(name)} has an effect with {only} only, got {cfg.quantizer!r}")
+
+
+def build_quantizer(cfg: QuantizerConfig) -> VectorQuantizer:
+    """The module that the settings describe."""
+    options: dict[str, float | bool] = {
+        "l2_norm": cfg.codebook_l2_norm, "beta": cfg.commit_loss_beta, "rotation": cfg.rotation,
+    }
+    if cfg.quantizer == "ema":
+        options |= {"decay": cfg.codebook_ema_decay, "restart_below": cfg.codebook_restart_below}
+    return make_quantizer(cfg.quantizer, cfg.codebook_size, cfg.codebook_embed_dim, **options)
