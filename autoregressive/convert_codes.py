@@ -20,7 +20,7 @@ from autoregressive.code_shards import code_dtype, file_hash, read_folder, read_
 from tokenizer.data import consecutive
 from tokenizer.runtime import config, distributed
 from tokenizer.runtime.checkpoint import atomic_write
-from tokenizer.runtime.training import CannotContinue
+from tokenizer.runtime.command import CannotContinue
 
 SHARD = 65536  # images
 

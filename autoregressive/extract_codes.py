@@ -32,7 +32,7 @@ from tokenizer.image_sources import ImageSource, open_images
 from tokenizer.pretrained import load_tokenizer, tokenizer_hash
 from tokenizer.runtime import config, distributed
 from tokenizer.runtime.checkpoint import atomic_write, atomic_write_text
-from tokenizer.runtime.training import CannotContinue
+from tokenizer.runtime.command import CannotContinue
 from tokenizer.vq_model import VQModel
 
 SETTINGS, PARTS = "extraction.json", "parts"  # of a folder that is not finished

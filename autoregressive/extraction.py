@@ -11,7 +11,7 @@ from torchvision.transforms.functional import ten_crop
 
 from autoregressive.code_shards import code_dtype
 from tokenizer.data import BadImageCounter, ImageDataset, make_loader
-from tokenizer.runtime.training import DTYPES
+from tokenizer.runtime.optim import DTYPES
 from tokenizer.vq_model import VQModel
 
 

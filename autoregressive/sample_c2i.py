@@ -39,8 +39,8 @@ from tokenizer.pixels import to_uint8
 from tokenizer.pretrained import load_tokenizer, tokenizer_hash
 from tokenizer.runtime import config, distributed
 from tokenizer.runtime.checkpoint import atomic_write, atomic_write_text
+from tokenizer.runtime.optim import DTYPES
 from tokenizer.runtime.seeding import fold
-from tokenizer.runtime.training import DTYPES
 from tokenizer.vq_model import VQModel
 
 GRID_COLUMNS, GRID_ROWS = 10, 20

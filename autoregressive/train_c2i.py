@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ if not __package__:
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import save_image
 
 from autoregressive import sharding
@@ -33,49 +32,47 @@ from tokenizer.data import make_loader, split_holdout, spread
 from tokenizer.pretrained import load_tokenizer, tokenizer_hash
 from tokenizer.runtime import distributed
 from tokenizer.runtime.ema import EMA
-from tokenizer.runtime.seeding import fold
-from tokenizer.runtime.training import (
+from tokenizer.runtime.optim import (
     DTYPES,
-    Stateful,
-    TrainingRun,
     accumulating,
+    autocast,
     build_adamw,
-    launch,
+    learning_rate,
+    replicate,
     set_learning_rate,
+    update,
 )
+from tokenizer.runtime.run import Run, Stateful, launch, with_max_steps
+from tokenizer.runtime.seeding import fold
 from tokenizer.vq_model import VQModel
 
 SAMPLES = 16  # pictures in a grid of samples
 
 
-class Trainer(TrainingRun):
-    """Everything that one run holds. Built from a checked configuration; `run` trains it to the end."""
+class Trainer:
+    """Everything that one run holds. Built from a checked configuration; `train` trains it to the end."""
 
     def __init__(self, cfg: TrainConfig, device: torch.device):
         codes = self._open_codes(cfg)
-        if cfg.max_steps is None:
-            assert cfg.epochs is not None  # check() saw to it
-            cfg = replace(cfg, max_steps=math.ceil(cfg.epochs * len(self.train_set) / cfg.global_batch_size))
-        inputs = {"code_fingerprint": codes.fingerprint, "tokenizer_hash": codes.tokenizer_hash}
-        super().__init__(cfg, device, resumable=resumable(cfg), inputs=inputs)
+        cfg = with_max_steps(cfg, len(self.train_set))
+        self.cfg, self.device = cfg, device
         self.tokenizer = self._open_tokenizer(codes)
         self.gpt_config = GPTConfig.preset(
             cfg.gpt_model, vocab_size=codes.codebook_size, block_size=codes.num_tokens, num_classes=codes.num_classes,
             class_dropout_prob=cfg.class_dropout_prob, token_dropout_p=cfg.token_dropout_p,
             resid_dropout_p=cfg.dropout_p, ffn_dropout_p=cfg.dropout_p, drop_path_rate=cfg.drop_path_rate,
         )
+        inputs = {"code_fingerprint": codes.fingerprint, "tokenizer_hash": codes.tokenizer_hash}
+        self.run = Run(cfg, device, resumable=resumable(cfg), inputs=inputs, describe={"gpt": asdict(self.gpt_config)})
         self.sharded = shards(cfg, distributed.world_size())
         self.raw = self._build()
         average = self._build() if cfg.ema and self.sharded else None
         self.ema = EMA(self.raw, cfg.ema_decay, average=average) if cfg.ema else None
         self.optimizer = build_adamw(self.raw, cfg)
         self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.mixed_precision == "fp16")
-        self.best = math.inf
-        self.resume()
-        core = torch.compile(self.raw) if cfg.compile else self.raw
-        replicate = distributed.world_size() > 1 and not self.sharded
-        ids = [device.index] if device.type == "cuda" else None
-        self.model: nn.Module = DistributedDataParallel(core, device_ids=ids) if replicate else core  # type: ignore[arg-type]
+        self.run.resume(self._parts())
+        core: nn.Module = torch.compile(self.raw) if cfg.compile else self.raw  # type: ignore[assignment]
+        self.model = core if self.sharded else replicate(core, device)
 
     # ---------------------------------------------------------------------------------------------------- parts
 
@@ -126,23 +123,38 @@ class Trainer(TrainingRun):
             sharding.shard(model, model.layers, self.device, DTYPES[self.cfg.mixed_precision])
         return model
 
-    def stateful(self) -> dict[str, Stateful | None]:
+    def _parts(self) -> dict[str, Stateful | None]:
+        """What checkpoints hold."""
         if not self.sharded:
             return {"model": self.raw, "ema": self.ema, "optimizer": self.optimizer, "scaler": self.scaler}
         return {"model": sharding.ShardedModel(self.raw),
                 "ema": self.ema and sharding.ShardedModel(self.ema.module),
                 "optimizer": sharding.ShardedOptimizer(self.raw, self.optimizer), "scaler": self.scaler}
 
-    def values(self) -> dict[str, Any]:
-        return {"best": self.best, "gpt": asdict(self.gpt_config)}
+    # ------------------------------------------------------------------------------------------------- the method
 
-    def load_values(self, state: Mapping[str, Any]) -> None:
-        self.best = state["best"]
-
-    # ---------------------------------------------------------------------------------------------------- steps
+    def train(self) -> None:
+        """Next-code prediction, one optimizer step after another."""
+        cfg, run = self.cfg, self.run
+        assert cfg.max_steps is not None  # see with_max_steps
+        self.raw.train()
+        batches = self.batches(run.start, cfg.max_steps)
+        for step in run.steps():                # seeds what the step draws; after it a checkpoint, where one is due
+            lr = learning_rate(cfg, step)
+            set_learning_rate(self.optimizer, lr)
+            terms = self.train_step(batches, step)
+            if self.ema:
+                self.ema.update(self.raw, step + 1)
+            run.log(terms, {"lr": lr})
+            with run.untimed():
+                if run.due(cfg.val_every):
+                    self.validate()
+                if self.tokenizer is not None and cfg.sample_every and run.due(cfg.sample_every):
+                    self.save_samples(self.tokenizer)
+        run.finish(self.summary())
 
     def batches(self, start: int, end: int) -> Iterator[dict[str, Any]]:
-        sampler = self.sampler(len(self.train_set), start, end)
+        sampler = self.run.sampler(len(self.train_set), start, end)
         pin = self.device.type == "cuda"
         yield from make_loader(self.train_set, sampler, num_workers=self.cfg.num_workers, pin_memory=pin)
 
@@ -157,7 +169,7 @@ class Trainer(TrainingRun):
 
     def autocast(self) -> torch.autocast:
         """Sharded models cast their parameters themselves."""
-        return torch.autocast(self.device.type, enabled=False) if self.sharded else super().autocast()
+        return autocast(self.device, "none" if self.sharded else self.cfg.mixed_precision)
 
     def train_step(self, batches: Iterator[dict[str, Any]], step: int) -> dict[str, Tensor]:  # noqa: ARG002
         """-> loss (nats per code) and accuracy, means over the micro-batches; grad_norm."""
@@ -169,26 +181,16 @@ class Trainer(TrainingRun):
                 losses, right = self._losses(self.model, batch)
                 self.scaler.scale(losses.mean() / parts).backward()
             total += torch.stack([losses.detach().mean(), right.mean()]) / parts
-        norm = self.update(self.optimizer, self.raw, self.scaler)
+        norm = update(self.optimizer, self.raw, self.scaler, self.cfg.max_grad_norm)
         self.scaler.update()
         return {"loss": total[0], "accuracy": total[1], "grad_norm": norm}
 
-    def before_step(self, step: int) -> None:
-        set_learning_rate(self.optimizer, self.cfg, step)
-
-    def labels(self) -> dict[str, Any]:
-        return {"lr": self.optimizer.param_groups[0]["lr"]}
-
-    def after_step(self, done: int) -> None:
-        if self.ema:
-            self.ema.update(self.raw, done)
-
     @torch.no_grad()
-    def validate(self, step: int) -> dict[str, float]:
+    def validate(self) -> None:
         """Collective. Loss and accuracy on the held-out images, with their classes; keeps the best."""
         model = self.ema.module if self.ema else self.raw
         model.eval()
-        rank, world, size = distributed.rank(), distributed.world_size(), self.micro_batch()
+        rank, world, size = distributed.rank(), distributed.world_size(), self.run.micro_batch()
         places = range(len(self.val_set))
         rounds = math.ceil(len(places) / (size * world))  # equal on all ranks: a sharded forward is collective
         batches = [[places[(i * world + rank) * size + j] if (i * world + rank) * size + j < len(places) else 0
@@ -201,29 +203,12 @@ class Trainer(TrainingRun):
         distributed.all_reduce_(sums)
         self.raw.train()
         loss, accuracy = (sums[:2] / sums[2]).tolist()
-        result = {"val_loss": loss, "val_perplexity": math.exp(loss), "val_accuracy": accuracy}
-        self.validations.write({"step": step} | result)
-        distributed.print0(f"validation at step {step}: " + " ".join(f"{k} {v:.4g}" for k, v in result.items()))
-        if loss < self.best:
-            self.best = loss
-            stateful = self.stateful()
-            parts = {name: (part := stateful[name]) and part.state_dict() for name in ("model", "ema")}
-            self.checkpoints.save_named("best", {  # to use, not to resume
-                "step": step, **parts, "gpt": asdict(self.gpt_config), "validation": result, "config": self.identity()})
-        return result
+        self.run.record({"val_loss": loss, "val_perplexity": math.exp(loss), "val_accuracy": accuracy})
+        self.run.keep_best(loss, higher_is_better=False)
 
     # -------------------------------------------------------------------------------------------------- outputs
 
-    def run(self) -> None:
-        self.raw.train()
-        super().run()
-
-    def after_validation(self, done: int) -> None:
-        every = self.cfg.sample_every
-        if self.tokenizer is not None and every and (done % every == 0 or done == self.cfg.max_steps):
-            self._save_samples(self.tokenizer, done)
-
-    def _save_samples(self, tokenizer: VQModel, done: int) -> None:
+    def save_samples(self, tokenizer: VQModel) -> None:
         """Collective. RUN/samples/STEP.png: classes spread over all, the same random numbers every time."""
         averaged = self.ema.module if self.ema else self.raw
         model: Any = averaged
@@ -244,13 +229,13 @@ class Trainer(TrainingRun):
         with torch.no_grad():
             images = tokenizer.decode_code(codes.view(-1, side, side).clone())
         self.raw.train()
-        folder = self.run_dir / "samples"
+        folder = self.run.folder / "samples"
         folder.mkdir(parents=True, exist_ok=True)
-        save_image((images.float() + 1) / 2, folder / f"{done:07d}.png", nrow=8)
+        save_image((images.float() + 1) / 2, folder / f"{self.run.done:07d}.png", nrow=8)
 
     def summary(self) -> dict[str, Any]:
         return {"parameters": self.gpt_config.num_parameters, "training_images": len(self.train_set),
-                "views": self.train_set.views, "best_val_loss": self.best}
+                "views": self.train_set.views, "best_val_loss": self.run.best}
 
 
 def _open(flag: str, path: str, codebook_size: int) -> CodeDataset:

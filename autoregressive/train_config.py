@@ -11,7 +11,8 @@ from typing import Any
 from autoregressive.gpt import GPT_PRESETS
 from tokenizer.runtime import config
 from tokenizer.runtime.config import arg
-from tokenizer.runtime.training import RESUMABLE_RUN, RunConfig, check_optimizer, check_run
+from tokenizer.runtime.optim import check_optimizer
+from tokenizer.runtime.run import RESUMABLE_RUN, RunConfig, check_run
 
 FSDP_FROM = 700e6  # parameters: GPT-XL and larger are sharded by default
 

@@ -44,7 +44,7 @@ from evaluations.image_sets import (
 from evaluations.protocol import protocol_id
 from tokenizer.runtime import distributed
 from tokenizer.runtime.checkpoint import atomic_write_text
-from tokenizer.runtime.training import CannotContinue
+from tokenizer.runtime.command import CannotContinue
 
 METRICS = ("fid", "sfid", "inception_score", "inception_score_std", "precision", "recall", "kid", "kid_std")
 SPLITS = 10

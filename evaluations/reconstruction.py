@@ -46,7 +46,7 @@ from tokenizer.image_sources import ImageSource, open_images
 from tokenizer.perceptual import LPIPS, MIN_IMAGE_SIZE
 from tokenizer.runtime import config, distributed
 from tokenizer.runtime.checkpoint import atomic_write_text
-from tokenizer.runtime.training import CannotContinue
+from tokenizer.runtime.command import CannotContinue
 from tokenizer.train_config import open_run_split
 from tokenizer.validation import ReconstructionMeter, reconstructions
 from tokenizer.vq_model import VQModel

@@ -29,8 +29,8 @@ from tokenizer.data import BadImageCounter, ImageDataset, consecutive, default_a
 from tokenizer.image_sources import open_images
 from tokenizer.runtime import distributed
 from tokenizer.runtime.checkpoint import atomic_write
+from tokenizer.runtime.command import CannotContinue
 from tokenizer.runtime.seeding import StepSampler
-from tokenizer.runtime.training import CannotContinue
 
 WIDTHS = (32, 64, 128, 256)
 SPATIAL_CHANNELS = 8  # of the 8x8 map, as sFID takes 7 of Inception's 17x17

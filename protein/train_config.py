@@ -9,10 +9,11 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from protein.structure_model import PRESETS as MODELS
-from tokenizer.curriculum_run import CODEBOOK_INITS, CurriculumConfig, check_curriculum
+from tokenizer.curriculum import CODEBOOK_INITS, CurriculumConfig, check_curriculum
 from tokenizer.runtime import config
 from tokenizer.runtime.config import arg, flag_name
-from tokenizer.runtime.training import LR_SCHEDULES, RESUMABLE_RUN, check_optimizer
+from tokenizer.runtime.optim import LR_SCHEDULES, check_optimizer
+from tokenizer.runtime.run import RESUMABLE_RUN
 
 
 @dataclass(frozen=True)

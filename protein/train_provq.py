@@ -10,11 +10,9 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +36,13 @@ from protein.structure_io import ATOMS, Chain, write_structure
 from protein.structure_model import StructureModelConfig, StructureVQModel
 from protein.train_config import RESUMABLE, TrainConfig, check, loss_weights, parse_config
 from protein.validation import StructureMeter
-from tokenizer.curriculum_run import CurriculumRun, build_curriculum, kmeans_batches
+from tokenizer.code_meter import DriftMeter
+from tokenizer.curriculum import CurriculumTrainer, build_curriculum, code_usage, kmeans_batches, note_early_end
 from tokenizer.data import consecutive, make_loader, spread
 from tokenizer.runtime import config, distributed
 from tokenizer.runtime.ema import EMA
-from tokenizer.runtime.training import Stateful, accumulating, build_adamw, launch, set_learning_rate
+from tokenizer.runtime.optim import accumulating, build_adamw, learning_rate, replicate, set_learning_rate, update
+from tokenizer.runtime.run import Run, launch, with_max_steps
 
 PROBED, EXAMPLES = 16, 4  # validation chains whose drift is watched, and that are written at each stage's end
 
@@ -54,24 +54,25 @@ def build_model(cfg: TrainConfig) -> StructureVQModel:
     return StructureVQModel(StructureModelConfig.from_dict(config.to_dict(cfg)), curriculum, adaptive=adaptive)
 
 
-class Trainer(CurriculumRun):
-    """Everything that one run holds. Built from a checked configuration; `run` trains it to the end."""
+class Trainer(CurriculumTrainer):
+    """Everything that one run holds. Built from a checked configuration; `train` trains it to the end."""
 
     best_metric, higher_is_better, warmup_metric = "rmsd", False, "rmsd"
+    shown = ("rmsd", "lddt", "tm", "usage", "perplexity")
 
     def __init__(self, cfg: TrainConfig, device: torch.device):
         fingerprints = self._open_data(cfg)
-        if cfg.max_steps is None:
-            assert cfg.epochs is not None  # check() saw to it
-            cfg = replace(cfg, max_steps=math.ceil(cfg.epochs * len(self.train_set) / cfg.global_batch_size))
-        super().__init__(cfg, device, resumable=RESUMABLE, inputs=fingerprints)
+        cfg = with_max_steps(cfg, len(self.train_set))
+        self.cfg, self.device = cfg, device
+        self.run = Run(cfg, device, resumable=RESUMABLE, inputs=fingerprints)
         self.raw = build_model(cfg).to(device)
         self.optimizer = build_adamw(self.raw, cfg)
         self.scaler = torch.amp.GradScaler(enabled=False)  # fp16 is not offered: coordinates need the range
         self.ema = EMA(self.raw, cfg.ema_decay) if cfg.ema else None
+        self.drift = DriftMeter()
         self.kmeans_batches = kmeans_batches(cfg, max(1, int(cfg.global_batch_size * self.train_set.observed.mean())))
-        self.resume()
-        self.model = self.parallel(self.raw)
+        self.run.resume({"model": self.raw, "ema": self.ema, "optimizer": self.optimizer, "drift": self.drift})
+        self.model = replicate(self.raw, device)
 
     def _open_data(self, cfg: TrainConfig) -> dict[str, str]:
         def opened(flag: str, path: str | None) -> StructureSet:
@@ -103,24 +104,29 @@ class Trainer(CurriculumRun):
                            f"than {cfg.min_length} residues, {chains.long} longer than {cfg.max_length}")
         return {"data_fingerprint": structures.fingerprint(), "val_fingerprint": val_structures.fingerprint()}
 
-    def stateful(self) -> dict[str, Stateful | None]:
-        return {"model": self.raw, "ema": self.ema, "optimizer": self.optimizer, "drift": self.drift}
+    # ------------------------------------------------------------------------------------------------- the method
 
-    # --------------------------------------------------------------------------------------------------- steps
-
-    def batches(self, start: int, end: int) -> Iterator[dict[str, Tensor]]:
-        cfg = self.cfg
-        sampler = StructureBatchSampler(
-            self.train_set.lengths, cfg.global_batch_size, seed=cfg.global_seed, start_step=start, end_step=end,
-            rank=distributed.rank(), world=distributed.world_size(), micro_batches=cfg.gradient_accumulation_steps,
-        )
-        yield from self._load(self.train_set, sampler)
-
-    def _load(self, dataset: StructureDataset, batches: Any) -> Iterator[dict[str, Tensor]]:
-        pin = self.device.type == "cuda"
-        for batch in make_loader(dataset, batches, num_workers=self.cfg.num_workers, pin_memory=pin,
-                                 collate=collate):
-            yield {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+    def train(self) -> None:
+        """The curriculum of the paper, one optimizer step after another."""
+        cfg, run, quantize = self.cfg, self.run, self.quantize
+        note_early_end(quantize.curriculum, cfg.max_steps)
+        self.raw.train()
+        batches = self.batches(run.start, cfg.max_steps)
+        for step in run.steps():                    # seeds what the step draws; after it a checkpoint, where one is due
+            quantize.set_step(step)                 # stage 1, 2 or 3, alpha (Eq. 3) and omega (Eq. 4)
+            self.start_codebook(step)               # once, at needs_init: init_codebook by k-means (section 4.1)
+            labels = self.position() | {"lr": learning_rate(cfg, step)}
+            set_learning_rate(self.optimizer, labels["lr"])
+            terms = self.train_step(batches, step)  # decodes z~ = alpha z + (1 - alpha) z_q (Eq. 2); updates once
+            quantize.set_step(step + 1)             # the steps up to this one are done
+            if self.ema:
+                self.ema.update(self.raw, step + 1)  # after set_step, which updates the codes of an ema quantizer
+            run.log(terms, labels, derive=code_usage)
+            with run.untimed():
+                if run.due(cfg.val_every):
+                    self.validate()
+                self.save_stage_end(labels["stage"])
+        run.finish(self.summary())
 
     def train_step(self, batches: Iterator[dict[str, Tensor]], step: int) -> dict[str, Tensor]:  # noqa: ARG002
         """-> unweighted terms, means over the micro-batches; code_counts.
@@ -144,15 +150,24 @@ class Trainer(CurriculumRun):
             logged |= {f"{k}_loss": out.quantized.losses.get(k, loss.new_zeros(())) for k in ("codebook", "commit")}
             for name, value in logged.items():
                 totals[name] = totals[name] + value / parts
-        totals["grad_norm"] = self.update(self.optimizer, self.raw, self.scaler)
-        return self.counted(totals)
+        totals["grad_norm"] = update(self.optimizer, self.raw, self.scaler, cfg.max_grad_norm)
+        return totals | {"code_counts": self.quantize.pop_counts()}
 
-    def before_step(self, step: int) -> None:
-        super().before_step(step)
-        set_learning_rate(self.optimizer, self.cfg, step)
+    # --------------------------------------------------------------------------------------------------- data
 
-    def labels(self) -> dict[str, Any]:
-        return super().labels() | {"lr": self.optimizer.param_groups[0]["lr"]}
+    def batches(self, start: int, end: int) -> Iterator[dict[str, Tensor]]:
+        cfg = self.cfg
+        sampler = StructureBatchSampler(
+            self.train_set.lengths, cfg.global_batch_size, seed=cfg.global_seed, start_step=start, end_step=end,
+            rank=distributed.rank(), world=distributed.world_size(), micro_batches=cfg.gradient_accumulation_steps,
+        )
+        yield from self._load(self.train_set, sampler)
+
+    def _load(self, dataset: StructureDataset, batches: Any) -> Iterator[dict[str, Tensor]]:
+        pin = self.device.type == "cuda"
+        for batch in make_loader(dataset, batches, num_workers=self.cfg.num_workers, pin_memory=pin,
+                                 collate=collate):
+            yield {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
 
     # -------------------------------------------------------------------------------------- what is tokenized
 
@@ -168,7 +183,7 @@ class Trainer(CurriculumRun):
     def _val_batches(self, places: list[int]) -> Iterator[dict[str, Tensor]]:
         """Batches of similar lengths; which chain shares one with which changes nothing but the padding."""
         places = sorted(places, key=lambda place: self.val_set.lengths[place])
-        size = self.micro_batch()
+        size = self.run.micro_batch()
         yield from self._load(self.val_set, [[places[i] for i in rows] for rows in consecutive(len(places), size)])
 
     def _mine(self) -> list[int]:
@@ -190,9 +205,6 @@ class Trainer(CurriculumRun):
         model.train(was_training)
         return meter.result(quantize.codebook if quantize.has_codebook else None)
 
-    def shown(self, result: Mapping[str, Any]) -> list[str]:  # noqa: ARG002
-        return ["rmsd", "lddt", "tm", "usage", "perplexity"]
-
     def probe(self, model: StructureVQModel) -> Tensor:
         """Of 16 chains."""
         found = [self._latents(model, batch) for batch in self._val_batches(spread(len(self.val_set), PROBED))]
@@ -211,7 +223,7 @@ class Trainer(CurriculumRun):
         mmCIF, which holds numbers and coordinates of any size. A chain that has nothing to show (a crop without a whole
         residue, a model that gives NaN) is left out with a note: looking must not end the training.
         """
-        folder = self.run_dir / "structures" / stem
+        folder = self.run.folder / "structures" / stem
         folder.mkdir(parents=True, exist_ok=True)
         for place in spread(len(self.val_set), EXAMPLES):
             batch = next(self._load(self.val_set, [[place]]))

@@ -25,7 +25,7 @@ PACKAGES = ("tokenizer", "autoregressive", "protein", "synthetic", "evaluations"
 FOLDERS = (*PACKAGES, "scripts", "tests")
 MAX_LINES = 600
 PROVQ = Path("tokenizer/provq.py")
-CURRICULUM_RUN = Path("tokenizer/curriculum_run.py")  # and what all tokenizers' trainers share
+CURRICULUM = Path("tokenizer/curriculum.py")  # and what all tokenizers' trainers share
 # What the entry scripts of evaluations/ share. The rest of that folder are meters.
 EVALUATIONS_SHARED = {Path("evaluations/image_sets.py")}
 LONGER = {PROVQ: 1700}  # one file on purpose: it is copied into other projects by itself
@@ -210,7 +210,7 @@ def check_no_dead_flags(root):
     for folder in PACKAGES:
         files = python_files(root, (folder,))
         readers = files | python_files(root, ("tokenizer/runtime",))  # the loop that all trainers share,
-        readers |= {path: tree for path, tree in python_files(root, ("tokenizer",)).items() if path == CURRICULUM_RUN}
+        readers |= {path: tree for path, tree in python_files(root, ("tokenizer",)).items() if path == CURRICULUM}
         read = {name for tree in readers.values() for name in attributes_read(tree)}
         for path, tree in files.items():
             for line, field in config_fields(tree):

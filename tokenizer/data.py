@@ -24,8 +24,9 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from tokenizer.image_readers import ImageSource, UnreadableImage
 from tokenizer.image_sources import open_images
+from tokenizer.runtime import distributed
+from tokenizer.runtime.command import CannotContinue
 from tokenizer.runtime.seeding import fold
-from tokenizer.runtime.training import CannotContinue
 
 __all__ = [
     "AUGMENTATIONS",
@@ -280,6 +281,21 @@ class BadImageCounter:
                 f"{len(self.names)} unreadable images, {self.limit} are tolerated: {', '.join(shown)}{more}. Replace "
                 "or remove them, or raise --max-bad-images"
             )
+
+    def everywhere(self) -> list[str]:
+        """Collective. The names that any rank has met, sorted."""
+        return sorted(set().union(*distributed.gather_objects(self.names)))
+
+    def agree(self) -> None:
+        """Collective. Count what other ranks have met: all ranks raise TooManyBadImages together."""
+        self.add(self.everywhere())
+
+    def state_dict(self) -> list[str]:
+        """Collective."""
+        return self.everywhere()
+
+    def load_state_dict(self, names: Iterable[str]) -> None:
+        self.names.update(names)
 
 
 def split_holdout(n: int, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tokenizer.curriculum_run import CurriculumConfig, check_curriculum, kmeans_batches
+from tokenizer.curriculum import CurriculumConfig, check_curriculum, kmeans_batches
 from tokenizer.data import AUGMENTATIONS, ImageSource, open_images, split_holdout, spread
 from tokenizer.losses import GENERATOR_LOSSES, RECONSTRUCTION_LOSSES
 from tokenizer.pretrained import CONFIG_FILE, read_checkpoint
 from tokenizer.runtime import config
 from tokenizer.runtime.config import arg, flag_name
-from tokenizer.runtime.training import RESUMABLE_RUN
+from tokenizer.runtime.run import RESUMABLE_RUN
 from tokenizer.vq_model import ARCHITECTURES
 
 
@@ -42,8 +42,6 @@ class TrainConfig(CurriculumConfig):
     # model
     vq_model: str = arg("VQ-16", "architecture, the number is the down-sampling factor; VQ-4 is small; paper: VQ-16",
                         choices=tuple(ARCHITECTURES))
-    codebook_l2_norm: bool = arg(False, "unit-norm latents and codes, LlamaGen's baseline; paper's ProVQ: no")
-    rotation: bool = arg(False, "rotation trick instead of straight-through gradients; paper: no")
     dropout_p: float = arg(0.0, "dropout in residual blocks; LlamaGen: 0")
     # losses
     reconstruction_loss: str = arg("l2", "pixel loss; LlamaGen: l2", choices=tuple(RECONSTRUCTION_LOSSES))

@@ -9,11 +9,10 @@
 from __future__ import annotations
 
 import itertools
-import math
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,15 @@ from torch import Tensor, nn
 from torchvision.utils import save_image
 
 from tokenizer import losses
-from tokenizer.curriculum_run import CurriculumRun, build_curriculum, kmeans_batches
+from tokenizer.code_meter import DriftMeter
+from tokenizer.curriculum import CurriculumTrainer, build_curriculum, code_usage, kmeans_batches, note_early_end
 from tokenizer.data import BadImageCounter, ImageDataset, default_augment, make_loader, spread
 from tokenizer.discriminator import NLayerDiscriminator
 from tokenizer.perceptual import LPIPS
 from tokenizer.runtime import config, distributed
 from tokenizer.runtime.ema import EMA
-from tokenizer.runtime.training import Stateful, accumulating, launch
+from tokenizer.runtime.optim import accumulating, replicate, update
+from tokenizer.runtime.run import Run, launch, with_max_steps
 from tokenizer.train_config import RESUMABLE, TrainConfig, check, open_split, parse_config, tokens_per_batch
 from tokenizer.validation import channels_last, validate
 from tokenizer.vq_model import VQModel, VQModelConfig
@@ -56,32 +57,37 @@ def _open_lpips(cfg: TrainConfig) -> LPIPS:
 
 # ------------------------------------------------------------------------------------------------------- training
 
-class Trainer(CurriculumRun):
-    """Everything that one run holds. Built from a checked configuration; `run` trains it to the end."""
+class Trainer(CurriculumTrainer):
+    """Everything that one run holds. Built from a checked configuration; `train` trains it to the end."""
 
     best_metric, higher_is_better, warmup_metric = "psnr", True, "mse"
+    shown = ("psnr", "ssim", "usage", "perplexity")
 
     def __init__(self, cfg: TrainConfig, device: torch.device):
         torch.backends.cudnn.benchmark = True  # training batches have one shape
         self.lpips = _open_lpips(cfg).to(device) if cfg.perceptual_weight else None  # fails first
         fingerprints = self._open_data(cfg)
-        if cfg.max_steps is None:
-            cfg = replace(cfg, max_steps=math.ceil(cfg.epochs * len(self.train_set) / cfg.global_batch_size))
-        super().__init__(cfg, device, resumable=RESUMABLE, inputs=fingerprints)
+        cfg = with_max_steps(cfg, len(self.train_set))
+        self.cfg, self.device = cfg, device
+        self.run = Run(cfg, device, resumable=RESUMABLE, inputs=fingerprints)
         self.raw = build_model(cfg).to(device)
         self.disc = NLayerDiscriminator(cfg.image_channels).to(device) if cfg.disc_weight else None
-        self.optimizer = torch.optim.Adam(self.raw.parameters(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))
-        self.opt_d = self.disc and torch.optim.Adam(self.disc.parameters(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))
+        adam = partial(torch.optim.Adam, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))
+        self.optimizer = adam(self.raw.parameters())
+        self.opt_d = None if self.disc is None else adam(self.disc.parameters())
         self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.mixed_precision == "fp16")
         self.ema = EMA(self.raw, cfg.ema_decay) if cfg.ema else None
+        self.drift = DriftMeter()
         self.kmeans_batches = kmeans_batches(cfg, tokens_per_batch(cfg))
-        self.resume()
+        self.run.resume({"model": self.raw, "ema": self.ema, "optimizer": self.optimizer, "discriminator": self.disc,
+                         "optimizer_disc": self.opt_d, "scaler": self.scaler, "drift": self.drift,
+                         "unreadable": self.bad})
         # Only training is worth the compile time; everything else goes through self.raw, under its own names.
-        core = torch.compile(self.raw) if cfg.compile else self.raw
-        self.model = self.parallel(core)
+        core: nn.Module = torch.compile(self.raw) if cfg.compile else self.raw  # type: ignore[assignment]
+        self.model = replicate(core, device)
         if self.disc is not None and distributed.world_size() > 1 and device.type == "cuda":
             self.disc = nn.SyncBatchNorm.convert_sync_batchnorm(self.disc)
-        self.disc_ddp = self.disc and self.parallel(self.disc)
+        self.disc_ddp = None if self.disc is None else replicate(self.disc, device)
 
     def _open_data(self, cfg: TrainConfig) -> dict[str, str]:
         split = open_split(cfg)
@@ -96,47 +102,30 @@ class Trainer(CurriculumRun):
         self.bad = BadImageCounter(cfg.max_bad_images)
         return split.fingerprints()
 
-    # -------------------------------------------------------------------------------------------------- state
+    # ------------------------------------------------------------------------------------------------- the method
 
-    def stateful(self) -> dict[str, Stateful | None]:
-        return {"model": self.raw, "ema": self.ema, "optimizer": self.optimizer, "discriminator": self.disc,
-                "optimizer_disc": self.opt_d, "scaler": self.scaler, "drift": self.drift}
-
-    def values(self) -> dict[str, Any]:
-        return super().values() | {"unreadable": sorted(self._all_bad_names())}
-
-    def load_values(self, state: Mapping[str, Any]) -> None:
-        super().load_values(state)
-        self.bad.names.update(state["unreadable"])
-
-    def _all_bad_names(self) -> set[str]:
-        return set().union(*distributed.gather_objects(self.bad.names))
-
-    # --------------------------------------------------------------------------------------------------- data
-
-    def batches(self, start: int, end: int) -> Iterator[dict[str, Any]]:
-        sampler = self.sampler(len(self.train_set), start, end)
-        pin = self.device.type == "cuda"
-        for batch in make_loader(self.train_set, sampler, num_workers=self.cfg.num_workers, pin_memory=pin):
-            self._count_bad(batch)
-            yield batch
-
-    def _val_batches(self) -> Iterator[dict[str, Any]]:
-        mine = list(range(distributed.rank(), len(self.val_set), distributed.world_size()))
-        size = self.micro_batch()
-        batches = [mine[i : i + size] for i in range(0, len(mine), size)]
-        for batch in make_loader(self.val_set, batches, num_workers=self.cfg.num_workers):
-            self._count_bad(batch)
-            yield batch
-
-    def _count_bad(self, batch: dict[str, Any]) -> None:
-        new = set(batch["bad"]) - self.bad.names
-        for name in sorted(new):
-            print(f"skipped an image that cannot be read: {name}", file=sys.stderr)  # noqa: T201
-        if new:
-            self.bad.add(new)
-
-    # --------------------------------------------------------------------------------------------------- steps
+    def train(self) -> None:
+        """The curriculum of the paper, one optimizer step after another."""
+        cfg, run, quantize = self.cfg, self.run, self.quantize
+        note_early_end(quantize.curriculum, cfg.max_steps)
+        self.raw.train()
+        batches = self.batches(run.start, cfg.max_steps)
+        for step in run.steps():                    # seeds what the step draws; after it a checkpoint, where one is due
+            quantize.set_step(step)                 # stage 1, 2 or 3, alpha (Eq. 3) and omega (Eq. 4)
+            self.start_codebook(step)               # once, at needs_init: init_codebook by k-means (section 4.1)
+            position = self.position()
+            terms = self.train_step(batches, step)  # decodes z~ = alpha z + (1 - alpha) z_q (Eq. 2); updates once
+            quantize.set_step(step + 1)             # the steps up to this one are done
+            if self.ema:
+                self.ema.update(self.raw, step + 1)  # after set_step, which updates the codes of an ema quantizer
+            if run.due(cfg.log_every):
+                self.bad.agree()                    # on too many unreadable images all ranks stop together
+            run.log(terms, position, derive=code_usage)
+            with run.untimed():
+                if run.due(cfg.val_every):
+                    self.validate()
+                self.save_stage_end(position["stage"])
+        run.finish(self.summary())
 
     def train_step(self, batches: Iterator[dict[str, Any]], step: int) -> dict[str, Tensor]:
         """Step the tokenizer, then the discriminator -> unweighted terms, means over the micro-batches; code_counts."""
@@ -164,24 +153,54 @@ class Trainer(CurriculumRun):
             terms |= {f"{k}_loss": out.losses.get(k, loss.new_zeros(())) for k in ("codebook", "commit")}
             for name, value in terms.items():
                 totals[name] = totals[name] + value / parts
-        totals["grad_norm"] = self.update(self.optimizer, self.raw, self.scaler)
+        totals["grad_norm"] = update(self.optimizer, self.raw, self.scaler, cfg.max_grad_norm)
         if adversarial:
-            # On the reconstructions from before the update, as LlamaGen does.
-            for part, (x, x_hat) in enumerate(pairs):
-                with accumulating(self.disc_ddp, part < parts - 1):
-                    with self.autocast():
-                        d = losses.discriminator_loss(self.disc_ddp, x, x_hat, kind=cfg.disc_loss,
-                                                      weight=cfg.disc_weight)
-                    self.scaler.scale(d.total / parts).backward()
-                totals["disc_loss"] = totals["disc_loss"] + d.terms["discriminator"] / parts
-            self.update(self.opt_d, self.disc, self.scaler)
+            totals["disc_loss"] = self._update_discriminator(pairs)
         if self.scaler.is_enabled():
             totals["loss_scale"] = torch.tensor(self.scaler.get_scale(), device=self.device)
             self.scaler.update()
-        return self.counted(totals)
+        return totals | {"code_counts": self.quantize.pop_counts()}
 
-    def before_flush(self) -> None:
-        self.bad.add(self._all_bad_names())  # all ranks stop together
+    def _update_discriminator(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """pairs: images and their reconstructions, from before the tokenizer's update as in LlamaGen, per micro-batch.
+        """
+        cfg, parts = self.cfg, len(pairs)
+        assert self.disc is not None
+        assert self.disc_ddp is not None
+        assert self.opt_d is not None
+        total = torch.zeros((), device=self.device)
+        for part, (x, x_hat) in enumerate(pairs):
+            with accumulating(self.disc_ddp, part < parts - 1):
+                with self.autocast():
+                    d = losses.discriminator_loss(self.disc_ddp, x, x_hat, kind=cfg.disc_loss, weight=cfg.disc_weight)
+                self.scaler.scale(d.total / parts).backward()
+            total = total + d.terms["discriminator"] / parts
+        update(self.opt_d, self.disc, self.scaler, cfg.max_grad_norm)
+        return total
+
+    # --------------------------------------------------------------------------------------------------- data
+
+    def batches(self, start: int, end: int) -> Iterator[dict[str, Any]]:
+        sampler = self.run.sampler(len(self.train_set), start, end)
+        pin = self.device.type == "cuda"
+        for batch in make_loader(self.train_set, sampler, num_workers=self.cfg.num_workers, pin_memory=pin):
+            self._count_bad(batch)
+            yield batch
+
+    def _val_batches(self) -> Iterator[dict[str, Any]]:
+        mine = list(range(distributed.rank(), len(self.val_set), distributed.world_size()))
+        size = self.run.micro_batch()
+        batches = [mine[i : i + size] for i in range(0, len(mine), size)]
+        for batch in make_loader(self.val_set, batches, num_workers=self.cfg.num_workers):
+            self._count_bad(batch)
+            yield batch
+
+    def _count_bad(self, batch: dict[str, Any]) -> None:
+        new = set(batch["bad"]) - self.bad.names
+        for name in sorted(new):
+            print(f"skipped an image that cannot be read: {name}", file=sys.stderr)  # noqa: T201
+        if new:
+            self.bad.add(new)
 
     # -------------------------------------------------------------------------------------- what is tokenized
 
@@ -192,13 +211,10 @@ class Trainer(CurriculumRun):
     def evaluate(self, model: VQModel) -> dict[str, float]:
         return validate(model, self._val_batches(), self.device, self.lpips)
 
-    def shown(self, result: Mapping[str, Any]) -> list[str]:  # noqa: ARG002
-        return ["psnr", "ssim", "usage", "perplexity"]
-
     def probe(self, model: VQModel) -> Tensor:
         """Of 64 images."""
         images = (self.val_set[i]["image"] for i in spread(len(self.val_set), 64))
-        parts = iter(lambda: list(itertools.islice(images, self.micro_batch())), [])
+        parts = iter(lambda: list(itertools.islice(images, self.run.micro_batch())), [])
         return torch.cat([channels_last(model.encode_latents(torch.stack(part).to(self.device))) for part in parts])
 
     def count_codes(self, model: VQModel) -> Tensor:
@@ -212,14 +228,14 @@ class Trainer(CurriculumRun):
         """RUN/images/STEM.png: images above their reconstructions."""
         x = torch.stack([self.val_set[i]["image"] for i in spread(len(self.val_set), 8)]).to(self.device)
         x_hat = model(x)[0]
-        folder = self.run_dir / "images"
+        folder = self.run.folder / "images"
         folder.mkdir(parents=True, exist_ok=True)
         save_image((torch.cat([x, x_hat.float()]) + 1) / 2, folder / f"{stem}.png", nrow=len(x))
 
     def summary(self) -> dict[str, Any]:
         return super().summary() | {
             "training_images": len(self.train_set),
-            "unreadable_images": len(self._all_bad_names()),
+            "unreadable_images": len(self.bad.everywhere()),
         }
 
 

@@ -19,7 +19,7 @@ from autoregressive import extract_codes, sample_c2i, train_c2i
 from autoregressive.pretrained import load_gpt
 from autoregressive.train_config import TrainConfig
 from tokenizer import train_provq
-from tokenizer.runtime.training import learning_rate
+from tokenizer.runtime.optim import learning_rate
 
 TIMINGS = {"samples_per_second", "elapsed_seconds"}
 

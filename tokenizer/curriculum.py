@@ -1,26 +1,27 @@
-"""What training runs on the ProVQ curriculum share, whatever they tokenize (paper, section 4): settings and stages.
+"""What training runs on the ProVQ curriculum share, whatever they tokenize (paper, section 4): settings, the start of
+the codebook, and what is looked at between steps.
 
-A tokenizer's trainer subclasses CurriculumRun and its settings subclass CurriculumConfig.
+A tokenizer's trainer subclasses CurriculumTrainer and its settings subclass CurriculumConfig.
 """
 
 from __future__ import annotations
 
-import math
-from abc import abstractmethod
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from tokenizer.code_meter import DriftMeter
-from tokenizer.provq import QUANTIZERS, SCHEDULES, AdaptiveWarmup, Curriculum, ProVQ, code_statistics
+from tokenizer.provq import SCHEDULES, AdaptiveWarmup, Curriculum, ProVQ, code_statistics
+from tokenizer.quantizer_config import QuantizerConfig, check_quantizer
 from tokenizer.runtime import config, distributed
 from tokenizer.runtime.config import arg
 from tokenizer.runtime.ema import EMA
-from tokenizer.runtime.training import RunConfig, TrainingRun, check_run
+from tokenizer.runtime.optim import autocast
+from tokenizer.runtime.run import Run, RunConfig, check_run
 from tokenizer.snapshots import save_snapshot
 
 MORE_BATCHES = 8  # times as many at most, when those for the codebook's start hold fewer latents than codes
@@ -28,18 +29,9 @@ CODEBOOK_INITS = ("auto", "kmeans", "latents", "none")
 
 
 @dataclass(frozen=True)
-class CurriculumConfig(RunConfig):
+class CurriculumConfig(QuantizerConfig, RunConfig):
     """Settings of run, quantizer and curriculum; defaults are the paper's for ImageNet."""
 
-    # quantizer
-    quantizer: str = arg("vq", "vq: trained table; simvq, aminoaseed: frozen table, trained linear map; ema: running "
-                               "means; paper: vq", choices=tuple(QUANTIZERS))
-    codebook_size: int = arg(16384, "codes, K; paper: 16384")
-    codebook_embed_dim: int = arg(8, "channels of a code, D; paper: 8")
-    codebook_ema_decay: float = arg(0.99, "ema quantizer: decay of the running means per step; VQ-VAE-2: 0.99")
-    codebook_restart_below: float = arg(0.0, "ema quantizer: restart codes used less than this fraction of the mean")
-    commit_loss_beta: float = arg(0.25, "weight of the commitment loss, beta; LlamaGen: 0.25")
-    # curriculum
     warmup_steps: int = arg(50_000, "stage 1, plain autoencoder, in optimizer steps; paper: 50000")
     transition_steps: int = arg(20_000, "stage 2, soft transition, in optimizer steps; paper: 20000")
     transition: str = arg("cosine", "schedule of alpha in stage 2; paper: cosine", choices=tuple(SCHEDULES))
@@ -59,10 +51,9 @@ class CurriculumConfig(RunConfig):
 def check_curriculum(cfg: CurriculumConfig, world_size: int) -> None:
     """Raise ValueError, naming flag, value and fix, for settings of CurriculumConfig that cannot work."""
     check_run(cfg, world_size)
-    config.require_at_least(cfg, 1, "codebook_size codebook_embed_dim")
+    check_quantizer(cfg, flags=True)
     config.require_at_least(cfg, 0, "kmeans_batches kmeans_iters adaptive_warmup_patience adaptive_warmup_min_steps "
-                            "commit_loss_beta codebook_restart_below warmup_steps transition_steps")
-    config.require_fraction(cfg, "codebook_ema_decay")
+                            "warmup_steps transition_steps")
     if not 0 <= cfg.loss_lambda <= 1:
         raise ValueError(f"--loss-lambda is {cfg.loss_lambda}; it must lie in [0, 1]")
     if cfg.adaptive_warmup_patience and cfg.adaptive_warmup_min_steps > cfg.warmup_steps:
@@ -105,29 +96,31 @@ def kmeans_batches(cfg: Any, tokens_per_batch: int) -> int:
     return count
 
 
-class CurriculumRun(TrainingRun):
-    """A run that moves `raw.quantize`, a ProVQ, along the curriculum.
+class CurriculumTrainer(ABC):
+    """A trainer that moves `raw.quantize`, a ProVQ, along the curriculum.
 
-    A subclass sets raw (the bare model), optimizer (which has the codebook), ema (or None) and kmeans_batches in its
-    __init__, then calls `resume`. It provides what TrainingRun asks for, but `evaluate` in place of `validate`, and the
-    methods below. Its train_step returns code_counts, see `counted`.
+    A subclass's __init__ sets the attributes below and its `train` is the loop; it provides the abstract methods.
     """
 
     best_metric: ClassVar[str]     # of a validation: best.pt has the best of all discrete models
     higher_is_better: ClassVar[bool]
     warmup_metric: ClassVar[str]   # an error: an adaptive warm-up ends when it no longer falls
+    shown: ClassVar[tuple[str, ...]]  # what the console shows of a validation
 
-    raw: Any
-    optimizer: torch.optim.Optimizer
+    cfg: Any
+    run: Run
+    device: torch.device
+    raw: Any                          # the bare model
+    optimizer: torch.optim.Optimizer  # has the codebook
     ema: EMA | None
-    kmeans_batches: int
-
-    def __init__(self, cfg: Any, device: torch.device, *, resumable: frozenset[str], inputs: Mapping[str, Any]) -> None:
-        super().__init__(cfg, device, resumable=resumable, inputs=inputs)
-        self.drift = DriftMeter()
-        self.best = -math.inf if self.higher_is_better else math.inf
+    drift: DriftMeter
+    kmeans_batches: int               # see the function of this name
 
     # ------------------------------------------------------------------------------------- what a subclass provides
+
+    @abstractmethod
+    def batches(self, start: int, end: int) -> Iterator[Any]:
+        """This rank's micro-batches of steps [start, end), cfg.gradient_accumulation_steps of them per step."""
 
     @abstractmethod
     def evaluate(self, model: Any) -> dict[str, Any]:
@@ -149,11 +142,7 @@ class CurriculumRun(TrainingRun):
     def save_examples(self, model: Any, stem: str) -> None:
         """Reconstructions of a few validation samples as files named by the stem. Rank 0; the model is in eval mode."""
 
-    @abstractmethod
-    def shown(self, result: Mapping[str, Any]) -> list[str]:
-        """Keys of a validation that the console shows."""
-
-    # --------------------------------------------------------------------------------------------------- parts
+    # ------------------------------------------------------------------------------------------ around the quantizer
 
     @property
     def quantize(self) -> ProVQ:
@@ -164,82 +153,31 @@ class CurriculumRun(TrainingRun):
         """The model that is validated and exported: the average, if there is one."""
         return self.ema.module if self.ema else self.raw
 
-    def parallel(self, core: nn.Module) -> nn.Module:
-        """core under DistributedDataParallel, if there are several processes.
+    def autocast(self) -> torch.autocast:
+        return autocast(self.device, self.cfg.mixed_precision)
 
-        Buffers are equal on all ranks by construction (or, as a discriminator's, never used): no broadcast.
+    def position(self) -> dict[str, Any]:
+        """Where on the curriculum the step about to be done is: entries of its log row."""
+        return {"stage": self.quantize.stage, "alpha": self.quantize.alpha, "omega": self.quantize.omega}
+
+    def start_codebook(self, step: int) -> None:
+        """Once: set the codes to k-means centroids of the latents of the batches that come next (section 4.1).
+
+        When the warm-up has ended; without one before the first step, if --codebook-init says so. Else does nothing.
         """
-        if distributed.world_size() == 1:
-            return core
-        ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(core, device_ids=ids, broadcast_buffers=False)
-
-    def values(self) -> dict[str, Any]:
-        return {"best": self.best}
-
-    def load_values(self, state: Mapping[str, Any]) -> None:
-        self.best = state["best"]
-
-    # --------------------------------------------------------------------------------------------------- stages
-
-    def run(self) -> None:
-        cfg = self.cfg
-        last = self.quantize.curriculum.stage(cfg.max_steps - 1)
-        if last < 3:
-            distributed.print0(f"note: these {cfg.max_steps} steps end in stage {last}; stage 3 would begin at step "
-                               f"{cfg.warmup_steps + cfg.transition_steps} (--warmup-steps + --transition-steps)")
-        self.raw.train()
-        super().run()
-
-    def before_step(self, step: int) -> None:
-        self.quantize.set_step(step)
-        self._maybe_init_codebook(step)
-        self.stage = self.quantize.stage
-
-    def labels(self) -> dict[str, Any]:
-        return {"stage": self.stage, "alpha": self.quantize.alpha, "omega": self.quantize.omega}
-
-    def counted(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What train_step returns: its terms, and the codes that it looked up."""
-        return terms | {"code_counts": self.quantize.pop_counts()}
-
-    def after_step(self, done: int) -> None:
-        self.quantize.set_step(done)
-        if self.ema:
-            self.ema.update(self.raw, done)  # after set_step, which updates the codes of an ema quantizer
-
-    def derive(self, row: dict[str, Any]) -> dict[str, float]:
-        """usage and perplexity of the codes looked up since the last row, by all ranks; 0 in stage 1: none are."""
-        return code_statistics(row["code_counts"])
-
-    def after_validation(self, done: int) -> None:
-        if self.quantize.stage != self.stage:
-            self._save_boundary(done, f"stage{self.stage}_end", self.stage)
-        if done == self.cfg.max_steps:
-            self._save_boundary(done, f"stage{self.quantize.stage}_final", self.quantize.stage)
-
-    def summary(self) -> dict[str, Any]:
-        return {
-            "stage": self.quantize.stage,
-            "warmup_steps": self.quantize.curriculum.warmup_steps,  # where an adaptive warm-up ended
-            "parameters": sum(p.numel() for p in self.raw.parameters()),
-            f"best_{self.best_metric}": self.best if math.isfinite(self.best) else None,
-        }
-
-    def _maybe_init_codebook(self, step: int) -> None:
-        """Once, when stage 1 is over: cluster the latents of the batches that come next (section 4.1)."""
         cfg, quantize, init = self.cfg, self.quantize, codebook_init(self.cfg)
         from_start = init != "none" and step == 0 and quantize.stage > 1  # without a warm-up
         if not (quantize.needs_init or from_start):
             return
-        latents, order = self._collect_latents(step) if init != "none" else (None, None)
-        iters, start = (cfg.kmeans_iters, cfg.kmeans_start) if init == "kmeans" else (0, "random")
-        info = quantize.init_codebook(latents, iters=iters, start=start, seed=cfg.global_seed, order=order,
-                                      optimizers=[self.optimizer])
-        if self.ema:
-            self.ema.copy_(self.raw, "quantize.")  # an average with codes from before k-means would mean nothing
-        distributed.print0(f"codebook initialised at step {step}: {info or 'kept as it was'}")
-        self._save_boundary(step, "codebook_initialised", quantize.stage)
+        with self.run.metrics.untimed():
+            latents, order = self._collect_latents(step) if init != "none" else (None, None)
+            iters, start = (cfg.kmeans_iters, cfg.kmeans_start) if init == "kmeans" else (0, "random")
+            info = quantize.init_codebook(latents, iters=iters, start=start, seed=cfg.global_seed, order=order,
+                                          optimizers=[self.optimizer])
+            if self.ema:
+                self.ema.copy_(self.raw, "quantize.")  # an average with codes from before k-means would mean nothing
+            distributed.print0(f"codebook initialised at step {step}: {info or 'kept as it was'}")
+            self.save_boundary(step, "codebook_initialised", quantize.stage)
 
     @torch.no_grad()
     def _collect_latents(self, step: int) -> tuple[Tensor, Tensor]:
@@ -248,7 +186,9 @@ class CurriculumRun(TrainingRun):
         How many of a batch's tokens are masked, nobody knows before: further batches follow while latents are too few.
         """
         rank, world, codes = distributed.rank(), distributed.world_size(), self.quantize.num_codes
-        latents, rows, counts = [], [], []
+        latents: list[Tensor] = []
+        rows: list[Tensor] = []
+        counts: list[Tensor] = []
         done, end, found = 0, self.kmeans_batches, 0
         self.raw.eval()
         while done < end:
@@ -256,7 +196,7 @@ class CurriculumRun(TrainingRun):
                 with self.autocast():
                     tokens, lengths = self.latents(batch)
                 # Micro-batch m of rank r holds rows [(m W + r) b, +b) of its global batch (StepSampler).
-                rows.append(torch.arange(len(lengths)) + (len(rows) * world + rank) * self.micro_batch())
+                rows.append(torch.arange(len(lengths)) + (len(rows) * world + rank) * self.run.micro_batch())
                 latents.append(tokens.float())
                 counts.append(lengths)
             done = end
@@ -277,34 +217,30 @@ class CurriculumRun(TrainingRun):
         within = torch.arange(int(lengths.sum())) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
         return torch.cat(latents), (starts.repeat_interleave(lengths) + within).to(self.device)
 
-    # ------------------------------------------------------------------------------------------------ outputs
+    # --------------------------------------------------------------------------------------------- between steps
 
-    def validate(self, step: int) -> dict[str, Any]:
-        """Collective. Appends to validation.jsonl, reports to the adaptive warm-up, keeps the best discrete model."""
-        model = self.evaluated()
+    def validate(self) -> None:
+        """Collective. One row of validation.jsonl; reports to the adaptive warm-up, keeps the best discrete model."""
+        run, model = self.run, self.evaluated()
         result = self.evaluate(model)
         result |= self.drift.update(code=self.quantize.codebook, latent=self._in_eval_mode(model, self.probe))
-        self.validations.write({"step": step, "stage": self.quantize.stage} | result)
-        numbers = " ".join(f"{k} {result[k]:.4g}" for k in self.shown(result))
-        distributed.print0(f"validation at step {step}: {numbers}")
+        run.record(result, shown=self.shown, stage=self.quantize.stage)
         if self.quantize.adaptive and self.quantize.stage == 1 and self.quantize.observe(result[self.warmup_metric]):
             patience = self.cfg.adaptive_warmup_patience
-            distributed.print0(f"warm-up ends at step {step}: no lower error in {patience} validations")
-        # A continuous autoencoder always reconstructs better: only models with codes compete.
-        score = result[self.best_metric]
-        if self.quantize.has_codebook and (score > self.best if self.higher_is_better else score < self.best):
-            self.best = score
-            self.checkpoints.save_named("best", {  # to use, not to resume
-                "step": step,
-                "model": self.raw.state_dict(),
-                "ema": self.ema and self.ema.state_dict(),
-                "validation": result,
-                "config": self.identity(),
-            })
-        return result
+            distributed.print0(f"warm-up ends at step {run.done}: no lower error in {patience} validations")
+        if self.quantize.has_codebook:  # a continuous autoencoder always reconstructs better: it does not compete
+            run.keep_best(result[self.best_metric], higher_is_better=self.higher_is_better)
+
+    def save_stage_end(self, stage: int) -> None:
+        """Collective. What `stage`, that of the step just done, leaves behind, if it ended with that step."""
+        done, now = self.run.done, self.quantize.stage
+        if now != stage:
+            self.save_boundary(done, f"stage{stage}_end", stage)
+        if done == self.cfg.max_steps:
+            self.save_boundary(done, f"stage{now}_final", now)
 
     @torch.no_grad()
-    def _save_boundary(self, step: int, name: str, stage: int) -> None:
+    def save_boundary(self, step: int, name: str, stage: int) -> None:
         """Collective. The examples and RUN/latents/STEP_name.npz."""
         model = self.evaluated()
         stem = f"{step:07d}_{name}"
@@ -313,13 +249,36 @@ class CurriculumRun(TrainingRun):
             counts = self._in_eval_mode(model, self.count_codes) if model.quantize.has_codebook else None
             if distributed.is_main():
                 self._in_eval_mode(model, lambda m: self.save_examples(m, stem))
-                save_snapshot(self.run_dir / "latents" / f"{stem}.npz", model.quantize,
+                save_snapshot(self.run.folder / "latents" / f"{stem}.npz", model.quantize,
                               self._in_eval_mode(model, self.probe), counts, step=step, stage=stage)
 
     @torch.no_grad()
-    def _in_eval_mode(self, model: Any, look: Any) -> Any:
+    def _in_eval_mode(self, model: Any, look: Callable[[Any], Any]) -> Any:
         was_training = model.training
         model.eval()
         result = look(model)
         model.train(was_training)
         return result
+
+    def summary(self) -> dict[str, Any]:
+        """Entries of summary.json."""
+        return {
+            "stage": self.quantize.stage,
+            "warmup_steps": self.quantize.curriculum.warmup_steps,  # where an adaptive warm-up ended
+            "parameters": sum(p.numel() for p in self.raw.parameters()),
+            f"best_{self.best_metric}": self.run.best,
+        }
+
+
+def code_usage(row: dict[str, Any]) -> dict[str, float]:
+    """usage and perplexity of the codes looked up since the last log row, by all ranks; 0 in stage 1: none are."""
+    return code_statistics(row["code_counts"])
+
+
+def note_early_end(curriculum: Curriculum, max_steps: int) -> None:
+    """Say so if the run ends before the discrete stage."""
+    last = curriculum.stage(max_steps - 1)
+    if last < 3:
+        distributed.print0(f"note: these {max_steps} steps end in stage {last}; stage 3 would begin at step "
+                           f"{curriculum.warmup_steps + curriculum.transition_steps} (--warmup-steps + "
+                           "--transition-steps)")

@@ -1,0 +1,95 @@
+"""What updates weights, the same in every trainer: learning rates, AdamW, precision, accumulation, clipping."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from tokenizer.runtime import config, distributed
+
+DTYPES = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of --mixed-precision
+LR_SCHEDULES = ("constant", "cosine", "linear")
+
+
+def check_optimizer(cfg: Any) -> None:
+    """ValueError, naming flag, value and fix, for settings of `build_adamw` and `learning_rate` that cannot work."""
+    config.require_at_least(cfg, 0, "lr_warmup_steps min_lr weight_decay")
+    config.require_fraction(cfg, "beta1 beta2")
+    if cfg.lr <= 0 or cfg.min_lr > cfg.lr:
+        raise ValueError(f"--lr is {cfg.lr} with --min-lr {cfg.min_lr}; lr must be positive and not below min_lr")
+
+
+def build_adamw(model: nn.Module, cfg: Any) -> torch.optim.AdamW:
+    """AdamW with cfg.lr, beta1, beta2; cfg.weight_decay on matrices and embeddings only: not on norms and biases."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": cfg.weight_decay},
+              {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=True)
+
+
+def learning_rate(cfg: Any, step: int) -> float:
+    """Of the update that is step number `step`, counted from 0: a pure function, so there is nothing to resume.
+
+    Rises linearly over cfg.lr_warmup_steps, then stays (cfg.lr_schedule "constant"), or falls to cfg.min_lr at
+    cfg.max_steps along half a cosine or a line.
+    """
+    if step < cfg.lr_warmup_steps:
+        return float(cfg.lr * (step + 1) / cfg.lr_warmup_steps)
+    if cfg.lr_schedule == "constant":
+        return float(cfg.lr)
+    progress = (step - cfg.lr_warmup_steps) / max(cfg.max_steps - cfg.lr_warmup_steps, 1)
+    height = 1 - progress if cfg.lr_schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return float(cfg.min_lr + (cfg.lr - cfg.min_lr) * height)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Into all groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context of --mixed-precision, a key of DTYPES."""
+    return torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "none")
+
+
+def replicate(module: nn.Module, device: torch.device) -> nn.Module:
+    """module under DistributedDataParallel, if there are several processes.
+
+    Buffers are equal on all ranks by construction (or, as a discriminator's, never used): no broadcast.
+    """
+    if distributed.world_size() == 1:
+        return module
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
+
+
+@contextmanager
+def accumulating(module: nn.Module, more: bool) -> Iterator[None]:
+    """Gradients of DDP and FSDP modules are reduced with the last micro-batch only; `more`: this is not the last."""
+    if isinstance(module, DistributedDataParallel) and more:
+        with module.no_sync():
+            yield
+    else:
+        set_sync = getattr(module, "set_requires_gradient_sync", None)  # fully_shard adds it
+        if set_sync is not None:
+            set_sync(not more)
+        yield
+
+
+def update(
+    optimizer: torch.optim.Optimizer, module: nn.Module, scaler: torch.amp.GradScaler, max_grad_norm: float
+) -> Tensor:
+    """Clip to max_grad_norm (0: not), step, clear -> gradient norm before clipping; 0 for a step that fp16 skips."""
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm or math.inf)
+    if isinstance(norm, DTensor):  # of sharded parameters
+        norm = norm.full_tensor()
+    scaler.step(optimizer)
+    optimizer.zero_grad(set_to_none=True)
+    return torch.where(norm.isfinite(), norm, 0.0) if scaler.is_enabled() else norm

@@ -1,0 +1,343 @@
+"""One training run in one folder: its steps, logs, checkpoints, and exact resume.
+
+The number of steps done is the only hidden state of a training loop: data order, augmentation and random numbers are
+functions of it (see seeding.py), so a run that continues from a checkpoint repeats what an uninterrupted one would have
+done.
+"""
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tokenizer.runtime import config, distributed
+from tokenizer.runtime.checkpoint import Checkpointer, atomic_write_text, load_file, require_writable
+from tokenizer.runtime.command import USER_ERRORS, CannotContinue
+from tokenizer.runtime.config import arg
+from tokenizer.runtime.metrics import JsonlFile, MetricLogger
+from tokenizer.runtime.seeding import StepSampler, seed_step
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Settings that every run has. A run's own settings subclass it, and may give a field another default."""
+
+    # run
+    results_dir: str = arg("", "the run's folder, resumed if it holds a run; empty: a folder in runs/, named by what "
+                               "is trained")
+    global_seed: int = arg(0, "seed of weights, data order, and all that is drawn")
+    device: str = arg("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
+    log_every: int = arg(100, "steps between rows of metrics.jsonl")
+    ckpt_every: int = arg(5000, "steps between checkpoints")
+    val_every: int = arg(5000, "steps between validations")
+    keep_checkpoints: int = arg(2, "numbered checkpoints that stay on disk, besides best.pt")
+    dry_run: bool = arg(False, "check everything, print the configuration, stop")
+    max_steps: int | None = arg(None, "optimizer steps; excludes --epochs")
+    epochs: int | None = arg(None, "passes over the training data; excludes --max-steps")
+    gradient_accumulation_steps: int = arg(1, "micro-batches that a global batch is computed in")
+    max_grad_norm: float = arg(1.0, "clip the gradient norm of a network; 0: off; LlamaGen, StructTokenBench: 1")
+    ema: bool = arg(False, "keep, validate and export an exponential moving average of the weights; LlamaGen: no")
+    ema_decay: float = arg(0.9999, "decay of that average per step; LlamaGen: 0.9999")
+
+
+# What may differ when a run is resumed: its length, its cadence, its machine. Else it would be another experiment.
+RESUMABLE_RUN = frozenset({"results_dir", "device", "log_every", "ckpt_every", "val_every", "keep_checkpoints",
+                           "dry_run", "max_steps", "epochs", "gradient_accumulation_steps"})
+
+
+def check_run(cfg: Any, world_size: int) -> None:
+    """Raise ValueError, naming flag, value and fix, for settings of RunConfig that cannot work, and for a
+    global_batch_size that does not split evenly.
+    """
+    config.require_at_least(cfg, 1, "log_every ckpt_every val_every keep_checkpoints gradient_accumulation_steps "
+                            "max_steps epochs global_batch_size")
+    config.require_at_least(cfg, 0, "global_seed max_grad_norm")
+    config.require_fraction(cfg, "ema_decay")
+    if (cfg.max_steps is None) == (cfg.epochs is None):
+        raise ValueError(f"give one of --max-steps and --epochs; got {cfg.max_steps} and {cfg.epochs}")
+    if Path(cfg.results_dir).exists() and not Path(cfg.results_dir).is_dir():
+        raise ValueError(f"--results-dir {cfg.results_dir} is a file; name a folder")
+    if distributed.is_main():  # the one that writes
+        require_writable(cfg.results_dir, "--results-dir")
+    parts = world_size * cfg.gradient_accumulation_steps
+    if cfg.global_batch_size % parts:
+        raise ValueError(f"--global-batch-size {cfg.global_batch_size} must be a multiple of {parts}: {world_size} "
+                         f"processes x --gradient-accumulation-steps {cfg.gradient_accumulation_steps}")
+
+
+def with_max_steps(cfg: Any, samples: int) -> Any:
+    """cfg with max_steps decided, of --epochs over so many training samples if that is what it says."""
+    if cfg.max_steps is not None:
+        return cfg
+    return replace(cfg, max_steps=math.ceil(cfg.epochs * samples / cfg.global_batch_size))
+
+
+class Stateful(Protocol):
+    """What a checkpoint holds a part of; its state is tensors and primitives."""
+
+    def state_dict(self) -> Any: ...
+    def load_state_dict(self, state: Any, /) -> object: ...
+
+
+class Run:
+    """The folder of a training run, and what happens around each of its steps.
+
+        run = Run(cfg, device, resumable=RESUMABLE, inputs={"data_fingerprint": ...})
+        run.resume({"model": model, "optimizer": optimizer})  # from the newest checkpoint, if there is one
+        for step in run.steps():       # seeds what the step draws; after its body a checkpoint, where one is due
+            run.log(train_step(step))  # a row of metrics.jsonl, where one is due
+            if run.due(cfg.val_every):
+                run.record(validate())
+        run.finish({"parameters": ...})
+
+    RUN/config.json, metrics.jsonl, validation.jsonl, tensorboard/, checkpoints/ and, at the end, summary.json. Methods
+    are collective: call them on every rank.
+
+    cfg: a RunConfig, checked, with max_steps decided, that also has global_batch_size. Steps are optimizer updates.
+    resumable: names of the settings that may differ when a run is resumed.
+    inputs: what the run is fed with, such as fingerprints of data; must not differ either.
+    describe: what else every checkpoint says, primitives by name.
+    """
+
+    def __init__(
+        self, cfg: Any, device: torch.device, *, resumable: frozenset[str], inputs: Mapping[str, Any],
+        describe: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.cfg: Any = cfg
+        self.device = device
+        self.folder = Path(cfg.results_dir)
+        self.checkpoints = Checkpointer(self.folder / "checkpoints", keep_last=cfg.keep_checkpoints)
+        self.start = 0  # steps done when this process began
+        self.done = 0   # steps done when the body of the current one ends
+        self.best: float | None = None  # score of checkpoints/best.pt
+        self.last_validation: dict[str, Any] = {}
+        self._resumable, self._inputs, self._describe = resumable, dict(inputs), dict(describe or {})
+        self._parts: Mapping[str, Stateful | None] = {}
+        self._resumed_metrics: Mapping[str, Any] | None = None
+        self._began = time.monotonic()
+
+    # ---------------------------------------------------------------------------------------------------- state
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint records of the settings."""
+        return config.to_dict(self.cfg) | self._inputs
+
+    def state(self) -> dict[str, Any]:
+        """All that the steps from `done` on depend on."""
+        return {"step": self.done, **{name: part and part.state_dict() for name, part in self._parts.items()},
+                "metrics": self.metrics.state_dict(), "last_validation": self.last_validation, "best": self.best,
+                **self._describe, "config": self.identity()}
+
+    def resume(self, parts: Mapping[str, Stateful | None]) -> None:
+        """Load the newest checkpoint, if there is one, into parts, and set `start`. Writes nothing.
+
+        parts: name in checkpoints -> what saves and loads itself; None for one that this run does without.
+
+        ValueError: the folder holds a run with other settings, one that is further than max_steps, or something else.
+        """
+        self._parts = parts
+        state = self.checkpoints.load_latest()  # on the CPU: there Adam's step counts stay, and cost no device sync
+        if state is None:
+            if (self.folder / "metrics.jsonl").exists() and not (self.folder / "config.json").exists():
+                raise ValueError(f"--results-dir {self.folder} holds the metrics.jsonl of something else; use another")
+            self._require_nothing_lost()
+            return
+        changed = self._changed(state["config"])
+        if changed:
+            what = "; ".join(f"{name}: {old!r} there, {new!r} now" for name, old, new in changed)
+            fix = "Use its settings"
+            if all(name in self._inputs for name, _, _ in changed):
+                what, fix = f"its data have changed since; {what}", "Restore the data"
+            raise ValueError(f"--results-dir {self.folder} holds a run with other settings ({what}). {fix} to resume "
+                             "it, or use another --results-dir")
+        if state["step"] > self.cfg.max_steps:
+            raise ValueError(f"--results-dir {self.folder} is at step {state['step']}, beyond --max-steps "
+                             f"{self.cfg.max_steps}")
+        for name, part in parts.items():
+            if part is not None:
+                part.load_state_dict(state[name])
+        self.start = self.done = state["step"]
+        self.best = state["best"] if math.isfinite(state["best"] or 0.0) else None  # before 0.3: infinite for none
+        self.last_validation = state["last_validation"]
+        self._resumed_metrics = state["metrics"]
+        distributed.print0(f"resuming {self.folder} at step {self.start}")
+
+    def _changed(self, recorded: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+        """(name, value there, value now) of settings that must not differ. One that is newer than the checkpoint had
+        its default there.
+        """
+        defaults = {f.name: f.default for f in fields(self.cfg) if f.default is not MISSING}
+        recorded = {**{name: value for name, value in defaults.items() if name not in recorded}, **recorded}
+        return [entry for entry in config.diff(recorded, self.identity()) if entry[0] not in self._resumable]
+
+    def _require_nothing_lost(self) -> None:
+        """ValueError: there is no checkpoint to resume, but the run got further than to where starting over is right.
+
+        A run that was killed before its first checkpoint starts over, and may well have validated by then.
+        """
+        best = self.checkpoints.folder / "best.pt"
+        lost = [self.folder / "summary.json"] if (self.folder / "summary.json").exists() else []
+        if best.exists():
+            state = load_file(best)
+            if self._changed(state["config"]) or state["step"] > state["config"]["ckpt_every"]:
+                lost.append(best)
+        if lost:
+            raise ValueError(f"--results-dir {self.folder} holds a run without a numbered checkpoint to resume, and "
+                             f"starting over would replace its {' and '.join(path.name for path in lost)}. Use another "
+                             "--results-dir, or move this folder away")
+
+    # ----------------------------------------------------------------------------------------------------- loop
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are left, from `start` to max_steps. A signal ends them early, after a checkpoint."""
+        cfg = self.cfg
+        signals = _StopSignal()
+        self._open_logs()
+        self._began = time.monotonic()
+        for step in range(self.start, cfg.max_steps):
+            seed_step(cfg.global_seed, distributed.rank(), step)  # what is drawn in a step depends on the step alone
+            self.done = step + 1
+            yield step
+            stopping = distributed.any_rank(signals.asked)
+            if self.due(cfg.ckpt_every) or stopping:
+                with self.untimed():
+                    self.checkpoints.save(self.done, self.state())
+            if stopping and self.done < cfg.max_steps:
+                distributed.print0(f"stopped by a signal at step {self.done}; the same command resumes")
+                break
+        self.metrics.close()
+
+    def _open_logs(self) -> None:
+        """Rows of steps that will be done again go; sums since the last row come back."""
+        try:
+            self.metrics = MetricLogger(self.folder, total_steps=self.cfg.max_steps, device=self.device,
+                                        resume_step=self.start)
+            self.validations = JsonlFile(self.folder / "validation.jsonl", resume_step=self.start)
+            if self._resumed_metrics is not None:
+                self.metrics.load_state_dict(self._resumed_metrics)
+            if distributed.is_main():
+                config.save(self.cfg, self.folder / "config.json")
+                if self.start < self.cfg.max_steps:
+                    (self.folder / "summary.json").unlink(missing_ok=True)  # of a shorter run that is now extended
+        except (ValueError, OSError) as error:  # a damaged log, a full disk
+            raise CannotContinue(str(error)) from error
+
+    def due(self, every: int) -> bool:
+        """Whether something that happens every so many steps, and at the end, happens after this one."""
+        return self.done % every == 0 or self.done == self.cfg.max_steps
+
+    def log(
+        self, terms: Mapping[str, Tensor], labels: Mapping[str, Any] | None = None, *,
+        derive: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Sum the step's terms and, where a row is due, write it: means of terms, labels, what derive makes of them.
+
+        See MetricLogger.add and .flush. Without a row it waits for no device.
+        """
+        self.metrics.add(terms)
+        self.metrics.add_samples(self.cfg.global_batch_size // distributed.world_size())
+        if self.due(self.cfg.log_every):
+            self.metrics.flush(self.done, labels, derive=derive)
+
+    def record(self, result: dict[str, Any], *, shown: Collection[str] | None = None, **labels: Any) -> None:
+        """Append the validation of this step to validation.jsonl and print it (only what is `shown`).
+
+        FloatingPointError: a number that is not finite.
+        """
+        self.validations.write({"step": self.done, **labels} | result)
+        numbers = " ".join(f"{k} {v:.4g}" for k, v in result.items() if shown is None or k in shown)
+        distributed.print0(f"validation at step {self.done}: {numbers}")
+        self.last_validation = result
+
+    def keep_best(self, score: float, *, higher_is_better: bool) -> None:
+        """Write checkpoints/best.pt, to use and not to resume, if no earlier score was as good."""
+        if self.best is not None and not (score > self.best if higher_is_better else score < self.best):
+            return
+        self.best = score
+        weights = {name: part and part.state_dict() for name, part in self._parts.items() if name in ("model", "ema")}
+        self.checkpoints.save_named("best", {"step": self.done, **weights, **self._describe,
+                                             "validation": self.last_validation, "config": self.identity()})
+
+    @contextmanager
+    def untimed(self) -> Iterator[None]:
+        """What happens inside does not count in samples_per_second, and its FloatingPointError names the step."""
+        with self.metrics.untimed():
+            try:
+                yield
+            except FloatingPointError as error:
+                raise FloatingPointError(f"step {self.done}: {error}") from error
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write summary.json: step, summary, seconds and the last validation. Nothing after a signal's early end."""
+        if self.done < self.cfg.max_steps:
+            return
+        summary = {"step": self.done, **summary,
+                   "seconds_since_start_or_resume": round(time.monotonic() - self._began, 1), **self.last_validation}
+        if distributed.is_main():
+            atomic_write_text(self.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+        shown = " ".join(f"{k} {v:.4g}" for k, v in self.last_validation.items() if isinstance(v, (int, float)))
+        distributed.print0(f"finished {self.folder} at step {self.done}: {shown}")
+
+    # ----------------------------------------------------------------------------------------------------- data
+
+    def sampler(self, num_samples: int, start: int, end: int) -> StepSampler:
+        """This rank's micro-batches of steps [start, end) over a data set, as lists of (epoch, index)."""
+        return StepSampler(
+            num_samples, self.cfg.global_batch_size, seed=self.cfg.global_seed, start_step=start, end_step=end,
+            rank=distributed.rank(), world=distributed.world_size(),
+            micro_batches=self.cfg.gradient_accumulation_steps,
+        )
+
+    def micro_batch(self) -> int:
+        """Samples of one forward on one rank."""
+        return int(self.cfg.global_batch_size // (distributed.world_size() * self.cfg.gradient_accumulation_steps))
+
+
+class _StopSignal:
+    """SIGTERM (a scheduler's warning, torchrun's shutdown) asks for a checkpoint at the end of the step."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, *_: Any) -> None:
+        self.asked = True
+
+
+class Trainer(Protocol):
+    """What `launch` starts."""
+
+    cfg: Any
+
+    def train(self) -> None: ...
+
+
+def launch(prog: str, build: Callable[[], Trainer]) -> None:
+    """The main of a training script: build the trainer, then train, or with --dry-run print its configuration.
+
+    USER_ERRORS while building are mistakes in flags, files or data: rank 0 says so in one line, without a traceback,
+    and all ranks exit with a failure. So are CannotContinue and divergence while training.
+    """
+    try:
+        trainer = build()
+    except USER_ERRORS as error:
+        raise SystemExit(f"{prog}: error: {error}" if distributed.is_main() else 2) from error
+    if trainer.cfg.dry_run:
+        distributed.print0(json.dumps(config.to_dict(trainer.cfg), indent=1))
+    else:
+        try:
+            trainer.train()
+        except CannotContinue as error:
+            raise SystemExit(f"{prog}: error: {error}") from error
+        except FloatingPointError as error:  # on all ranks at once
+            fix = f"lower --lr (it is {trainer.cfg.lr}), in another --results-dir"
+            raise SystemExit(f"{prog}: error: {error}: {fix}" if distributed.is_main() else 2) from error
+    distributed.finalize()  # after an exception just exit: torchrun then ends the other ranks
