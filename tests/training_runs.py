@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 from tokenizer.runtime.checkpoint import load_file
@@ -15,6 +16,21 @@ from tokenizer.runtime.metrics import TIMING_FIELDS
 
 class Killed(BaseException):
     """Ends a run in the middle of a step, as a kill would."""
+
+
+def kill_at_step(monkeypatch, main, trainer, words, at):
+    """Run main(words) until the training step `at` begins."""
+    train_step = trainer.train_step
+
+    def die(self, batches, step):
+        if step == at:
+            raise Killed
+        return train_step(self, batches, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "train_step", die)
+        with pytest.raises(Killed):
+            main(words)
 
 
 def to_words(settings):

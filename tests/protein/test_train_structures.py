@@ -7,7 +7,7 @@ import pytest
 import training_runs
 from helices import helix
 from places import PROTEINS, ROOT, needs_proteins
-from training_runs import Killed, rows, to_words
+from training_runs import rows, to_words
 
 from protein import train_provq
 from protein.structure_io import read_structure, write_structure
@@ -74,18 +74,9 @@ def test_best_is_the_best_model_with_codes(straight):
 
 @pytest.mark.parametrize("at", [WARMUP - 1, WARMUP, WARMUP + 1, WARMUP + TRANSITION - 1, WARMUP + TRANSITION])
 def test_resume_is_exact_from_every_stage(straight, tmp_path, monkeypatch, at):
-    train_step = train_provq.Trainer.train_step
-
-    def die(self, batches, step):
-        if step == at:
-            raise Killed
-        return train_step(self, batches, step)
-
-    monkeypatch.setattr(train_provq.Trainer, "train_step", die)
-    with pytest.raises(Killed):
-        train_provq.main(flags(tmp_path, ema=True))
-    monkeypatch.undo()
-    train_provq.main(flags(tmp_path, ema=True))
+    words = flags(tmp_path, ema=True)
+    training_runs.kill_at_step(monkeypatch, train_provq.main, train_provq.Trainer, words, at)
+    train_provq.main(words)
     assert_same_run(straight, tmp_path)
 
 
