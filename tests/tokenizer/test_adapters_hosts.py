@@ -15,7 +15,7 @@ from places import ROOT
 from torch import Tensor, nn
 from workers.provq_hosts import CHECKOUTS, ORIGINALS, STAND_INS, EMACodebook
 
-SECTION = (ROOT / "README.md").read_text().split("## Put ProVQ into your own code")[1].split("\n## ")[0]
+SECTION = (ROOT / "tokenizer" / "README.md").read_text().split("## Put ProVQ into your own code")[1].split("\n## ")[0]
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", SECTION, re.DOTALL)
 PATCHES = dict(re.findall(r"`([\w/]+\.py)`:\n\n```diff\n(.*?)```", SECTION, re.DOTALL))
 FILES = {"LlamaGen": "tokenizer/tokenizer_image/vq_train.py", "taming-transformers": "taming/models/vqgan.py",
