@@ -38,7 +38,8 @@ from protein.inference import MAX_RESIDUES, check_out, decode_tokens, encode_cha
 from protein.pretrained import load_structure_tokenizer
 from protein.structure_io import Chain
 from protein.validation import METRICS, reconstruction_metrics
-from tokenizer.provq import code_statistics, mean_pairwise_distance
+from tokenizer.code_meter import mean_pairwise_distance
+from tokenizer.provq import code_statistics
 from tokenizer.runtime import distributed
 from tokenizer.runtime.checkpoint import atomic_write_text
 

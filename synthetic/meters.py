@@ -1,8 +1,9 @@
 """Deadlock meters: what premature discretization (section 3 of the paper) does to latents and codes, in numbers.
 
 They take anybody's latents, of any tokenizer: N tokens, D channels, K codes, tensors of any float dtype and device;
-they compute in float64 and return Python floats. `tokenizer.provq` has the meters that a training run of a tokenizer
-logs too: `drift` of codes and latents, `second_moments` + `effective_rank`, `code_statistics`.
+they compute in float64 and return Python floats. `tokenizer.code_meter` has the meters that a training run of a
+tokenizer logs too: `drift` of codes and latents, `second_moments` + `effective_rank`; `tokenizer.provq`
+`code_statistics`.
 
 The deadlock reads: the gap is closed by the latents (contraction > pursuit), codes hardly drift, edges bend inwards.
 """

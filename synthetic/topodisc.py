@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from synthetic import meters
-from tokenizer import provq
+from tokenizer import code_meter, provq
 from tokenizer.runtime.config import arg, to_dict
 
 DIM = 2  # data and latents are both points of the plane
@@ -182,13 +182,13 @@ METERS = {
     "gap": "meters.quantization_gap",
     "contraction": "meters.closing: share of the gap closed by latents, per epoch",
     "pursuit": "meters.closing: share of the gap closed by codes, per epoch",
-    "code_drift": "provq.drift of the codes, per epoch",
-    "latent_drift": "provq.drift of the latents, per epoch",
+    "code_drift": "code_meter.drift of the codes, per epoch",
+    "latent_drift": "code_meter.drift of the latents, per epoch",
     "latent_spread": "meters.spread of the latents",
     "code_spread": "meters.spread of the codes",
     "inward_bend": "meters.edge_bending: mean inward offset of the outline's latent image, in edge lengths",
     "outline_kept": "meters.edge_bending: chords / arcs of the outline's latent image",
-    "effective_rank": "provq.effective_rank of the latents",
+    "effective_rank": "code_meter.effective_rank of the latents",
     "codes_used": "codes that are the nearest one of some point",
     "perplexity": "exp(entropy) of the codes of all points",
 }
@@ -310,11 +310,11 @@ def _measure(log: list[dict[str, Tensor]], epochs: list[int], i: int, s: int, fi
         "latent_spread": meters.spread(now["latents"]),
         "inward_bend": bending.inward,
         "outline_kept": bending.kept,
-        "effective_rank": provq.effective_rank(provq.second_moments(now["latents"])),
+        "effective_rank": code_meter.effective_rank(code_meter.second_moments(now["latents"])),
     }
     if i > 0:
         before, interval = {name: value[s] for name, value in log[i - 1].items()}, epochs[i] - epochs[i - 1]
-        values["latent_drift"] = provq.drift(before["latents"], now["latents"]) / interval
+        values["latent_drift"] = code_meter.drift(before["latents"], now["latents"]) / interval
     if i >= first_codes:
         counts = torch.bincount(provq.nearest_code(now["latents"], now["codes"]), minlength=len(now["codes"]))
         values |= {"gap": meters.quantization_gap(now["latents"], now["codes"]),
@@ -323,7 +323,7 @@ def _measure(log: list[dict[str, Tensor]], epochs: list[int], i: int, s: int, fi
                    "perplexity": provq.code_statistics(counts)["perplexity"]}
     if i > first_codes:
         closing = meters.closing(before["latents"], before["codes"], now["latents"], now["codes"])
-        values |= {"code_drift": provq.drift(before["codes"], now["codes"]) / interval,
+        values |= {"code_drift": code_meter.drift(before["codes"], now["codes"]) / interval,
                    "contraction": closing.contraction / interval, "pursuit": closing.pursuit / interval}
     return values
 

@@ -1,6 +1,6 @@
 """The rules of the architecture that a reader of one file cannot see, checked on the syntax trees of all files.
 
-    L0  tokenizer/provq.py | tokenizer/runtime/                imports nothing of ours but its own group
+    L0  tokenizer/provq*.py | tokenizer/runtime/               imports nothing of ours but its own group
     L1  tokenizer/                                             imports L0 and its own folder
     L2  autoregressive/ | protein/ | synthetic/                import L0, L1 and their own folder
     L3  protein/benchmark/                                     imports L0, L1, protein/ and its own folder
@@ -24,11 +24,11 @@ from places import ROOT
 PACKAGES = ("tokenizer", "autoregressive", "protein", "synthetic", "evaluations")
 FOLDERS = (*PACKAGES, "scripts", "tests")
 MAX_LINES = 600
-PROVQ = Path("tokenizer/provq.py")
+PROVQ, PROVQ_ATTACH = Path("tokenizer/provq.py"), Path("tokenizer/provq_attach.py")  # copied into other projects
 CURRICULUM = Path("tokenizer/curriculum.py")  # and what all tokenizers' trainers share
 # What the entry scripts of evaluations/ share. The rest of that folder are meters.
 EVALUATIONS_SHARED = {Path("evaluations/image_sets.py")}
-LONGER = {PROVQ: 1700}  # one file on purpose: it is copied into other projects by itself
+LONGER = {PROVQ: 870, PROVQ_ATTACH: 870}  # as few files as can be: they are copied by hand
 GUARD = "if not __package__:\n    sys.path[0] = str(Path(__file__).resolve().parents[{depth}])"
 
 
@@ -52,6 +52,8 @@ def imported_names(tree):
 def project_imports(tree, files):
     """(line, file of ours) of every import that names one of `files`."""
     for line, name in imported_names(tree):
+        if name.startswith("."):
+            continue  # see check_absolute_imports
         stem = Path(*name.split("."))
         for target in (stem.with_suffix(".py"), stem / "__init__.py"):
             if target in files:
@@ -69,7 +71,9 @@ def is_entry(tree):
 def group(path, tree):
     """(layer, name of the group that may import itself, layers that it may import)"""
     top = path.parts[0]
-    if path.name == "__init__.py" or path == PROVQ:
+    if path in (PROVQ, PROVQ_ATTACH):
+        return 0, "tokenizer/provq*.py", ()
+    if path.name == "__init__.py":
         return 0, str(path), ()
     if path.parts[:2] == ("tokenizer", "runtime"):
         return 0, "tokenizer/runtime", ()
@@ -115,6 +119,8 @@ def check_no_arrow_back(root):
 
 def check_absolute_imports(root):
     for path, tree in python_files(root).items():
+        if path == PROVQ_ATTACH:
+            continue  # in other projects it stands in packages of any name; see check_provq_stands_alone
         for line in sorted({line for line, name in imported_names(tree) if name.startswith(".")}):
             yield f"{path}:{line}: relative import; write it from the repository root"
 
@@ -129,11 +135,14 @@ def check_no_cycles(root):
 
 
 def check_provq_stands_alone(root):
-    allowed = {"torch", *sys.stdlib_module_names}
-    tree = python_files(root, ("tokenizer",)).get(PROVQ, ast.Module(body=[]))
-    for line, name in imported_names(tree):
-        if name.split(".")[0] not in allowed:
-            yield f"{PROVQ}:{line}: imports {name}; this file must work alone, with torch and the standard library"
+    libraries = {"torch", *sys.stdlib_module_names}
+    siblings = {PROVQ: set(), PROVQ_ATTACH: {"provq", ".", "..provq"}}  # `import provq`, `from . import provq`
+    files = python_files(root, ("tokenizer",))
+    for path, allowed in siblings.items():
+        for line, name in imported_names(files.get(path, ast.Module(body=[]))):
+            if name.split(".")[0] not in libraries and name not in allowed:
+                also = ", provq.py" if allowed else ""
+                yield f"{path}:{line}: imports {name}; this file must work with torch{also} and the standard library"
 
 
 def check_entry_guard(root):
@@ -234,8 +243,12 @@ CHECKS = [
     (check_layers, {"tokenizer/a.py": "from tokenizer import train", "tokenizer/train.py": MAIN}, None, 1),
     (check_layers, {"scripts/a.py": "from tokenizer.train import f", "tokenizer/train.py": MAIN}, None, 1),
     (check_absolute_imports, {"tokenizer/a.py": "from .runtime import ema"}, None, 1),
+    (check_layers, {"tokenizer/provq_attach.py": "import tokenizer.data", "tokenizer/data.py": ""}, PROVQ_ATTACH, 1),
     (check_no_cycles, {"tokenizer/a.py": "import tokenizer.b", "tokenizer/b.py": "import tokenizer.a"}, None, 1),
     (check_provq_stands_alone, {"tokenizer/provq.py": "import math\nimport numpy"}, None, 2),
+    (check_provq_stands_alone, {"tokenizer/provq.py": "import provq_attach"}, None, 1),
+    (check_provq_stands_alone, {"tokenizer/provq_attach.py": "import torch, provq\nimport numpy"}, None, 2),
+    (check_provq_stands_alone, {"tokenizer/provq_attach.py": "from . import provq\nfrom . import data"}, None, 2),
     (check_entry_guard, {"protein/train.py": "import sys\nimport protein.a\n" + MAIN}, None, 2),
     (check_entry_guard, {"protein/a/b.py": GUARD.format(depth=1) + "\nimport protein.c\n" + MAIN}, None, 3),
     (check_entry_guard, {"protein/a.py": "import protein.c\n" + GUARD.format(depth=1) + "\n" + MAIN}, None, 1),
@@ -247,6 +260,7 @@ CHECKS = [
     (check_forbidden, {"scripts/a.py": "np.load(f, allow_pickle=True)"}, None, 1),
     (check_forbidden, {"scripts/a.py": "torch.load(f, weights_only=False)"}, None, 1),
     (check_length, {"tests/a.py": "x = 1\n" * 601}, None, 601),
+    (check_length, {"tokenizer/provq.py": "x = 1\n" * 871, "tokenizer/provq_attach.py": "x = 1\n" * 870}, None, 871),
     (
         check_no_dead_flags,
         {"synthetic/a.py": "class C:\n  n: int = config.arg(1)\n  m: int = arg(2)\n  k: int = 3\nC().n"},
@@ -281,6 +295,7 @@ def test_checks_can_fail(check, tree, path, line, tmp_path):
 def test_allowed_imports_pass(tmp_path):
     tree = {
         "tokenizer/provq.py": "from __future__ import annotations\nimport torch.nn",
+        "tokenizer/provq_attach.py": "if __package__:\n  from . import provq\nelse:\n  import provq",
         "tokenizer/runtime/seeding.py": "",
         "tokenizer/runtime/ema.py": "from tokenizer.runtime import seeding",
         "tokenizer/model.py": "from tokenizer.provq import ProVQ\nfrom tokenizer.runtime import ema",

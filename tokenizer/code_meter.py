@@ -1,12 +1,59 @@
-"""Meters of latents and codes during validation, the same for every kind of data."""
+"""Statistics of latents and codes, and meters of them during validation, the same for every kind of data."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from tokenizer.provq import code_statistics, drift, effective_rank, mean_pairwise_distance, second_moments
+from tokenizer.provq import code_statistics
 from tokenizer.runtime import distributed
+
+
+@torch.no_grad()
+def mean_pairwise_distance(codebook: Tensor) -> float:
+    """Mean Euclidean distance over the K (K - 1) / 2 pairs of codes (K, D): "Euc dist." of Tables 1 and 4."""
+    codes, total = codebook.detach().float(), 0.0
+    if len(codes) < 2:
+        return 0.0
+    for part in torch.split(codes, max(1, 2**22 // len(codes))):  # without the matmul shortcut: exact for near pairs
+        total += torch.cdist(part, codes, compute_mode="donot_use_mm_for_euclid_dist").sum(dtype=torch.float64).item()
+    return total / (len(codes) * (len(codes) - 1))
+
+
+@torch.no_grad()
+def second_moments(latents: Tensor) -> Tensor:
+    """Sum of [1, z]^T [1, z] over tokens (N, D) -> (D+1, D+1) float64: add these over batches and ranks."""
+    z = F.pad(latents.detach().double(), (1, 0), value=1.0)
+    return z.t() @ z
+
+
+def effective_rank(moments: Tensor) -> float:
+    """exp(entropy of the normalised singular values) of the centred latents, in dimensions (Roy & Vetterli 2007).
+
+    moments (D+1, D+1) from `second_moments`. Between 1 (a line) and D (a ball); 0 for fewer than two tokens.
+    """
+    n = moments[0, 0].clamp_min(1)
+    mean = moments[0, 1:] / n
+    eigenvalues = torch.linalg.eigvalsh(moments[1:, 1:] / n - torch.outer(mean, mean)).clamp_min(0)
+    # Rounding leaves about 1e-15 of the raw second moment in directions that the latents do not use at all.
+    eigenvalues = torch.where(eigenvalues > 1e-13 * moments[1:, 1:].diagonal().sum() / n, eigenvalues, 0.0)
+    if not bool(eigenvalues.any()):
+        return 0.0
+    p = eigenvalues.sqrt() / eigenvalues.sqrt().sum()
+    return (-torch.xlogy(p, p).sum()).exp().item()
+
+
+@torch.no_grad()
+def drift(before: Tensor, after: Tensor) -> float:
+    """How far points (N, D) moved, in units of their spread: RMS displacement / RMS distance of `before` to its mean.
+
+    0 = stagnant, 1 = moved by as much as they are apart. Of codes and of the latents of fixed images per interval, it
+    shows the deadlock of section 3: latents that follow codes that do not move.
+    """
+    before, after = before.double(), after.double()
+    spread = (before - before.mean(0)).square().sum(1).mean().sqrt()
+    return ((after - before).square().sum(1).mean().sqrt() / spread.clamp_min(1e-12)).item()
 
 
 class CodeMeter:
@@ -51,7 +98,7 @@ class CodeMeter:
 
 
 class DriftMeter:
-    """How far the codes, and the latents of a few fixed samples, moved since the last call (see provq.drift).
+    """How far the codes, and the latents of a few fixed samples, moved since the last call (see `drift`).
 
     The paper's deadlock (section 3) is codes that stand still while latents crowd around them. The points of the last
     call are state, so that a resumed run reports the same numbers.

@@ -28,7 +28,8 @@ from torch.nn import functional as F
 from tokenizer.data import ImageDataset, split_holdout
 from tokenizer.image_sources import open_images
 from tokenizer.pixels import psnr
-from tokenizer.provq import Curriculum, attach, code_statistics
+from tokenizer.provq import code_statistics
+from tokenizer.provq_attach import Curriculum, attach
 from tokenizer.vq_model import Architecture, Decoder, Encoder
 
 DIM = 8  # channels of a code

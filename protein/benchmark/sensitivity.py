@@ -39,7 +39,8 @@ from protein.benchmark.baselines import ChainTokenizer, Tokens, open_tokenizer
 from protein.benchmark.task_archives import Archive, read_chains
 from protein.benchmark.tasks import MAX_LENGTH
 from protein.structure_io import Chain, read_folder, read_structure
-from tokenizer.provq import code_statistics, mean_pairwise_distance
+from tokenizer.code_meter import mean_pairwise_distance
+from tokenizer.provq import code_statistics
 from tokenizer.runtime import distributed
 from tokenizer.runtime.checkpoint import atomic_write_text
 from tokenizer.runtime.page import Cell, Table, markdown_table

@@ -14,18 +14,8 @@ from golden_fill import fill_values, load_arrays, load_shapes
 from torch import Tensor, nn
 from workers.provq_hosts import CASES, STAND_INS, EMACodebook, SimVQ, VectorQuantizer, VectorQuantizer2, frozen
 
-from tokenizer.provq import (
-    ADAPTERS,
-    Adapter,
-    Attached,
-    Curriculum,
-    ProVQ,
-    TableAdapter,
-    adapt,
-    attach,
-    detach,
-    host_state_dict,
-)
+from tokenizer.provq import Curriculum, ProVQ
+from tokenizer.provq_attach import ADAPTERS, Adapter, Attached, TableAdapter, adapt, attach, detach, host_state_dict
 
 every_host = pytest.mark.parametrize("name", CASES)
 TABLES = [name for name, case in CASES.items() if isinstance(adapt(case.make()), TableAdapter)]

@@ -5,9 +5,11 @@ What is on the registry always runs. PROVQ_HOSTS=FOLDER (see workers/provq_hosts
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,7 +49,7 @@ def test_every_repository_has_its_recipe_of_at_most_six_lines():
     for patch in PATCHES.values():
         added = [line for _, lines in hunks(patch) for line in lines]
         assert len(added) <= 6
-        for call in ("from provq import", "attach(", "set_step(", "maybe_init_codebook("):
+        for call in ("from provq_attach import", "attach(", "set_step(", "maybe_init_codebook("):
             assert sum(call in line for line in added) == 1, (call, added)
 
 
@@ -63,6 +65,11 @@ class _Line(nn.Module):
         return x + (self.table[index] - x).detach(), index, (self.table[index] - x).square().mean()
 
 
+def _copy_into(folder: Path) -> None:
+    for path in (ROOT / "tokenizer").glob("provq*.py"):
+        shutil.copy(path, folder)
+
+
 def _recipes() -> list[str]:
     return [block for language, block in BLOCKS if language == "python"]
 
@@ -72,8 +79,9 @@ def test_a_recipe_trains_through_all_stages(number, monkeypatch, tmp_path):
     """The block as it stands in the README, except that the stages last 4 and 2 steps and K is 64."""
     recipe = _recipes()[number]
     monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / "provq.py").write_text((ROOT / "tokenizer" / "provq.py").read_text())
-    sys.modules.pop("provq", None)
+    _copy_into(tmp_path)
+    for name in ("provq", "provq_attach"):
+        sys.modules.pop(name, None)
     torch.manual_seed(0)
     rows, images = "DIVEQ" in recipe, "VectorQuantizer(" in recipe or "adapt(" in recipe
     codebook = EMACodebook(64, 8).train()
@@ -82,7 +90,8 @@ def test_a_recipe_trains_through_all_stages(number, monkeypatch, tmp_path):
     x = torch.randn(8, 3, 16, 16) if images else torch.randn(128, 6) if rows else torch.randn(4, 32, 6)
     parameters = [*encoder.parameters(), *decoder.parameters()]
     names = {"encoder": encoder, "decoder": decoder, "x": x, "max_steps": 9, "codebook": codebook, "quantizer": _Line(),
-             "optimizer": torch.optim.Adam(parameters, 1e-2), "reconstruction_loss": nn.functional.mse_loss}
+             "optimizer": torch.optim.Adam(parameters, 1e-2), "reconstruction_loss": nn.functional.mse_loss,
+             "batches": [torch.randn_like(x) for _ in range(5)], "torch": torch}
     stages = []
 
     def end_of_step(names: dict) -> None:
@@ -164,10 +173,10 @@ def test_llamagens_model_is_reproduced_by_the_inner_quantizer_alone(tmp_path):
     """Its own VQModel, in a process of its own (it is called tokenizer, too): train, save, load into the unmodified."""
     if not (CHECKOUTS / "LlamaGen").exists():
         pytest.skip("no LlamaGen")
-    (tmp_path / "provq.py").write_text((ROOT / "tokenizer" / "provq.py").read_text())
+    _copy_into(tmp_path)
     (tmp_path / "run.py").write_text("""
 import torch
-from provq import Curriculum, attach, host_state_dict
+from provq_attach import Curriculum, attach, host_state_dict
 from tokenizer.tokenizer_image.vq_model import ModelArgs, VQModel
 torch.manual_seed(0)
 def make():

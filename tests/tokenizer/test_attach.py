@@ -12,19 +12,8 @@ import vector_quantize_pytorch as lucidrains
 from torch import Tensor, nn
 from workers.provq_hosts import CASES, VectorQuantizer2
 
-from tokenizer.provq import (
-    RESERVOIR_CALLS,
-    RESERVOIR_TOKENS_PER_CODE,
-    AdaptiveWarmup,
-    Curriculum,
-    ProVQ,
-    VectorQuantizer,
-    adapt,
-    attach,
-    detach,
-    host_state_dict,
-    nearest_code,
-)
+from tokenizer.provq import AdaptiveWarmup, Curriculum, ProVQ, nearest_code
+from tokenizer.provq_attach import RESERVOIR_CALLS, RESERVOIR_TOKENS_PER_CODE, adapt, attach, detach, host_state_dict
 
 every_host = pytest.mark.parametrize("name", CASES)
 STATE = {"step", "initialised", "warmup_end", "best_score", "stale_checks"}
@@ -212,13 +201,13 @@ def test_usage_counts_tokens_of_training_forwards(name):
 # ----------------------------------------------------------------------------------------- collected latents
 
 def test_the_reservoir_is_bounded_and_holds_the_latest_latents():
-    model = ProVQ(VectorQuantizer(8, 2), Curriculum(200, 1))
+    handle = attach(VectorQuantizer2(8, 2, 0.25), Curriculum(200, 1))
     size = RESERVOIR_TOKENS_PER_CODE * 8
     take = size // RESERVOIR_CALLS
     for call in range(40):
-        model.collect(torch.stack([torch.full((64,), float(call)), torch.arange(64.0)], 1))
-        assert len(model.reservoir) == size
-    calls, rows = model.reservoir.t()
+        handle.collect(torch.stack([torch.full((64,), float(call)), torch.arange(64.0)], 1))
+        assert len(handle.reservoir) == size
+    calls, rows = handle.reservoir.t()
     assert calls.unique().tolist() == list(range(40 - RESERVOIR_CALLS, 40)), "the last calls, and no older ones"
     assert (calls.long().bincount()[-RESERVOIR_CALLS:] == take).all(), "as many of each"
     assert len(rows.unique()) > 55, "from everywhere in the batch, not on a fixed stride"
@@ -227,51 +216,63 @@ def test_the_reservoir_is_bounded_and_holds_the_latest_latents():
 
 
 def test_collecting_draws_no_random_numbers_and_takes_short_batches_whole():
-    model = ProVQ(VectorQuantizer(8, 2), Curriculum(3, 1))
+    handle = attach(VectorQuantizer2(8, 2, 0.25), Curriculum(3, 1))
     state = torch.get_rng_state()
     for seed in range(3):
-        model.collect(_normal(5, 2, seed=seed))
-    model.collect(_normal(0, 2))
+        handle.collect(_normal(5, 2, seed=seed))
+    handle.collect(_normal(0, 2))
     assert torch.equal(torch.get_rng_state(), state)
-    kept = model.reservoir[: int(model.reservoir_state[0])]
+    kept = handle.reservoir[: int(handle.reservoir_state[0])]
     assert torch.equal(kept, torch.cat([_normal(5, 2, seed=s) for s in range(3)]))
     with pytest.raises(ValueError, match=r"latents must be \(N, D = 2\), got \(4, 3\)"):
-        model.collect(_normal(4, 3))
+        handle.collect(_normal(4, 3))
 
 
-def test_collect_and_maybe_init_replace_a_loop_of_ones_own():
-    model = ProVQ(VectorQuantizer(8, 4), Curriculum(2, 2))
+def test_the_forwards_of_the_warm_up_collect_and_maybe_init_sets_the_codes_once():
+    module = VectorQuantizer2(8, 4, 0.25).train()
+    handle = attach(module, Curriculum(2, 2))
     for step in range(4):
-        model.set_step(step)
-        info = model.maybe_init_codebook(iters=30, seed=3)
+        handle.set_step(step)
+        info = handle.maybe_init_codebook(iters=30, seed=3)
         assert (info is None) == (step != 2)
-        z = _normal(20, 4, seed=step)
-        if model.stage == 1:
-            model.collect(z)
-        model(z)
+        module(_normal(1, 4, 4, 5, seed=step))
         if info:
             assert info["tokens"] == 2 * 8, "two calls of a sixteenth of the bound each"
-    assert model.reservoir.numel() == 0, "given back"
-    assert set(model.state_dict()) == STATE | {"quantizer.embedding.weight"}
+    assert handle.reservoir.numel() == 0, "given back"
+    assert set(handle.state_dict()) == STATE
+    with pytest.raises(RuntimeError, match="called before"):
+        handle.init_codebook(_normal(20, 4))
 
 
 def test_collected_latents_are_in_the_checkpoint_until_the_codebook_is_set():
-    model = ProVQ(VectorQuantizer(8, 4), Curriculum(2, 2))
-    model.collect(_normal(20, 4))
+    model, other, fresh = (VectorQuantizer2(8, 4, 0.25).train() for _ in range(3))
+    handle, twin, _ = (attach(module, Curriculum(2, 2)) for module in (model, other, fresh))
+    handle.collect(_normal(20, 4))
     state = model.state_dict()
-    assert set(state) == STATE | {"quantizer.embedding.weight", "reservoir", "reservoir_state"}
-    other = ProVQ(VectorQuantizer(8, 4), Curriculum(2, 2))
+    assert set(state) == {"embedding.weight", *(f"provq.{key}" for key in STATE | {"reservoir", "reservoir_state"})}
     other.load_state_dict(state)
-    for twin in (model, other):
-        twin.collect(_normal(20, 4, seed=1))
-        twin.set_step(2)
-        twin.maybe_init_codebook()
-    assert torch.equal(model.codebook, other.codebook)
-    fresh = ProVQ(VectorQuantizer(8, 4), Curriculum(2, 2)).state_dict()
-    other = ProVQ(VectorQuantizer(8, 4), Curriculum(2, 2))
-    other.collect(_normal(20, 4))
-    other.load_state_dict(fresh)
-    assert other.reservoir.numel() == 0, "latents of before the load are of another encoder"
+    for each in (handle, twin):
+        each.collect(_normal(20, 4, seed=1))
+        each.set_step(2)
+        assert each.maybe_init_codebook()["tokens"] == 16
+    assert torch.equal(model.embedding.weight, other.embedding.weight)
+    twin = attach(other := VectorQuantizer2(8, 4, 0.25), Curriculum(2, 2))
+    twin.collect(_normal(20, 4))
+    assert twin.reservoir.any()
+    other.load_state_dict(fresh.state_dict())
+    assert not twin.reservoir.any(), "latents of before the load are of another encoder"
+    assert twin.reservoir_state.tolist() == [0, 0]
+    done = host_state_dict(model.state_dict()) | {f"provq.{key}": model.provq.state_dict()[key] for key in STATE}
+    other.load_state_dict(done)
+    assert twin.reservoir.numel() == 0
+
+
+def test_setting_the_codes_of_a_fixed_grid_is_refused():
+    handle = attach(lucidrains.FSQ([5, 5]), Curriculum(1, 1))
+    handle.set_step(1)
+    with pytest.raises(TypeError, match=r"FSQ has no codes to set: init_codebook\(None\)"):
+        handle.init_codebook(_normal(30, 2))
+    assert handle.needs_init
 
 
 # ------------------------------------------------------------------------------------ copies and compilation
@@ -361,8 +362,9 @@ def test_five_callables_adapt_anything():
     for step in range(6):
         model.set_step(step)
         z = _normal(60, 4, seed=step)
-        model.collect(z)
-        model.maybe_init_codebook()
+        assert model.needs_init == (step == 2)
+        if model.needs_init:
+            assert model.init_codebook(z)["tokens"] == 60
         out = model(z.requires_grad_())
         (out.quantized.sum() + out.loss).backward()
         if step < 2:

@@ -15,15 +15,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_a
 from workers.provq_hosts import CASES, SimVQ, VectorQuantizer, VectorQuantizer2
 
 from tokenizer import provq as provq_file
-from tokenizer.provq import (
-    RESERVOIR_TOKENS_PER_CODE,
-    AdaptiveWarmup,
-    Curriculum,
-    ProVQ,
-    attach,
-    host_state_dict,
-)
-from tokenizer.provq import VectorQuantizer as OwnQuantizer
+from tokenizer.provq import AdaptiveWarmup, Curriculum
+from tokenizer.provq_attach import RESERVOIR_TOKENS_PER_CODE, attach, host_state_dict
 
 
 def _normal(*shape: int, seed: int = 0) -> Tensor:
@@ -174,14 +167,14 @@ def test_another_number_of_ranks_after_a_resume(monkeypatch):
     share = RESERVOIR_TOKENS_PER_CODE * 8
     for before, after in ((4, 1), (1, 4), (1, 1)):
         monkeypatch.setattr(provq_file, "_world", lambda ranks=before: ranks)
-        old = ProVQ(OwnQuantizer(8, 2), Curriculum(99, 1))
+        old = attach(VectorQuantizer2(8, 2, 0.25), Curriculum(99, 1))
         for call in range(40):
             old.collect(torch.full((64, 2), float(call)))
         assert len(old.reservoir) == share // before
         monkeypatch.setattr(provq_file, "_world", lambda ranks=after: ranks)
         module = lucidrains.VectorQuantize(dim=2, codebook_size=8).train()
         handle = attach(module, Curriculum(99, 1))
-        handle.load_state_dict({name: old.state_dict()[name] for name in handle.state_dict()})
+        handle.load_state_dict(old.state_dict())
         handle.set_step(50)
         assert len(handle.reservoir) == share // after
         stayed = handle.reservoir[: int(handle.reservoir_state[0]), 0]

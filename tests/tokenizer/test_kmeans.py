@@ -1,4 +1,4 @@
-"""Nearest codes, k-means and the statistics of provq.py against closed forms and brute force."""
+"""Nearest codes, k-means and the usage statistics of provq.py against closed forms and brute force."""
 
 import itertools
 import math
@@ -12,15 +12,7 @@ import torch.nn.functional as F
 from places import ROOT
 
 from tokenizer import provq
-from tokenizer.provq import (
-    code_statistics,
-    drift,
-    effective_rank,
-    kmeans,
-    mean_pairwise_distance,
-    nearest_code,
-    second_moments,
-)
+from tokenizer.provq import code_statistics, kmeans, nearest_code
 
 
 def _normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -285,54 +277,3 @@ def test_code_statistics_closed_forms():
     skewed = code_statistics(torch.tensor([1, 3, 0, 0]))
     assert skewed["usage"] == 0.5
     assert skewed["perplexity"] == pytest.approx(math.exp(-(0.25 * math.log(0.25) + 0.75 * math.log(0.75))))
-
-
-def test_mean_pairwise_distance_is_the_mean_over_pairs():
-    codes = _normal(40, 5)
-    pairs = [(codes[i] - codes[j]).norm().item() for i, j in itertools.combinations(range(40), 2)]
-    assert mean_pairwise_distance(codes) == pytest.approx(sum(pairs) / len(pairs), rel=1e-6)
-    assert mean_pairwise_distance(torch.tensor([[0.0, 0.0], [3.0, 4.0]])) == 5.0
-    assert mean_pairwise_distance(codes[:1]) == 0.0
-    near = torch.tensor([[1e4, 0.0], [1e4 + 0.0078125, 0.0]])  # |a|^2 - 2ab + |b|^2 would lose this distance
-    assert mean_pairwise_distance(near) == 0.0078125
-
-
-def test_mean_pairwise_distance_in_blocks():
-    codes = F.normalize(_normal(2500, 8), dim=1)  # more than one block of 2^22 elements
-    # Two uniform points of the unit sphere in 8 dimensions are 1.389 apart on average (sqrt 2 in root mean square).
-    expected = 2**7 * math.gamma(4) ** 2 / (math.sqrt(math.pi) * math.gamma(7.5))
-    assert mean_pairwise_distance(codes) == pytest.approx(expected, rel=3e-3)
-
-
-def test_effective_rank_closed_forms():
-    rank = lambda z: effective_rank(second_moments(z))  # noqa: E731
-    cross = torch.cat([torch.eye(6), -torch.eye(6)])
-    assert rank(cross) == pytest.approx(6.0, abs=1e-9)  # equal spread in every direction
-    assert rank(1000.0 + cross) == pytest.approx(6.0, abs=1e-6)  # the mean does not count
-    line = torch.linspace(-1, 1, 50)[:, None] * torch.tensor([[1.0, 2.0, -1.0]])
-    assert rank(line) == pytest.approx(1.0, abs=1e-3)
-    weights = torch.tensor([3.0, 1.0])  # singular values in the ratio 3 : 1
-    p = weights / weights.sum()
-    two = torch.cat([torch.diag(weights), -torch.diag(weights)])
-    assert rank(two) == pytest.approx(math.exp(-(p * p.log()).sum().item()), rel=1e-6)
-    assert rank(torch.ones(1, 4)) == 0.0
-    assert rank(torch.ones(9, 4) / 3) == 0.0
-    assert rank(torch.zeros(0, 4)) == 0.0
-
-
-def test_second_moments_add_up():
-    z = _normal(100, 5)
-    whole = second_moments(z)
-    assert whole.shape == (6, 6)
-    assert whole.dtype == torch.float64
-    assert whole[0, 0] == 100
-    torch.testing.assert_close(whole[0, 1:], z.double().sum(0))
-    torch.testing.assert_close(second_moments(z[:30]) + second_moments(z[30:]), whole)
-
-
-def test_drift_closed_forms():
-    before = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])  # RMS distance to the mean: 1
-    assert drift(before, before) == 0.0
-    assert drift(before, before + torch.tensor([3.0, 4.0])) == pytest.approx(5.0)
-    assert drift(10 * before, 10 * before + 1.0) == pytest.approx(math.sqrt(2) / 10)
-    assert drift(before + 7, -before + 7) == pytest.approx(2.0)

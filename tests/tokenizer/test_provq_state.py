@@ -237,6 +237,20 @@ def test_state_dict_keys_are_stable():
     assert set(adaptive.state_dict()) == keys | {"quantizer.codes", "quantizer.ema_sums", "quantizer.ema_counts"}
 
 
+def test_a_checkpoint_of_version_0_2_with_collected_latents_loads_strictly():
+    model, old = (ProVQ(quantizer("vq", seed=seed), Curriculum(2, 3)) for seed in (0, 1))
+    old.set_step(1)
+    state = dict(old.state_dict(), reservoir=_normal(256, 4), reservoir_state=torch.tensor([20, 20]))
+    wrapper, whole = torch.nn.Sequential(model), {f"0.{name}": value for name, value in state.items()}
+    assert len(whole) == len(wrapper.state_dict()) + 2
+    wrapper.load_state_dict(whole)
+    assert model.step == 1
+    assert torch.equal(model.codebook, old.codebook)
+    assert set(model.state_dict()) == set(old.state_dict())
+    with pytest.raises(RuntimeError, match="another_key"):
+        model.load_state_dict(dict(state, another_key=torch.zeros(1)))
+
+
 def test_loading_drops_sums_that_were_gathered_before():
     model = ProVQ(quantizer("ema"), Curriculum(0, 5))
     saved = copy.deepcopy(model.state_dict())

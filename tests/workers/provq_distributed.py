@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from provq_cases import RECIPES, quantizer
 from provq_hosts import VectorQuantizer
 
-from tokenizer.provq import AdaptiveWarmup, Curriculum, EMAVectorQuantizer, ProVQ, attach, kmeans
+from tokenizer.provq import AdaptiveWarmup, Curriculum, EMAVectorQuantizer, ProVQ, kmeans
+from tokenizer.provq_attach import attach
 
 SCENARIOS: dict[str, Callable[[int, int], dict[str, Any]]] = {}
 # Random numbers, or what a rank collects: only the ranks have to agree.

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from evaluations.benchmarks import any_quantizer
-from tokenizer.provq import Curriculum, detach
+from tokenizer.provq_attach import Curriculum, detach
 
 COMMAND = ["--image-size", "8", "--steps", "6", "--val-size", "50", "--max-images", "60", "--batch-size", "8"]
 
