@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tokenizer.runtime import config, distributed
 from tokenizer.runtime.checkpoint import Checkpointer, atomic_write_text, load_file, require_writable
+from tokenizer.runtime.command import CannotContinue
 from tokenizer.runtime.config import arg
 from tokenizer.runtime.metrics import JsonlFile, MetricLogger
 from tokenizer.runtime.seeding import StepSampler, seed_step
@@ -115,10 +116,6 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, cfg: Any, step: int) -> 
     """`learning_rate` into all groups."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(cfg, step)
-
-
-class CannotContinue(RuntimeError):
-    """A run met something that its user has to mend; the message says what. Shown without a traceback."""
 
 
 class Stateful(Protocol):
