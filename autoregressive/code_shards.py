@@ -23,8 +23,8 @@ from torch.utils.data import Dataset
 
 from tokenizer.runtime import config
 from tokenizer.runtime.checkpoint import atomic_write, atomic_write_text
+from tokenizer.runtime.command import CannotContinue
 from tokenizer.runtime.seeding import fold
-from tokenizer.runtime.training import CannotContinue
 
 FORMAT = "provq-codes-1"
 MANIFEST, LABELS, NAMES = "manifest.json", "labels.npy", "names.txt"

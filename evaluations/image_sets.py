@@ -30,7 +30,7 @@ from tokenizer.data import ImageDataset, consecutive, make_loader
 from tokenizer.image_readers import ImageSource, UnreadableImage
 from tokenizer.image_sources import open_images
 from tokenizer.runtime import distributed
-from tokenizer.runtime.checkpoint import atomic_write, require_writable
+from tokenizer.runtime.checkpoint import atomic_write
 
 _DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)  # the last: an unknown compression
 CHUNK = 250  # images; of 256 x 256 pixels 49 MB
@@ -289,15 +289,6 @@ def extractor_of_flags(args: argparse.Namespace, device: torch.device) -> tuple[
         if args.features != "inception" or args.inception_weights is not None:
             raise
         return None, str(error)
-
-
-def require_out(path: Path) -> None:
-    """Before any work, on the process that writes: ValueError unless --out can be written."""
-    if not distributed.is_main():
-        return
-    if path.is_dir():
-        raise ValueError(f"--out {path} is a folder; name a file in it")
-    require_writable(path.parent, "--out: folder")
 
 
 def cache_of_flags(args: argparse.Namespace) -> FeatureCache:

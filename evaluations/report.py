@@ -27,11 +27,13 @@ from evaluations.protocol import differences, protocol_id
 from evaluations.report_runs import Run, Setting, differing, group_settings, number, read_runs
 from tokenizer.runtime import config, distributed, page
 from tokenizer.runtime.checkpoint import atomic_write_text
+from tokenizer.runtime.command import command, make_parser, require_one_process, require_out_file
 from tokenizer.runtime.over_seeds import clear_best, merge
 from tokenizer.runtime.page import Cell, Table
 from tokenizer.train_config import PRESETS, RESUMABLE, TrainConfig
 from tokenizer.vq_model import ARCHITECTURES
 
+PROG = "evaluations/report.py"
 # What does not make another setting. Paths of data stay: a run's folder does not say whether two hold the same images.
 IGNORED = (RESUMABLE - {"data_path", "val_path"}) | {"global_seed"}
 STAGES = ("warmup_steps", "transition_steps", "transition", "loss_lambda", "codebook_init", "kmeans_batches",
@@ -298,7 +300,7 @@ def _also_differ(settings: Sequence[Setting], expected: Sequence[str]) -> list[s
 
 # -------------------------------------------------------------------------------------------------------- commands
 
-def command(cfg: Mapping[str, Any]) -> str:
+def command_line(cfg: Mapping[str, Any]) -> str:
     """The command line of tokenizer/train_provq.py that gives this configuration.
 
     ValueError: the configuration is not one of this version's trainer.
@@ -505,7 +507,7 @@ class Report:
             if not run.config:
                 continue
             try:
-                line = command(run.config)
+                line = command_line(run.config)
             except ValueError as error:
                 reason = f"not a configuration of this version's tokenizer trainer: {error}"
                 out += self._note(f"{run.name}: no command.", [reason])
@@ -544,8 +546,7 @@ def _caption(path: Path, grid: bool) -> str:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="evaluations/report.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(PROG, __doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a training run")
     parser.add_argument("--out", type=Path, default=Path("report.html"),
                         help="page to write, .html; the tables go to the same name with .md (default: report.html)")
@@ -557,20 +558,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
+    with command(PROG):
+        require_one_process()
+        tables = args.out.with_suffix(".md")
+        for path in (args.out, tables):
+            require_out_file(path)
         runs = read_runs(args.runs)
         report = Report(runs)
         text = report.html()
         args.out.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_text(args.out, text)
         header = f"# {page.markdown(report.title())}\n\n{page.markdown(report.subtitle())}\n"
-        atomic_write_text(args.out.with_suffix(".md"), "\n".join([header, *report.markdown]))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"report.py: error: {error}") from error
-    for run in runs:
-        for note in run.notes:
-            distributed.print0(f"note: {run.name}: {note}")
-    distributed.print0(f"wrote {args.out} and {args.out.with_suffix('.md')}")
+        atomic_write_text(tables, "\n".join([header, *report.markdown]))
+        for run in runs:
+            for note in run.notes:
+                distributed.print0(f"note: {run.name}: {note}")
+        distributed.print0(f"wrote {args.out} and {tables}")
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from tokenizer.image_readers import ImageSource, UnreadableImage
 from tokenizer.image_sources import open_images
+from tokenizer.runtime.command import CannotContinue
 from tokenizer.runtime.seeding import fold
-from tokenizer.runtime.training import CannotContinue
 
 __all__ = [
     "AUGMENTATIONS",

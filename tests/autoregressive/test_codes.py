@@ -18,8 +18,8 @@ from autoregressive.code_shards import file_hash, open_codes
 from tokenizer import train_provq
 from tokenizer.data import center_crop_arr, image_to_tensor
 from tokenizer.pretrained import load_tokenizer, save_pretrained, tokenizer_hash
+from tokenizer.runtime.command import CannotContinue
 from tokenizer.runtime.seeding import StepSampler
-from tokenizer.runtime.training import CannotContinue
 
 COUNT = 600  # three shards
 
