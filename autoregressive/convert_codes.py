@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 if not __package__:
@@ -57,7 +58,7 @@ def to_shards(args: argparse.Namespace) -> str:
     for number, chunk in enumerate(rows):
         name = shard_name(number, len(rows))
         part = array[chunk[0] : chunk[-1] + 1]
-        atomic_write(args.out / name, lambda file, part=part: np.save(file, part))
+        atomic_write(args.out / name, partial(np.save, arr=part))
         shards.append({"file": name, "images": len(part), "sha256": file_hash(args.out / name)})
     description = {"views": files.views, "num_tokens": files.num_tokens, "codebook_size": args.codebook_size,
                    "num_classes": classes, "tokenizer_hash": "", "crops": f"as in LlamaGen's {args.source.name}"}

@@ -15,6 +15,7 @@ import argparse
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +228,7 @@ def extract(args: argparse.Namespace, device: torch.device) -> None:
                 precision=args.mixed_precision, num_workers=args.num_workers, device=device, bad=bad,
                 progress=shown.update, encode=encode,
             )
-            atomic_write(folder / name, lambda file, codes=codes: np.save(file, codes))
+            atomic_write(folder / name, partial(np.save, arr=codes))
             part = {"file": name, "images": len(kept), "sha256": file_hash(folder / name), "places": kept}
             atomic_write_text(parts / f"{name}.json", json.dumps(part))
     distributed.barrier()

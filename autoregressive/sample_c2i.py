@@ -19,6 +19,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -234,7 +235,7 @@ def sample(args: argparse.Namespace, device: torch.device) -> None:
             if number % world == rank and not all(file.exists() for file in files):
                 for pixels, file in zip(draw_batch(model, vq, places, labels, args, compiled), files, strict=True):
                     picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-                    atomic_write(file, lambda out, picture=picture: picture.save(out, format="PNG"))
+                    atomic_write(file, partial(picture.save, format="PNG"))
             shown.update(len(places))
     distributed.barrier()
     if distributed.is_main():

@@ -83,16 +83,18 @@ def score(
         side, found = sides[name]
         if kind in side.statistics:
             return side.statistics[kind]
-        features = found and getattr(found.features, kind)
-        return None if features is None else cache.gaussian(extractor, found.sha256, kind, features)
+        if found is None or getattr(found.features, kind) is None:
+            return None
+        return cache.gaussian(extractor, found.sha256, kind, getattr(found.features, kind))
 
     for metric, kind in (("fid", "pooled"), ("sfid", "spatial")):
         gaussians = {name: gaussian(name, kind) for name in sides}
-        absent = [name for name, found in gaussians.items() if found is None]
-        if absent:
+        known = [found for found in gaussians.values() if found is not None]
+        if len(known) < 2:
+            absent = [name for name, found in gaussians.items() if found is None]
             why[metric] = f"no {kind} features or statistics of: {', '.join(absent)}"
         else:
-            values[metric] = distribution.frechet_distance(gaussians["reference"], gaussians["samples"])
+            values[metric] = distribution.frechet_distance(known[0], known[1])
     found_samples, found_reference = sides["samples"][1], sides["reference"][1]
     logits = found_samples and found_samples.features.logits
     if logits is None or len(logits) < SPLITS:
@@ -109,11 +111,11 @@ def score(
     if smallest <= distribution.NEIGHBOURS:
         why["precision"] = why["recall"] = f"needs more than {distribution.NEIGHBOURS} images on both sides"
     else:
-        values["precision"], values["recall"] = distribution.precision_recall(*(p.to(device) for p in pair))
+        values["precision"], values["recall"] = distribution.precision_recall(pair[0].to(device), pair[1].to(device))
     if smallest < distribution.KID_SUBSET_SIZE:
         why["kid"] = f"needs {distribution.KID_SUBSET_SIZE} images on both sides"
     else:
-        values["kid"], values["kid_std"] = distribution.kid(*pair)
+        values["kid"], values["kid_std"] = distribution.kid(pair[0], pair[1])
     return values, why, {name: _content_hash(*pair) for name, pair in sides.items()}, warnings
 
 

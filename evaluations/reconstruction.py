@@ -126,7 +126,7 @@ def open_lpips(args: argparse.Namespace, channels: int, size: int, device: torch
 
 class Scores(NamedTuple):
     values: dict[str, float]
-    count: int
+    images: int
     sha256: str          # of the reference's pixels
     unreadable: list[str]
 
@@ -209,7 +209,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     resized = args.image_size_eval != args.image_size
     protocol: dict[str, Any] = {
         "task": "reconstruction",
-        "reference": {"sha256": scores.sha256, "count": scores.count},
+        "reference": {"sha256": scores.sha256, "count": scores.images},
         "reference_name": images.name,
         "samples": {"tokenizer": args.vq_ckpt.name, "K": model.quantize.num_codes, "weights": args.weights,
                     "tokens": (args.image_size // model.downsample) ** 2},
@@ -221,7 +221,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         "lpips": "VGG-16, version 0.1, inputs in [-1, 1]",
     }
     protocol["id"] = protocol_id(protocol)
-    return {**{m: scores.values.get(m) for m in METRICS}, "num_images": scores.count,
+    return {**{m: scores.values.get(m) for m in METRICS}, "num_images": scores.images,
             "unreadable_images": scores.unreadable,
             "unavailable": {m: why for m, why in unavailable.items() if why}, "protocol": protocol}
 

@@ -164,7 +164,7 @@ def group_results(runs: Sequence[Run], kind: str) -> list[Group]:
 
 def flatten(values: Mapping[str, Any], name: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}"""
-    out = {}
+    out: dict[str, Any] = {}
     for key, value in values.items():
         out |= flatten(value, f"{name}{key}.") if isinstance(value, dict) else {f"{name}{key}": value}
     return out
@@ -237,19 +237,25 @@ def latent_side(cfg: Mapping[str, Any]) -> int | None:
     return int(size) // architecture.downsample if size and architecture else None
 
 
+def stages(run: Run) -> tuple[int, int]:
+    """Steps of warm-up and transition, of a run with a curriculum."""
+    assert run.lengths is not None, run.path
+    return run.lengths
+
+
 def table_5(rows: Sequence[Setting], group: Group) -> Table | None:
     """What the curriculum's parts add to a base model. None: no run has a curriculum."""
     chosen = [s for s in rows if base_model(s.config) != UNKNOWN and s.runs[0].lengths is not None]
     if not chosen:
         return None
-    chosen.sort(key=lambda s: (base_model(s.config), *(n > 0 for n in s.runs[0].lengths), enhancement(s)))
+    chosen.sort(key=lambda s: (base_model(s.config), *(n > 0 for n in stages(s.runs[0])), enhancement(s)))
     table = Table("Table 5, soft transition and manifold warm-up.", "Steps: warm-up / transition / all.",
                   ["Base model", "Enhancement", "Steps", "Seeds", *(RECONSTRUCTION[k].heading for k in TABLE_5)],
                   left=2)
     for setting, numbers in zip(chosen, metric_cells(chosen, group, _table_5_metrics()), strict=True):
         # An adaptive warm-up may end elsewhere for every seed.
-        warmups = sorted({run.lengths[0] for run in setting.runs})
-        steps = f"{' to '.join(map(str, dict.fromkeys((warmups[0], warmups[-1]))))} / {setting.runs[0].lengths[1]}"
+        warmups = sorted({stages(run)[0] for run in setting.runs})
+        steps = f"{' to '.join(map(str, dict.fromkeys((warmups[0], warmups[-1]))))} / {stages(setting.runs[0])[1]}"
         extra = enhancement(setting) + (f" ({setting.detail})" if setting.detail else "")
         table.rows.append([Cell(base_model(setting.config)), Cell(extra),
                            Cell(f"{steps} / {setting.step}"), _seed_cell(setting, group), *numbers])
@@ -267,7 +273,7 @@ def table_6(rows: Sequence[Setting], group: Group) -> Table | None:
                   "hard: alpha stays 1 during the transition, then 0; cosine: it falls along half a cosine.",
                   ["Base model", "Scheduler", "Steps", "Seeds", *(RECONSTRUCTION[k].heading for k in TABLE_5)], left=2)
     for setting, numbers in zip(chosen, metric_cells(chosen, group, _table_5_metrics()), strict=True):
-        warmup, transition = setting.runs[0].lengths
+        warmup, transition = stages(setting.runs[0])
         table.rows.append([Cell(f"{base_model(setting.config)} {enhancement(setting, schedule=False)}"),
                            Cell(setting.config["transition"]), Cell(f"{warmup} / {transition} / {setting.step}"),
                            _seed_cell(setting, group), *numbers])

@@ -70,7 +70,7 @@ class Extractor(nn.Module):
         for i, stage in enumerate(self.stages):
             x = stage(x)
             if i == 2:
-                spatial = F.adaptive_avg_pool2d(x[:, : self.spatial_channels], [8, 8])
+                spatial = F.adaptive_avg_pool2d(x[:, : self.spatial_channels], 8)
             if i < 3:
                 x = F.max_pool2d(x, 2)
         pooled = x.mean(dim=[2, 3])

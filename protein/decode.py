@@ -135,7 +135,7 @@ def read_references(entries: Sequence[TokenChain], args: argparse.Namespace) -> 
 
 def compare(chains: Sequence[Chain], references: Mapping[str, Chain]) -> dict[str, Any]:
     """Metrics of every chain, and their means."""
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for chain in chains:
         reference = references[chain.label]
         both = torch.tensor(chain.mask & reference.mask)[None]

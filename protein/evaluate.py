@@ -68,7 +68,7 @@ def codebook_metrics(counts: Tensor, codebook: Tensor) -> dict[str, float]:
     """counts (chains, K) int64 of each chain's codes, codebook (K, D): see the head of this file."""
     pooled = code_statistics(counts.sum(0))
     each = [code_statistics(row) for row in counts if row.any()]
-    out = {"chains": len(each), "tokens": int(counts.sum())}
+    out: dict[str, float] = {"chains": len(each), "tokens": int(counts.sum())}
     for name in ("usage", "perplexity"):
         out |= {name: pooled[name], f"{name}_per_chain": float(np.mean([row[name] for row in each]))}
     for suffix in ("", "_per_chain"):

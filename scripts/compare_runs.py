@@ -33,7 +33,7 @@ def read_finished(folders: list[Path]) -> list[Run]:
 def draw(runs: list[Run], path: Path) -> None:
     """Curves over steps with each run's stage boundaries dotted; below, the last picture of each run's images/."""
     figure = pyplot.figure(figsize=(10, 2.9 + 1.25 * len(runs)), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=[2.6, 1.2 * len(runs)])
+    above, below = figure.subfigures(2, 1, height_ratios=[2.6, 1.2 * len(runs)], squeeze=False).flat
     for axis, (key, label) in zip(above.subplots(1, len(CURVES)), CURVES.items(), strict=True):
         for i, run in enumerate(runs):
             draw_curve(axis, run, key, color(i), validation=True, label=run.path.name)

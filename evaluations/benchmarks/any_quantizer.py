@@ -74,6 +74,8 @@ QUANTIZERS: dict[str, Callable[[], nn.Module]] = {  # about 256 codes each
 class Autoencoder(nn.Module):
     """Images (B, C, S, S) in [-1, 1] around any quantizer of tokens."""
 
+    quantize: Any  # a module of another package, with attach's .provq
+
     def __init__(self, quantizer: nn.Module, channels: int, flat: bool):
         super().__init__()
         self.encoder, self.decoder = Encoder(ARCHITECTURE, channels, 0.0), Decoder(ARCHITECTURE, channels, 0.0)
@@ -128,11 +130,12 @@ def load(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     source = open_images(args.data_path, channels=1 if args.data_path is None else 3)
     if len(source) <= args.val_size:
         raise ValueError(f"--val-size {args.val_size} of {len(source)} images leaves none to train on")
-    return tuple(
+    training, held_out = (
         torch.stack([dataset[i]["image"] for i in range(len(dataset))])
         for half in split_holdout(len(source), args.val_size, seed=0)
         for dataset in [ImageDataset(source, args.image_size, indices=half[: args.max_images])]
     )
+    return training, held_out
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

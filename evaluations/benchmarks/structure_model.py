@@ -60,7 +60,7 @@ class _Config(dict):
     __getattr__ = dict.__getitem__
 
 
-def load_peer(stb: Path, esm: Path, config: StructureModelConfig) -> nn.Module:
+def load_peer(stb: Path, esm: Path, config: StructureModelConfig) -> Any:
     """StructTokenBench's VQVAEModel of the same sizes as config. ValueError: a checkout without its files."""
     if not (esm / "esm" / "models" / "vqvae.py").is_file():
         raise ValueError(f"--peer-esm {esm} has no esm/models/vqvae.py; name a checkout of evolutionaryscale/esm")
@@ -92,7 +92,8 @@ def backbones(batch: int, length: int) -> Tensor:
         batch, 3 * length, generator=generator)  # psi, omega, phi: of the atoms N, CA, C that follow
     atoms = [torch.tensor(atom).expand(batch, 3) for atom in ((0.0, 0.0, 0.0), (1.46, 0.0, 0.0), (2.0, 1.43, 0.0))]
     for i in range(3, 3 * length):
-        atoms.append(place_atom(*atoms[-3:], (1.33, 1.46, 1.52)[i % 3], (2.03, 2.12, 1.94)[i % 3], torsions[:, i]))
+        a, b, c = atoms[-3:]
+        atoms.append(place_atom(a, b, c, (1.33, 1.46, 1.52)[i % 3], (2.03, 2.12, 1.94)[i % 3], torsions[:, i]))
     return torch.stack(atoms, dim=1).view(batch, length, 3, 3)
 
 

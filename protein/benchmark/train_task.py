@@ -17,7 +17,6 @@ files use another --results-dir. Writes table3.md, .csv and .html there.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
 import re
@@ -178,9 +177,7 @@ def tokenize(tokenizer: ChainTokenizer, chains: Sequence[Chain], folder: Path, s
         tokens = _load_tokens(path, identity, part)
         if tokens is None:
             tokens = tokenizer.encode(part)
-            buffer = io.BytesIO()
-            np.savez_compressed(buffer, identity=identity, tokens=np.concatenate(tokens))
-            atomic_write(path, lambda file, buffer=buffer: file.write(buffer.getbuffer()))  # type: ignore[misc]
+            atomic_write(path, partial(np.savez_compressed, identity=identity, tokens=np.concatenate(tokens)))
         out += tokens
     return out
 
