@@ -166,7 +166,8 @@ def read_llamagen(path: Path, codebook_size: int) -> CodeFiles:
     numbers = sorted(int(p.stem) for p in codes.glob("*.npy") if p.stem.isdigit())
     if not numbers or numbers != list(range(len(numbers))):
         raise ValueError(f"{codes} must hold 0.npy, 1.npy and so on; it holds {len(numbers)} numbered files")
-    rows, classes = [], []
+    rows: list[np.ndarray] = []
+    classes: list[int] = []
     for number in numbers:
         row, label = (_load_small(folder / f"{number}.npy") for folder in (codes, labels))
         if row.ndim != 3 or len(row) != 1 or label.shape != (1,) or (rows and row.shape[1:] != rows[0].shape):

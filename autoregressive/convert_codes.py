@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 if not __package__:
@@ -18,16 +19,22 @@ from tqdm import tqdm
 
 from autoregressive.code_shards import code_dtype, file_hash, read_folder, read_llamagen, shard_name, write_manifest
 from tokenizer.data import consecutive
-from tokenizer.runtime import config, distributed
+from tokenizer.runtime import distributed
 from tokenizer.runtime.checkpoint import atomic_write
-from tokenizer.runtime.command import CannotContinue
+from tokenizer.runtime.command import (
+    command,
+    make_parser,
+    require_flags_at_least,
+    require_one_process,
+    require_out_folder,
+)
 
+PROG = "autoregressive/convert_codes.py"
 SHARD = 65536  # images
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="autoregressive/convert_codes.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(PROG, __doc__)
     add = parser.add_argument
     add("source", type=Path, help="folder with NAME_codes/ and NAME_labels/, or with --to-llamagen one of shards")
     add("out", type=Path, help="folder to write; must be new")
@@ -35,10 +42,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num-classes", type=int, help="classes of the data set (default: one more than the largest label)")
     add("--to-llamagen", metavar="NAME", help="write OUT/NAME_codes/0.npy and OUT/NAME_labels/0.npy and so on")
     args = parser.parse_args(argv)
-    for name in ("codebook_size", "num_classes"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"{config.flag_name(name)} is {value}; it must be at least 1")
+    require_flags_at_least(parser, args, 1, "codebook_size num_classes")
     return args
 
 
@@ -54,7 +58,7 @@ def to_shards(args: argparse.Namespace) -> str:
     for number, chunk in enumerate(rows):
         name = shard_name(number, len(rows))
         part = array[chunk[0] : chunk[-1] + 1]
-        atomic_write(args.out / name, lambda file, part=part: np.save(file, part))
+        atomic_write(args.out / name, partial(np.save, arr=part))
         shards.append({"file": name, "images": len(part), "sha256": file_hash(args.out / name)})
     description = {"views": files.views, "num_tokens": files.num_tokens, "codebook_size": args.codebook_size,
                    "num_classes": classes, "tokenizer_hash": "", "crops": f"as in LlamaGen's {args.source.name}"}
@@ -76,13 +80,13 @@ def to_llamagen(args: argparse.Namespace) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
+    with command(PROG):
+        require_one_process()
         if args.out.exists():
             raise ValueError(f"{args.out} exists already; name a new folder")
+        require_out_folder(args.out, "out")
         done = to_llamagen(args) if args.to_llamagen else to_shards(args)
         distributed.print0(f"wrote {args.out}: {done}")
-    except (ValueError, OSError, CannotContinue) as error:
-        raise SystemExit(f"convert_codes.py: error: {error}") from error
 
 
 if __name__ == "__main__":

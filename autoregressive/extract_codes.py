@@ -15,6 +15,7 @@ import argparse
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +33,16 @@ from tokenizer.image_sources import ImageSource, open_images
 from tokenizer.pretrained import load_tokenizer, tokenizer_hash
 from tokenizer.runtime import config, distributed
 from tokenizer.runtime.checkpoint import atomic_write, atomic_write_text
-from tokenizer.runtime.command import CannotContinue
+from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_folder
 from tokenizer.vq_model import VQModel
 
+PROG = "autoregressive/extract_codes.py"
 SETTINGS, PARTS = "extraction.json", "parts"  # of a folder that is not finished
 SHARDS, LEAST, MOST = 32, 256, 65536          # shards of a data set, and images in one
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="autoregressive/extract_codes.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(PROG, __doc__)
     add = parser.add_argument
     add("--vq-ckpt", type=Path, required=True, metavar="PATH",
         help="run folder, checkpoint, LlamaGen .pt, or folder with config.json and model.safetensors")
@@ -63,10 +64,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num-workers", type=int, default=0, help="image-reading processes per rank (default: 0)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     args = parser.parse_args(argv)
-    for name, low in (("image_size", 1), ("batch_size", 1), ("max_bad_images", 0), ("num_workers", 0)):
-        value = getattr(args, name)
-        if value is not None and value < low:
-            parser.error(f"{config.flag_name(name)} is {value}; it must be at least {low}")
+    require_flags_at_least(parser, args, 1, "image_size batch_size")
+    require_flags_at_least(parser, args, 0, "max_bad_images num_workers")
     if not 1 <= args.crop_range <= 2:
         parser.error(f"--crop-range is {args.crop_range}; it must lie between 1 and 2")
     if args.ten_crop and args.flip is False:
@@ -175,6 +174,8 @@ def _holds(path: Path, labels: list[int]) -> bool:
 
 def extract(args: argparse.Namespace, device: torch.device) -> None:
     """Collective. ValueError, OSError: mistakes in flags and files, before anything is computed."""
+    require_out_folder(args.code_path, "--code-path")
+    distributed.barrier()  # the trial has left nothing behind when other ranks look
     model = load_tokenizer(args.vq_ckpt, device, args.weights, codebook_l2_norm=args.codebook_l2_norm)
     if not model.quantize.has_codebook:
         raise ValueError(f"--vq-ckpt {args.vq_ckpt} is still in its continuous warm-up, without codes; train it "
@@ -227,7 +228,7 @@ def extract(args: argparse.Namespace, device: torch.device) -> None:
                 precision=args.mixed_precision, num_workers=args.num_workers, device=device, bad=bad,
                 progress=shown.update, encode=encode,
             )
-            atomic_write(folder / name, lambda file, codes=codes: np.save(file, codes))
+            atomic_write(folder / name, partial(np.save, arr=codes))
             part = {"file": name, "images": len(kept), "sha256": file_hash(folder / name), "places": kept}
             atomic_write_text(parts / f"{name}.json", json.dumps(part))
     distributed.barrier()
@@ -254,12 +255,8 @@ def _finish(folder: Path, description: dict[str, Any], source: ImageSource, file
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
-        device = distributed.init(args.device)
-        extract(args, device)
-    except (ValueError, OSError, CannotContinue) as error:
-        raise SystemExit(f"extract_codes.py: error: {error}") from error
-    distributed.finalize()
+    with command(PROG):
+        extract(args, distributed.init(args.device))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def default_batch_size(image_size: int, device: torch.device) -> int:
 
 @torch.inference_mode()
 def extract_shard(
-    model: VQModel, dataset: ImageDataset, batches: Sequence[Sequence[int]], *, image_size: int, flip: bool = False,
+    model: VQModel, dataset: ImageDataset, batches: Sequence[list[int]], *, image_size: int, flip: bool = False,
     ten: bool = False, precision: str = "none", num_workers: int = 0, device: torch.device, bad: BadImageCounter,
     progress: Callable[[int], object] | None = None, encode: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[np.ndarray, list[int]]:

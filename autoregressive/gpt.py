@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,11 +46,11 @@ class GPTConfig:
             raise ValueError(f"dim {self.dim} / n_head {self.n_head} must be a multiple of 4 for 2-D rotary tables")
 
     @classmethod
-    def preset(cls, name: str, **changes: object) -> GPTConfig:
+    def preset(cls, name: str, **changes: Any) -> GPTConfig:
         """One of GPT_PRESETS with other fields changed. ValueError: an unknown name."""
         if name not in GPT_PRESETS:
             raise ValueError(f"{name!r} is none of {', '.join(GPT_PRESETS)}")
-        return replace(GPT_PRESETS[name], **changes)  # type: ignore[arg-type]
+        return replace(GPT_PRESETS[name], **changes)
 
     @property
     def head_dim(self) -> int:
@@ -154,6 +155,7 @@ class Attention(nn.Module):
         q, k, v = self.wqkv(x).unflatten(-1, (3, self.n_head, -1)).unbind(2)  # (B, T, heads, head_dim) each
         q, k, v = (t.transpose(1, 2) for t in (apply_rope(q, rope), apply_rope(k, rope), v))
         if cache is not None:
+            assert position is not None, "a cache is written at a position"
             keys, values = cache
             keys.index_copy_(2, position, k)
             values.index_copy_(2, position, v)

@@ -19,6 +19,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +40,24 @@ from tokenizer.pixels import to_uint8
 from tokenizer.pretrained import load_tokenizer, tokenizer_hash
 from tokenizer.runtime import config, distributed
 from tokenizer.runtime.checkpoint import atomic_write, atomic_write_text
+from tokenizer.runtime.command import (
+    as_flag_errors,
+    command,
+    make_parser,
+    require_flags_at_least,
+    require_out_folder,
+)
 from tokenizer.runtime.optim import DTYPES
 from tokenizer.runtime.seeding import fold
 from tokenizer.vq_model import VQModel
 
+PROG = "autoregressive/sample_c2i.py"
 GRID_COLUMNS, GRID_ROWS = 10, 20
 SETTINGS = "settings.json"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="autoregressive/sample_c2i.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(PROG, __doc__)
     add = parser.add_argument
     d = SamplingConfig()
     add("--gpt-ckpt", type=Path, metavar="PATH", help="run folder, checkpoint, LlamaGen .pt, or exported folder "
@@ -78,15 +86,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     add("--export-hf", type=Path, metavar="FOLDER", help="write the GPT as config.json and model.safetensors, and stop")
     args = parser.parse_args(argv)
-    for name, low in (("num_samples", 1), ("image_size", 1), ("image_size_eval", 1), ("batch_size", 1),
-                      ("global_seed", 0)):
-        value = getattr(args, name)
-        if value is not None and value < low:
-            parser.error(f"{config.flag_name(name)} is {value}; it must be at least {low}")
-    try:
+    require_flags_at_least(parser, args, 1, "num_samples image_size image_size_eval batch_size")
+    require_flags_at_least(parser, args, 0, "global_seed")
+    with as_flag_errors(parser):
         args.sampling = SamplingConfig(**{name: getattr(args, name) for name in asdict(d)})
-    except ValueError as error:
-        parser.error(str(error))
     return args
 
 
@@ -191,6 +194,14 @@ def sample(args: argparse.Namespace, device: torch.device) -> None:
     if args.gpt_ckpt is None:
         args.gpt_ckpt = newest_run()
         distributed.print0(f"sampling from {args.gpt_ckpt}")
+    if args.out is None:
+        run = (args.gpt_ckpt / "checkpoints").is_dir()
+        args.out = (args.gpt_ckpt / "samples" if run else Path("samples") / args.gpt_ckpt.stem) / folder_name(args)
+    if args.export_hf:
+        require_out_folder(args.export_hf, "--export-hf")
+    else:
+        require_out_folder(args.out)
+    distributed.barrier()  # the trial has left nothing behind when other ranks look
     loaded, vq = open_models(args, device)
     model = loaded.model
     precision = args.mixed_precision
@@ -200,9 +211,6 @@ def sample(args: argparse.Namespace, device: torch.device) -> None:
         distributed.print0(f"wrote {export_gpt(loaded, args.export_hf)}")
         return
     classes = class_list(args, model.config.num_classes)
-    if args.out is None:
-        run = (args.gpt_ckpt / "checkpoints").is_dir()
-        args.out = (args.gpt_ckpt / "samples" if run else Path("samples") / args.gpt_ckpt.stem) / folder_name(args)
     settings = {**asdict(args.sampling), "num_samples": args.num_samples, "classes": classes,
                 "global_seed": args.global_seed, "mixed_precision": precision, "gpt": loaded.name,
                 "gpt_sha256": _weights_hash(model), "tokenizer_sha256": tokenizer_hash(vq),
@@ -227,7 +235,7 @@ def sample(args: argparse.Namespace, device: torch.device) -> None:
             if number % world == rank and not all(file.exists() for file in files):
                 for pixels, file in zip(draw_batch(model, vq, places, labels, args, compiled), files, strict=True):
                     picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-                    atomic_write(file, lambda out, picture=picture: picture.save(out, format="PNG"))
+                    atomic_write(file, partial(picture.save, format="PNG"))
             shown.update(len(places))
     distributed.barrier()
     if distributed.is_main():
@@ -280,12 +288,8 @@ def draw_grid(images: Path, labels: list[int], classes: list[int], path: Path) -
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
-        device = distributed.init(args.device)
-        sample(args, device)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"sample_c2i.py: error: {error}") from error
-    distributed.finalize()
+    with command(PROG):
+        sample(args, distributed.init(args.device))
 
 
 if __name__ == "__main__":

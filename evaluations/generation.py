@@ -39,13 +39,13 @@ from evaluations.image_sets import (
     extract,
     extractor_of_flags,
     open_set,
-    require_out,
 )
 from evaluations.protocol import protocol_id
 from tokenizer.runtime import distributed
 from tokenizer.runtime.checkpoint import atomic_write_text
-from tokenizer.runtime.command import CannotContinue
+from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_file
 
+PROG = "evaluations/generation.py"
 METRICS = ("fid", "sfid", "inception_score", "inception_score_std", "precision", "recall", "kid", "kid_std")
 SPLITS = 10
 CUSTOMARY = 50_000  # samples in the field's tables
@@ -53,8 +53,7 @@ SORTED = 0.1        # relative change of the Inception Score by shuffling from w
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="evaluations/generation.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(PROG, __doc__)
     add = parser.add_argument
     add("reference", metavar="REF", help=".npz, or images: folder, .tar, .zip, list, digits")
     add("samples", metavar="SAMPLES", help="the same kinds")
@@ -64,10 +63,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num-workers", type=int, default=0, help="image-reading processes per rank (default: 0)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     args = parser.parse_args(argv)
-    for name in ("image_size", "num_workers"):
-        value, low = getattr(args, name), int(name == "image_size")
-        if value is not None and value < low:
-            parser.error(f"--{name.replace('_', '-')} is {value}; it must be at least {low}")
+    require_flags_at_least(parser, args, 1, "image_size")
+    require_flags_at_least(parser, args, 0, "num_workers")
     return args
 
 
@@ -86,16 +83,18 @@ def score(
         side, found = sides[name]
         if kind in side.statistics:
             return side.statistics[kind]
-        features = found and getattr(found.features, kind)
-        return None if features is None else cache.gaussian(extractor, found.sha256, kind, features)
+        if found is None or getattr(found.features, kind) is None:
+            return None
+        return cache.gaussian(extractor, found.sha256, kind, getattr(found.features, kind))
 
     for metric, kind in (("fid", "pooled"), ("sfid", "spatial")):
         gaussians = {name: gaussian(name, kind) for name in sides}
-        absent = [name for name, found in gaussians.items() if found is None]
-        if absent:
+        known = [found for found in gaussians.values() if found is not None]
+        if len(known) < 2:
+            absent = [name for name, found in gaussians.items() if found is None]
             why[metric] = f"no {kind} features or statistics of: {', '.join(absent)}"
         else:
-            values[metric] = distribution.frechet_distance(gaussians["reference"], gaussians["samples"])
+            values[metric] = distribution.frechet_distance(known[0], known[1])
     found_samples, found_reference = sides["samples"][1], sides["reference"][1]
     logits = found_samples and found_samples.features.logits
     if logits is None or len(logits) < SPLITS:
@@ -112,11 +111,11 @@ def score(
     if smallest <= distribution.NEIGHBOURS:
         why["precision"] = why["recall"] = f"needs more than {distribution.NEIGHBOURS} images on both sides"
     else:
-        values["precision"], values["recall"] = distribution.precision_recall(*(p.to(device) for p in pair))
+        values["precision"], values["recall"] = distribution.precision_recall(pair[0].to(device), pair[1].to(device))
     if smallest < distribution.KID_SUBSET_SIZE:
         why["kid"] = f"needs {distribution.KID_SUBSET_SIZE} images on both sides"
     else:
-        values["kid"], values["kid_std"] = distribution.kid(*pair)
+        values["kid"], values["kid_std"] = distribution.kid(pair[0], pair[1])
     return values, why, {name: _content_hash(*pair) for name, pair in sides.items()}, warnings
 
 
@@ -206,23 +205,20 @@ def warnings_of(reference: ImageSet, samples: ImageSet, extractor: Extractor | N
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
+    with command(PROG):
         device = distributed.init(args.device)
-        require_out(args.out)
+        require_out_file(args.out)
         report = evaluate(args, device)
-    except (ValueError, OSError, CannotContinue) as error:
-        raise SystemExit(f"generation.py: error: {error}") from error
-    if distributed.is_main():
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(args.out, json.dumps(report, indent=1) + "\n")
-        for warning in report["protocol"]["warnings"]:
-            distributed.print0(f"note: {warning}")
-        for reason in dict.fromkeys(report["unavailable"].values()):
-            metrics = ", ".join(m for m, r in report["unavailable"].items() if r == reason)
-            distributed.print0(f"not measured: {metrics} ({reason})")
-        distributed.print0(" ".join(f"{m} {report[m]:.6g}" for m in METRICS if report[m] is not None))
-        distributed.print0(f"wrote {args.out}, protocol {report['protocol']['id']}")
-    distributed.finalize()
+        if distributed.is_main():
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write_text(args.out, json.dumps(report, indent=1) + "\n")
+            for warning in report["protocol"]["warnings"]:
+                distributed.print0(f"note: {warning}")
+            for reason in dict.fromkeys(report["unavailable"].values()):
+                metrics = ", ".join(m for m, r in report["unavailable"].items() if r == reason)
+                distributed.print0(f"not measured: {metrics} ({reason})")
+            distributed.print0(" ".join(f"{m} {report[m]:.6g}" for m in METRICS if report[m] is not None))
+            distributed.print0(f"wrote {args.out}, protocol {report['protocol']['id']}")
     if all(report[m] is None for m in METRICS):
         raise SystemExit(1)
 

@@ -16,7 +16,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from tokenizer.data import ImageDataset, consecutive, make_loader
 from tokenizer.image_readers import ImageSource, UnreadableImage
 from tokenizer.image_sources import open_images
 from tokenizer.runtime import distributed
-from tokenizer.runtime.checkpoint import atomic_write, require_writable
+from tokenizer.runtime.checkpoint import atomic_write
 
 _DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)  # the last: an unknown compression
 CHUNK = 250  # images; of 256 x 256 pixels 49 MB
@@ -78,7 +78,7 @@ class NpzSet(ImageSet):
             found = ", ".join(sorted(members)) or "nothing"
             raise ValueError(f"{path} holds {found}; expected arr_0 with images, or mu and sigma")
 
-    def _header(self, file: zipfile.ZipExtFile) -> tuple[tuple[int, ...], np.dtype, bool]:
+    def _header(self, file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype, bool]:
         try:
             version = np.lib.format.read_magic(file)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -231,10 +231,11 @@ class FeatureCache:
                     return {key: torch.from_numpy(file[key]) for key in file.files}
             except (zipfile.BadZipFile, ValueError, EOFError) as error:
                 print(f"computing again what {path} should hold: {error}", file=sys.stderr)  # noqa: T201
-        arrays = compute()
+        found = compute()
+        arrays: dict[str, Any] = {key: value.numpy() for key, value in found.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, lambda file: np.savez(file, **{key: value.numpy() for key, value in arrays.items()}))
-        return arrays
+        atomic_write(path, lambda file: np.savez(file, **arrays))
+        return found
 
 
 class SetFeatures(NamedTuple):
@@ -250,8 +251,9 @@ class SetFeatures(NamedTuple):
         for found in distributed.gather_objects(parts):
             everywhere.update(found)
         ordered = [everywhere[number] for number in sorted(everywhere)]
-        columns = zip(*(features for features, _ in ordered), strict=True)
-        joined = Features(*(None if column[0] is None else torch.cat(column) for column in columns))
+        pooled, logits, spatial = zip(*(features for features, _ in ordered), strict=True)
+        others = (None if column[0] is None else torch.cat(column) for column in (logits, spatial))
+        joined = Features(torch.cat(pooled), *others)
         return cls(joined, hashlib.sha256("".join(digest for _, digest in ordered).encode()).hexdigest())
 
 
@@ -289,15 +291,6 @@ def extractor_of_flags(args: argparse.Namespace, device: torch.device) -> tuple[
         if args.features != "inception" or args.inception_weights is not None:
             raise
         return None, str(error)
-
-
-def require_out(path: Path) -> None:
-    """Before any work, on the process that writes: ValueError unless --out can be written."""
-    if not distributed.is_main():
-        return
-    if path.is_dir():
-        raise ValueError(f"--out {path} is a folder; name a file in it")
-    require_writable(path.parent, "--out: folder")
 
 
 def cache_of_flags(args: argparse.Namespace) -> FeatureCache:

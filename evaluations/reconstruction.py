@@ -37,26 +37,25 @@ from evaluations.image_sets import (
     cache_of_flags,
     extractor_of_flags,
     pixel_hash,
-    require_out,
 )
 from evaluations.protocol import protocol_id
 from tokenizer import pixels, pretrained
 from tokenizer.data import BadImageCounter, ImageDataset, consecutive, make_loader, spread
 from tokenizer.image_sources import ImageSource, open_images
 from tokenizer.perceptual import LPIPS, MIN_IMAGE_SIZE
-from tokenizer.runtime import config, distributed
+from tokenizer.runtime import distributed
 from tokenizer.runtime.checkpoint import atomic_write_text
-from tokenizer.runtime.command import CannotContinue
+from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_file
 from tokenizer.train_config import open_run_split
 from tokenizer.validation import ReconstructionMeter, reconstructions
 from tokenizer.vq_model import VQModel
 
+PROG = "evaluations/reconstruction.py"
 METRICS = ("rfid", "psnr", "ssim", "lpips", "perplexity", "usage", "code_distance")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="evaluations/reconstruction.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(PROG, __doc__)
     add = parser.add_argument
     add("--vq-ckpt", type=Path, required=True, metavar="PATH",
         help="run folder, checkpoint, LlamaGen .pt, or folder with config.json and model.safetensors")
@@ -77,12 +76,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, metavar="FILE",
         help="report to write (default: evaluation/reconstruction.json in the run's folder, or reconstruction.json)")
     args = parser.parse_args(argv)
-    lowest = {"image_size": 1, "image_size_eval": 7, "batch_size": 1, "max_images": 2, "max_bad_images": 0,
-              "num_workers": 0}
-    for name, low in lowest.items():
-        value = getattr(args, name)
-        if value is not None and value < low:
-            parser.error(f"{config.flag_name(name)} is {value}; it must be at least {low}")
+    require_flags_at_least(parser, args, 1, "image_size batch_size")
+    require_flags_at_least(parser, args, 7, "image_size_eval")
+    require_flags_at_least(parser, args, 2, "max_images")
+    require_flags_at_least(parser, args, 0, "max_bad_images num_workers")
     if args.out is None:
         run = (args.vq_ckpt / "checkpoints").is_dir()
         args.out = args.vq_ckpt / "evaluation" / "reconstruction.json" if run else Path("reconstruction.json")
@@ -129,7 +126,7 @@ def open_lpips(args: argparse.Namespace, channels: int, size: int, device: torch
 
 class Scores(NamedTuple):
     values: dict[str, float]
-    count: int
+    images: int
     sha256: str          # of the reference's pixels
     unreadable: list[str]
 
@@ -212,7 +209,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     resized = args.image_size_eval != args.image_size
     protocol: dict[str, Any] = {
         "task": "reconstruction",
-        "reference": {"sha256": scores.sha256, "count": scores.count},
+        "reference": {"sha256": scores.sha256, "count": scores.images},
         "reference_name": images.name,
         "samples": {"tokenizer": args.vq_ckpt.name, "K": model.quantize.num_codes, "weights": args.weights,
                     "tokens": (args.image_size // model.downsample) ** 2},
@@ -224,29 +221,26 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         "lpips": "VGG-16, version 0.1, inputs in [-1, 1]",
     }
     protocol["id"] = protocol_id(protocol)
-    return {**{m: scores.values.get(m) for m in METRICS}, "num_images": scores.count,
+    return {**{m: scores.values.get(m) for m in METRICS}, "num_images": scores.images,
             "unreadable_images": scores.unreadable,
             "unavailable": {m: why for m, why in unavailable.items() if why}, "protocol": protocol}
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
+    with command(PROG):
         device = distributed.init(args.device)
-        require_out(args.out)
+        require_out_file(args.out)
         report = evaluate(args, device)
-    except (ValueError, OSError, CannotContinue) as error:
-        raise SystemExit(f"reconstruction.py: error: {error}") from error
-    if distributed.is_main():
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(args.out, json.dumps(report, indent=1) + "\n")
-    for name in report["unreadable_images"]:
-        distributed.print0(f"left out an image that cannot be read: {name}")
-    for metric, reason in report["unavailable"].items():
-        distributed.print0(f"not measured: {metric} ({reason})")
-    distributed.print0(" ".join(f"{m} {report[m]:.6g}" for m in METRICS if report[m] is not None))
-    distributed.print0(f"wrote {args.out}, protocol {report['protocol']['id']}")
-    distributed.finalize()
+        if distributed.is_main():
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write_text(args.out, json.dumps(report, indent=1) + "\n")
+        for name in report["unreadable_images"]:
+            distributed.print0(f"left out an image that cannot be read: {name}")
+        for metric, reason in report["unavailable"].items():
+            distributed.print0(f"not measured: {metric} ({reason})")
+        distributed.print0(" ".join(f"{m} {report[m]:.6g}" for m in METRICS if report[m] is not None))
+        distributed.print0(f"wrote {args.out}, protocol {report['protocol']['id']}")
 
 
 if __name__ == "__main__":

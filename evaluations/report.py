@@ -27,11 +27,13 @@ from evaluations.protocol import differences, protocol_id
 from evaluations.report_runs import Run, Setting, differing, group_settings, number, read_runs
 from tokenizer.runtime import config, distributed, page
 from tokenizer.runtime.checkpoint import atomic_write_text
+from tokenizer.runtime.command import command, make_parser, require_one_process, require_out_file
 from tokenizer.runtime.over_seeds import clear_best, merge
 from tokenizer.runtime.page import Cell, Table
 from tokenizer.train_config import PRESETS, RESUMABLE, TrainConfig
 from tokenizer.vq_model import ARCHITECTURES
 
+PROG = "evaluations/report.py"
 # What does not make another setting. Paths of data stay: a run's folder does not say whether two hold the same images.
 IGNORED = (RESUMABLE - {"data_path", "val_path"}) | {"global_seed"}
 STAGES = ("warmup_steps", "transition_steps", "transition", "loss_lambda", "codebook_init", "kmeans_batches",
@@ -162,7 +164,7 @@ def group_results(runs: Sequence[Run], kind: str) -> list[Group]:
 
 def flatten(values: Mapping[str, Any], name: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}"""
-    out = {}
+    out: dict[str, Any] = {}
     for key, value in values.items():
         out |= flatten(value, f"{name}{key}.") if isinstance(value, dict) else {f"{name}{key}": value}
     return out
@@ -235,19 +237,25 @@ def latent_side(cfg: Mapping[str, Any]) -> int | None:
     return int(size) // architecture.downsample if size and architecture else None
 
 
+def stages(run: Run) -> tuple[int, int]:
+    """Steps of warm-up and transition, of a run with a curriculum."""
+    assert run.lengths is not None, run.path
+    return run.lengths
+
+
 def table_5(rows: Sequence[Setting], group: Group) -> Table | None:
     """What the curriculum's parts add to a base model. None: no run has a curriculum."""
     chosen = [s for s in rows if base_model(s.config) != UNKNOWN and s.runs[0].lengths is not None]
     if not chosen:
         return None
-    chosen.sort(key=lambda s: (base_model(s.config), *(n > 0 for n in s.runs[0].lengths), enhancement(s)))
+    chosen.sort(key=lambda s: (base_model(s.config), *(n > 0 for n in stages(s.runs[0])), enhancement(s)))
     table = Table("Table 5, soft transition and manifold warm-up.", "Steps: warm-up / transition / all.",
                   ["Base model", "Enhancement", "Steps", "Seeds", *(RECONSTRUCTION[k].heading for k in TABLE_5)],
                   left=2)
     for setting, numbers in zip(chosen, metric_cells(chosen, group, _table_5_metrics()), strict=True):
         # An adaptive warm-up may end elsewhere for every seed.
-        warmups = sorted({run.lengths[0] for run in setting.runs})
-        steps = f"{' to '.join(map(str, dict.fromkeys((warmups[0], warmups[-1]))))} / {setting.runs[0].lengths[1]}"
+        warmups = sorted({stages(run)[0] for run in setting.runs})
+        steps = f"{' to '.join(map(str, dict.fromkeys((warmups[0], warmups[-1]))))} / {stages(setting.runs[0])[1]}"
         extra = enhancement(setting) + (f" ({setting.detail})" if setting.detail else "")
         table.rows.append([Cell(base_model(setting.config)), Cell(extra),
                            Cell(f"{steps} / {setting.step}"), _seed_cell(setting, group), *numbers])
@@ -265,7 +273,7 @@ def table_6(rows: Sequence[Setting], group: Group) -> Table | None:
                   "hard: alpha stays 1 during the transition, then 0; cosine: it falls along half a cosine.",
                   ["Base model", "Scheduler", "Steps", "Seeds", *(RECONSTRUCTION[k].heading for k in TABLE_5)], left=2)
     for setting, numbers in zip(chosen, metric_cells(chosen, group, _table_5_metrics()), strict=True):
-        warmup, transition = setting.runs[0].lengths
+        warmup, transition = stages(setting.runs[0])
         table.rows.append([Cell(f"{base_model(setting.config)} {enhancement(setting, schedule=False)}"),
                            Cell(setting.config["transition"]), Cell(f"{warmup} / {transition} / {setting.step}"),
                            _seed_cell(setting, group), *numbers])
@@ -298,7 +306,7 @@ def _also_differ(settings: Sequence[Setting], expected: Sequence[str]) -> list[s
 
 # -------------------------------------------------------------------------------------------------------- commands
 
-def command(cfg: Mapping[str, Any]) -> str:
+def command_line(cfg: Mapping[str, Any]) -> str:
     """The command line of tokenizer/train_provq.py that gives this configuration.
 
     ValueError: the configuration is not one of this version's trainer.
@@ -505,7 +513,7 @@ class Report:
             if not run.config:
                 continue
             try:
-                line = command(run.config)
+                line = command_line(run.config)
             except ValueError as error:
                 reason = f"not a configuration of this version's tokenizer trainer: {error}"
                 out += self._note(f"{run.name}: no command.", [reason])
@@ -544,8 +552,7 @@ def _caption(path: Path, grid: bool) -> str:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="evaluations/report.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(PROG, __doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a training run")
     parser.add_argument("--out", type=Path, default=Path("report.html"),
                         help="page to write, .html; the tables go to the same name with .md (default: report.html)")
@@ -557,20 +564,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
+    with command(PROG):
+        require_one_process()
+        tables = args.out.with_suffix(".md")
+        for path in (args.out, tables):
+            require_out_file(path)
         runs = read_runs(args.runs)
         report = Report(runs)
         text = report.html()
         args.out.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_text(args.out, text)
         header = f"# {page.markdown(report.title())}\n\n{page.markdown(report.subtitle())}\n"
-        atomic_write_text(args.out.with_suffix(".md"), "\n".join([header, *report.markdown]))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"report.py: error: {error}") from error
-    for run in runs:
-        for note in run.notes:
-            distributed.print0(f"note: {run.name}: {note}")
-    distributed.print0(f"wrote {args.out} and {args.out.with_suffix('.md')}")
+        atomic_write_text(tables, "\n".join([header, *report.markdown]))
+        for run in runs:
+            for note in run.notes:
+                distributed.print0(f"note: {run.name}: {note}")
+        distributed.print0(f"wrote {args.out} and {tables}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from sklearn.decomposition import PCA
 COLORS = ("#3a7fc4", "#d9701a", "#2c9a57", "#d0435b", "#8d63c9", "#98694a", "#1595a5", "#c9589f", "#8c8b2a", "#7d858d")
 LATENT, CODE, DEAD = "#3a7fc4", "#e07b1f", "#858c94"  # latents, codes in use, codes not in use
 _INK = "#010203"  # stands for the page's text colour until the SVG is written
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "text.parse_math": False, "font.size": 8.5, "axes.titlesize": 9, "axes.linewidth": 0.7,
     "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.3, "text.color": _INK,
     "axes.labelcolor": _INK, "axes.edgecolor": _INK, "axes.titlecolor": _INK, "xtick.color": _INK,
@@ -113,7 +113,8 @@ def code_usage(runs: Sequence[tuple[Any, str]], name: str) -> str:
 
 def _logarithmic(axis: Axes) -> None:
     """Zeros are left out; where no value is positive the axis stays linear."""
-    if any((np.asarray(line.get_ydata(), dtype=float) > 0).any() for line in axis.lines if len(line.get_xdata()) > 2):
+    curves = (np.asarray(line.get_ydata(), dtype=float) for line in axis.lines)
+    if any((values > 0).any() for values in curves if len(values) > 2):
         axis.set_yscale("log", nonpositive="mask")
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))  # no formulas: plain SVG text
         axis.yaxis.set_minor_formatter(NullFormatter())

@@ -24,14 +24,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evaluations.image_sets import as_bytes, require_out
+from evaluations.image_sets import as_bytes
 from tokenizer.data import BadImageCounter, ImageDataset, consecutive, default_augment, make_loader, split_holdout
 from tokenizer.image_sources import open_images
 from tokenizer.runtime import distributed
 from tokenizer.runtime.checkpoint import atomic_write
-from tokenizer.runtime.command import CannotContinue
+from tokenizer.runtime.command import (
+    command,
+    make_parser,
+    require_flags_at_least,
+    require_flags_positive,
+    require_one_process,
+    require_out_file,
+)
 from tokenizer.runtime.seeding import StepSampler
 
+PROG = "evaluations/train_extractor.py"
 WIDTHS = (32, 64, 128, 256)
 SPATIAL_CHANNELS = 8  # of the 8x8 map, as sFID takes 7 of Inception's 17x17
 
@@ -62,7 +70,7 @@ class Extractor(nn.Module):
         for i, stage in enumerate(self.stages):
             x = stage(x)
             if i == 2:
-                spatial = F.adaptive_avg_pool2d(x[:, : self.spatial_channels], [8, 8])
+                spatial = F.adaptive_avg_pool2d(x[:, : self.spatial_channels], 8)
             if i < 3:
                 x = F.max_pool2d(x, 2)
         pooled = x.mean(dim=[2, 3])
@@ -70,8 +78,7 @@ class Extractor(nn.Module):
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="evaluations/train_extractor.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(PROG, __doc__)
     add = parser.add_argument
     add("--data-path", help="labelled images, any source of the tokenizer trainer (default: scikit-learn's digits)")
     add("--out", type=Path, required=True, help="TorchScript file to write")
@@ -85,10 +92,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num-workers", type=int, default=0, help="data-loading processes (default: 0)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     args = parser.parse_args(argv)
-    for name, low in (("image_size", 1), ("max_steps", 1), ("batch_size", 1), ("val_size", 1), ("max_bad_images", 0),
-                      ("num_workers", 0)):
-        if getattr(args, name) < low:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {low}")
+    require_flags_at_least(parser, args, 1, "image_size max_steps batch_size val_size")
+    require_flags_at_least(parser, args, 0, "seed max_bad_images num_workers")
+    require_flags_positive(parser, args, "lr")
     if args.image_size % 8:
         parser.error(f"--image-size {args.image_size} must be a multiple of 8")
     return args
@@ -132,11 +138,10 @@ def train(args: argparse.Namespace, device: torch.device) -> tuple[Extractor, fl
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
+    with command(PROG):
         device = distributed.init(args.device)
-        if distributed.world_size() > 1:
-            raise ValueError("runs on one process; start it with python, not torchrun")
-        require_out(args.out)
+        require_one_process()
+        require_out_file(args.out)
         model, accuracy = train(args, device)
         scripted = io.BytesIO()
         with warnings.catch_warnings():
@@ -144,9 +149,7 @@ def main(argv: list[str] | None = None) -> None:
             torch.jit.save(torch.jit.script(model.cpu()), scripted)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(args.out, lambda file: file.write(scripted.getvalue()))
-    except (ValueError, OSError, CannotContinue) as error:
-        raise SystemExit(f"train_extractor.py: error: {error}") from error
-    distributed.print0(f"held-out accuracy {accuracy:.4f}; wrote {args.out}")
+        distributed.print0(f"held-out accuracy {accuracy:.4f}; wrote {args.out}")
 
 
 if __name__ == "__main__":

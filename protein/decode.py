@@ -27,18 +27,26 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from protein.inference import MAX_RESIDUES, check_out, decode_tokens, list_structures, read_chains
+from protein.inference import MAX_RESIDUES, decode_tokens, list_structures, read_chains
 from protein.pretrained import load_structure_tokenizer
 from protein.structure_io import ALTLOCS, ATOMS, Chain, check_writable, write_structure
 from protein.token_files import TokenChain, read_tokens
 from protein.validation import METRICS, reconstruction_metrics
 from tokenizer.runtime import distributed
 from tokenizer.runtime.checkpoint import atomic_write_text
+from tokenizer.runtime.command import (
+    command,
+    make_parser,
+    require_flags_at_least,
+    require_one_process,
+    require_out_folder,
+)
+
+PROG = "protein/decode.py"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="protein/decode.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(PROG, __doc__)
     add = parser.add_argument
     add("tokens", nargs="+", type=Path, metavar="FILE", help=".fasta, .jsonl or .npz files")
     add("--ckpt", type=Path, required=True, metavar="PATH", help="the tokenizer: run folder, checkpoint or export of "
@@ -53,9 +61,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max-residues", type=int, default=MAX_RESIDUES, help=f"of a batch, padding included ({MAX_RESIDUES})")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     args = parser.parse_args(argv)
-    for name in ("max_residues", "model"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+    require_flags_at_least(parser, args, 1, "model max_residues")
     return args
 
 
@@ -129,7 +135,7 @@ def read_references(entries: Sequence[TokenChain], args: argparse.Namespace) -> 
 
 def compare(chains: Sequence[Chain], references: Mapping[str, Chain]) -> dict[str, Any]:
     """Metrics of every chain, and their means."""
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for chain in chains:
         reference = references[chain.label]
         both = torch.tensor(chain.mask & reference.mask)[None]
@@ -144,7 +150,7 @@ def compare(chains: Sequence[Chain], references: Mapping[str, Chain]) -> dict[st
 
 def decode(args: argparse.Namespace, device: torch.device) -> None:
     """ValueError, OSError: mistakes in flags and files, before anything is computed."""
-    check_out(args.out, folder=True)
+    require_out_folder(args.out)
     entries = [entry for path in args.tokens for entry in read_tokens(path)]
     tokenizer = load_structure_tokenizer(args.ckpt, device)
     check_tokens(entries, tokenizer, args)
@@ -167,13 +173,10 @@ def decode(args: argparse.Namespace, device: torch.device) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
+    with command(PROG):
         device = distributed.init(args.device)
-        if distributed.world_size() > 1:
-            raise ValueError("runs on one process; start it with python, not torchrun")
+        require_one_process()
         decode(args, device)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"decode.py: error: {error}") from error
 
 
 if __name__ == "__main__":

@@ -21,16 +21,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from protein.inference import MAX_RESIDUES, check_out, encode_chains, list_structures, read_chains
+from protein.inference import MAX_RESIDUES, encode_chains, list_structures, read_chains
 from protein.pretrained import load_structure_tokenizer
 from protein.structure_io import ALTLOCS, Chain
 from protein.token_files import TokenChain, check_chain, check_name, write_tokens
 from tokenizer.runtime import distributed
+from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_file
+
+PROG = "protein/encode.py"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="protein/encode.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(PROG, __doc__)
     add = parser.add_argument
     add("structures", nargs="+", type=Path, metavar="FILE", help="structure files, and folders of them")
     add("--ckpt", type=Path, required=True, metavar="PATH", help="run folder, checkpoint or export of this project, "
@@ -43,9 +45,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max-residues", type=int, default=MAX_RESIDUES, help=f"of a batch, padding included ({MAX_RESIDUES})")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     args = parser.parse_args(argv)
-    for name, low in (("max_bad_structures", 0), ("max_residues", 1), ("model", 1)):
-        if getattr(args, name) < low:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {low}")
+    require_flags_at_least(parser, args, 1, "model max_residues")
+    require_flags_at_least(parser, args, 0, "max_bad_structures")
     return args
 
 
@@ -59,7 +60,7 @@ def blank_entry(chain: Chain, tokenizer: str) -> TokenChain:
 def encode(args: argparse.Namespace, device: torch.device) -> None:
     """Collective. ValueError, OSError: mistakes in flags and files, before anything is computed."""
     check_name(args.out)
-    check_out(args.out)
+    require_out_file(args.out)
     files = list_structures(args.structures)
     tokenizer = load_structure_tokenizer(args.ckpt, device)
     rank, world = distributed.rank(), distributed.world_size()
@@ -91,12 +92,8 @@ def encode(args: argparse.Namespace, device: torch.device) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
-        device = distributed.init(args.device)
-        encode(args, device)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"encode.py: error: {error}") from error
-    distributed.finalize()
+    with command(PROG):
+        encode(args, distributed.init(args.device))
 
 
 if __name__ == "__main__":

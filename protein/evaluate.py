@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from protein.inference import MAX_RESIDUES, check_out, decode_tokens, encode_chains, list_structures, pad, read_chains
+from protein.inference import MAX_RESIDUES, decode_tokens, encode_chains, list_structures, pad, read_chains
 from protein.pretrained import load_structure_tokenizer
 from protein.structure_io import Chain
 from protein.validation import METRICS, reconstruction_metrics
@@ -42,14 +42,15 @@ from tokenizer.code_meter import mean_pairwise_distance
 from tokenizer.provq import code_statistics
 from tokenizer.runtime import distributed
 from tokenizer.runtime.checkpoint import atomic_write_text
+from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_file
 
+PROG = "protein/evaluate.py"
 COLUMNS = ("usage", "usage_per_chain", "normalized_perplexity", "normalized_perplexity_per_chain", "code_distance",
            "rmsd", "lddt", "tm")  # of the printed table; --out has all
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="protein/evaluate.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(PROG, __doc__)
     add = parser.add_argument
     add("structures", nargs="+", type=Path, metavar="FILE", help="structure files, and folders of them")
     add("--ckpt", type=Path, nargs="+", required=True, metavar="PATH", help="tokenizers: see encode.py")
@@ -59,9 +60,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max-residues", type=int, default=MAX_RESIDUES, help=f"of a batch, padding included ({MAX_RESIDUES})")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     args = parser.parse_args(argv)
-    for name, low in (("max_bad_structures", 0), ("max_residues", 1), ("max_length", 1)):
-        if getattr(args, name) < low:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {low}")
+    require_flags_at_least(parser, args, 1, "max_length max_residues")
+    require_flags_at_least(parser, args, 0, "max_bad_structures")
     return args
 
 
@@ -69,7 +69,7 @@ def codebook_metrics(counts: Tensor, codebook: Tensor) -> dict[str, float]:
     """counts (chains, K) int64 of each chain's codes, codebook (K, D): see the head of this file."""
     pooled = code_statistics(counts.sum(0))
     each = [code_statistics(row) for row in counts if row.any()]
-    out = {"chains": len(each), "tokens": int(counts.sum())}
+    out: dict[str, float] = {"chains": len(each), "tokens": int(counts.sum())}
     for name in ("usage", "perplexity"):
         out |= {name: pooled[name], f"{name}_per_chain": float(np.mean([row[name] for row in each]))}
     for suffix in ("", "_per_chain"):
@@ -106,7 +106,7 @@ def measure(tokenizer: Any, chains: Sequence[Chain], args: argparse.Namespace, d
 
 def evaluate(args: argparse.Namespace, device: torch.device) -> None:
     """Collective. ValueError, OSError: mistakes in flags and files."""
-    check_out(args.out)
+    require_out_file(args.out)
     files = list_structures(args.structures)
     tokenizers = [load_structure_tokenizer(path, device) for path in args.ckpt]
     rank, world = distributed.rank(), distributed.world_size()
@@ -138,12 +138,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
-        device = distributed.init(args.device)
-        evaluate(args, device)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"evaluate.py: error: {error}") from error
-    distributed.finalize()
+    with command(PROG):
+        evaluate(args, distributed.init(args.device))
 
 
 if __name__ == "__main__":

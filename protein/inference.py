@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,16 +76,6 @@ def decode_tokens(
         if progress is not None:
             progress(len(batch))
     return coords
-
-
-def check_out(out: Path, *, folder: bool = False) -> None:
-    """ValueError: --out cannot become a file, or a folder of files. To be known before the work, not after it."""
-    if not folder and out.is_dir():
-        raise ValueError(f"--out {out} is a folder; name a file")
-    start = out.absolute()
-    above = next(path for path in ([start, *start.parents] if folder else start.parents) if path.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise ValueError(f"--out {out}: {above} is no folder that can be written to")
 
 
 def list_structures(paths: Sequence[Path]) -> list[tuple[Path, str]]:

@@ -23,21 +23,27 @@ from tqdm import tqdm
 
 from protein.structure_data import write_cache
 from protein.structure_io import EXTENSIONS, Chain, Failure, find_structures, iterate_folder
+from tokenizer.runtime.command import (
+    command,
+    make_parser,
+    require_flags_at_least,
+    require_one_process,
+    require_out_folder,
+)
 from tokenizer.runtime.distributed import print0
+
+PROG = "protein/prepare_structures.py"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="protein/prepare_structures.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(PROG, __doc__)
     add = parser.add_argument
     add("folder", type=Path, help=f"structure files, also in subfolders: {' '.join(EXTENSIONS)}, also with .gz")
     add("--out", type=Path, required=True, metavar="CACHE", help="folder to write; must be new")
     add("--num-workers", type=int, default=os.cpu_count() or 1, help="reading processes; 0: this one (default: cores)")
     add("--max-bad-structures", type=int, default=100, help="unreadable files to skip before it stops (default: 100)")
     args = parser.parse_args(argv)
-    for flag in ("num_workers", "max_bad_structures"):
-        if getattr(args, flag) < 0:
-            parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)} is negative")
+    require_flags_at_least(parser, args, 0, "num_workers max_bad_structures")
     return args
 
 
@@ -45,6 +51,7 @@ def prepare(args: argparse.Namespace) -> str:
     """Writes the cache -> a line about it. ValueError and OSError: see write_cache and iterate_folder."""
     if args.out.exists():
         raise ValueError(f"--out {args.out} exists already; name a new folder")
+    require_out_folder(args.out)
     files = len(find_structures(args.folder))
     summary: dict[str, Any] = {"files": files, "skipped": []}
 
@@ -65,10 +72,9 @@ def prepare(args: argparse.Namespace) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
+    with command(PROG):
+        require_one_process()
         print0(prepare(args))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"prepare_structures.py: error: {error}") from error
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,7 @@ class StructureModelConfig(ModelConfig):
                              f"decoder_heads={self.decoder_heads}")
 
 
-PRESETS: dict[str, dict[str, int]] = {
+PRESETS: dict[str, dict[str, Any]] = {
     # For generated backbones and tests: 1 M parameters.
     "tiny": {"encoder_width": 64, "encoder_heads": 16, "decoder_width": 128, "decoder_heads": 4, "decoder_layers": 3,
              "codebook_size": 64, "codebook_embed_dim": 16},

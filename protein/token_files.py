@@ -94,7 +94,7 @@ def write_tokens(path: Path, chains: Sequence[TokenChain]) -> None:
         check_chain(path, chain)
     path.parent.mkdir(parents=True, exist_ok=True)
     if kind == ".npz":
-        arrays = {
+        arrays: dict[str, Any] = {
             "tokens": np.concatenate([chain.tokens for chain in chains]).astype(np.int32),
             "offsets": np.concatenate([[0], np.cumsum([len(chain.tokens) for chain in chains])]),
             "names": np.array([chain.name for chain in chains]),

@@ -14,14 +14,21 @@ unknown) and bfactor (of CA, unbound; null: unknown). Blank lines are skipped. W
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import numpy as np
+
+from tokenizer.runtime.command import command, make_parser, require_one_process, require_out_folder
+
+PROG = "make_docking_tasks.py"
 
 
 def read_rows(source: Path) -> list[dict[str, Any]]:
@@ -112,18 +119,18 @@ def convert(source: Path, out: Path) -> tuple[dict[str, int], list[str]]:
     return {name: len(rows) - 1 for name, rows in files.items()}, left_out
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser(PROG, __doc__)
     parser.add_argument("source", type=Path, help="the JSONL file described above")
     parser.add_argument("out", type=Path, help="folder to write")
-    args = parser.parse_args()
-    try:
+    args = parser.parse_args(argv)
+    with command(PROG):
+        require_one_process()
+        require_out_folder(args.out, "out")
         counts, left_out = convert(args.source, args.out)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"make_docking_tasks.py: error: {error}") from error
-    print(", ".join(f"{name}.jsonl: {count}" for name, count in counts.items()))
-    if left_out:
-        print(f"bfactor.jsonl is without {len(left_out)}, whose B-factors are all alike: {', '.join(left_out)}")
+        print(", ".join(f"{name}.jsonl: {count}" for name, count in counts.items()))
+        if left_out:
+            print(f"bfactor.jsonl is without {len(left_out)}, whose B-factors are all alike: {', '.join(left_out)}")
 
 
 if __name__ == "__main__":

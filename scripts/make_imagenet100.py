@@ -16,13 +16,23 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from tokenizer.image_sources import EXTENSIONS
-from tokenizer.runtime.checkpoint import atomic_write_text, require_writable
+from tokenizer.runtime.checkpoint import atomic_write_text
+from tokenizer.runtime.command import (
+    command,
+    make_parser,
+    require_flags_at_least,
+    require_one_process,
+    require_out_folder,
+)
+
+PROG = "scripts/make_imagenet100.sh"
 
 
 def read_classes(path: Path) -> list[str]:
@@ -75,9 +85,8 @@ def hold_out(images: dict[str, list[Path]], total: int, seed: int) -> dict[str, 
     }
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="scripts/make_imagenet100.sh", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(PROG, __doc__)
     parser.add_argument("--imagenet", type=Path, required=True, help="folder with train/CLASS/ and val/CLASS/")
     parser.add_argument("--classes", type=Path, required=True, help="text file, one WordNet id per line")
     parser.add_argument("--out", type=Path, default=Path("data/imagenet100"), help="(default: data/imagenet100)")
@@ -85,18 +94,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--keep-in-train", action="store_true", help="train on those images as well")
     parser.add_argument("--seed", type=int, default=0, help="of the choice (default: 0)")
     args = parser.parse_args(argv)
-    try:
-        require_writable(args.out, "--out")
-        # Of real folders: `..` leads out of the one that a link points to, not of the link's.
-        imagenet, out = args.imagenet.resolve(), args.out.resolve()
-        classes = read_classes(args.classes)
-        train = list_images(imagenet / "train", classes, "--imagenet")
-        val = list_images(imagenet / "val", classes, "--imagenet")
-        test = hold_out(train, args.test_images, args.seed)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"make_imagenet100: error: {error}") from error
+    require_flags_at_least(parser, args, 0, "test_images seed")
+    return args
 
-    def lines(images: dict[str, list[Path]], keep) -> list[str]:
+
+def write_lists(args: argparse.Namespace) -> None:
+    """ValueError, OSError: mistakes in flags and files, before anything is written."""
+    # Of real folders: `..` leads out of the one that a link points to, not of the link's.
+    imagenet, out = args.imagenet.resolve(), args.out.resolve()
+    classes = read_classes(args.classes)
+    train = list_images(imagenet / "train", classes, "--imagenet")
+    val = list_images(imagenet / "val", classes, "--imagenet")
+    test = hold_out(train, args.test_images, args.seed)
+
+    def lines(images: dict[str, list[Path]], keep: Callable[[str, Path], bool]) -> list[str]:
         return [
             f"{os.path.relpath(path, out)}\t{label}\n"
             for label, name in enumerate(classes) for path in images[name] if keep(name, path)
@@ -117,6 +128,14 @@ def main(argv: list[str] | None = None) -> None:
     }
     atomic_write_text(args.out / "protocol.json", json.dumps(protocol, indent=1) + "\n")
     print(f"wrote {args.out}: " + ", ".join(f"{name}.txt {len(rows)} images" for name, rows in lists.items()))
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    with command(PROG):
+        require_one_process()
+        require_out_folder(args.out)
+        write_lists(args)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ cd "$ROOT"
 
 if "$PYTHON" -c 'import ruff, mypy' 2>/dev/null; then
     "$PYTHON" -m ruff check .
-    "$PYTHON" -m mypy tokenizer/provq.py tokenizer/provq_attach.py tokenizer/runtime
+    "$PYTHON" -m mypy tokenizer autoregressive protein synthetic evaluations scripts
 else
     echo "test.sh: $PYTHON has no ruff or mypy, lint and types are left out (pip install -r requirements-dev.txt)" >&2
 fi

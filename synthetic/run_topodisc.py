@@ -24,8 +24,11 @@ if not __package__:
 from synthetic import plots, tuning
 from synthetic.topodisc import METERS, Report, Run, Setting, make_arm, summarise, table, train_jobs
 from tokenizer.runtime.checkpoint import atomic_write_text
-from tokenizer.runtime.config import arg, parse, to_dict
+from tokenizer.runtime.command import command, require_one_process, require_out_folder
+from tokenizer.runtime.config import arg, parse, require_at_least, require_positive, to_dict
 from tokenizer.runtime.distributed import print0
+
+PROG = "synthetic/run_topodisc.py"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +58,9 @@ class RunConfig(Setting):
             raise ValueError(f"--methods names one twice: {' '.join(self.methods)}")
         if not 2 <= self.seeds <= tuning.FIRST_SEED:
             raise ValueError(f"--seeds must lie between 2 (an interval) and {tuning.FIRST_SEED}, got {self.seeds}")
-        if self.workers < 0:
-            raise ValueError(f"--workers must be >= 0, got {self.workers}")
-        if self.log_every < 1 or self.tune_seeds < 1:
-            raise ValueError(f"--log-every {self.log_every} and --tune-seeds {self.tune_seeds} must be at least 1")
-        for name in ("tune_lr", "tune_width", "tune_codes"):
-            if any(value <= 0 for value in getattr(self, name)):
-                raise ValueError(f"--{name.replace('_', '-')} takes positive numbers, got {getattr(self, name)}")
+        require_at_least(self, 0, "workers")
+        require_at_least(self, 1, "log_every tune_width tune_codes tune_seeds")
+        require_positive(self, "tune_lr")
         if max(self.tune_codes, default=0) > self.disk_points + self.outline_points:
             raise ValueError(f"--tune-codes {max(self.tune_codes)} is more than there are points")
 
@@ -148,13 +147,16 @@ def fair_view(cfg: RunConfig, out: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    cfg = parse(RunConfig, argv, description=__doc__, prog="run_topodisc.py")
-    out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
-    paper_view(cfg, out)
-    if cfg.tuned:
-        fair_view(cfg, out)
-    print0(f"\nwrote {out}")
+    cfg = parse(RunConfig, argv, description=__doc__, prog=PROG)
+    with command(PROG):
+        require_one_process()
+        out = Path(cfg.out)
+        require_out_folder(out)
+        out.mkdir(parents=True, exist_ok=True)
+        paper_view(cfg, out)
+        if cfg.tuned:
+            fair_view(cfg, out)
+        print0(f"\nwrote {out}")
 
 
 if __name__ == "__main__":

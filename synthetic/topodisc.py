@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from synthetic import meters
 from tokenizer import code_meter, provq
-from tokenizer.runtime.config import arg, to_dict
+from tokenizer.runtime.config import arg, require_at_least, require_positive, to_dict
 
 DIM = 2  # data and latents are both points of the plane
 EDGE_POINTS = 50  # points per edge of the noise-free outline whose latent image is metered and drawn
@@ -57,16 +57,10 @@ class Setting:
     beta: float = arg(0.25, "weight of the commitment loss")
 
     def __post_init__(self) -> None:
-        for name in ("disk_points", "outline_points", "num_codes", "width", "epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        for name in ("disk_radius", "outline_radius", "lr"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)}")
-        if self.sides < 3:
-            raise ValueError(f"--sides must be at least 3, got {self.sides}")
-        if self.noise < 0 or self.beta < 0:
-            raise ValueError(f"--noise and --beta must be >= 0, got {self.noise} and {self.beta}")
+        require_at_least(self, 1, "disk_points outline_points num_codes width epochs")
+        require_at_least(self, 3, "sides")
+        require_at_least(self, 0, "warmup_epochs transition_epochs noise beta")
+        require_positive(self, "disk_radius outline_radius lr")
         if self.num_codes > self.disk_points + self.outline_points:
             raise ValueError(f"--num-codes {self.num_codes} is more than there are points "
                              f"({self.disk_points + self.outline_points})")

@@ -184,6 +184,20 @@ def check_forbidden(root):
                     yield f"{path}:{node.lineno}: strict=False"
 
 
+def check_commands(root):
+    """How commands read flags and end with an error is in tokenizer/runtime/command.py, and nowhere else."""
+    for path, tree in python_files(root, (*PACKAGES, "scripts")).items():
+        if path.parts[:2] == ("tokenizer", "runtime"):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("argparse.ArgumentParser", "ArgumentParser"):
+                yield f"{path}:{node.lineno}: ArgumentParser; use command.make_parser"
+            if isinstance(node, ast.Raise) and node.exc is not None and "SystemExit" in ast.unparse(node.exc):
+                argument = next(iter(getattr(node.exc, "args", [])), None)
+                if not (isinstance(argument, ast.Constant) and isinstance(argument.value, int)):
+                    yield f"{path}:{node.lineno}: SystemExit; raise one of USER_ERRORS inside `with command(PROG)`"
+
+
 def check_length(root):
     shells = [p.relative_to(root) for p in sorted((root / "scripts").rglob("*.sh"))]
     for path in (*python_files(root), *shells):
@@ -259,6 +273,8 @@ CHECKS = [
     (check_forbidden, {"tokenizer/a.py": "m.load_state_dict(s, False)"}, None, 1),
     (check_forbidden, {"scripts/a.py": "np.load(f, allow_pickle=True)"}, None, 1),
     (check_forbidden, {"scripts/a.py": "torch.load(f, weights_only=False)"}, None, 1),
+    (check_commands, {"scripts/a.py": "import argparse\nargparse.ArgumentParser(description=__doc__)"}, None, 2),
+    (check_commands, {"protein/a.py": "try:\n  f()\nexcept OSError as e:\n  raise SystemExit(f'{e}') from e"}, None, 4),
     (check_length, {"tests/a.py": "x = 1\n" * 601}, None, 601),
     (check_length, {"tokenizer/provq.py": "x = 1\n" * 871, "tokenizer/provq_attach.py": "x = 1\n" * 870}, None, 871),
     (

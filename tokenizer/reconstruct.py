@@ -23,18 +23,27 @@ import torch
 from torchvision.utils import save_image
 
 from tokenizer import pretrained
-from tokenizer.data import BadImageCounter, TooManyBadImages, consecutive
+from tokenizer.data import BadImageCounter, consecutive
 from tokenizer.image_sources import open_images
 from tokenizer.perceptual import LPIPS
 from tokenizer.runtime import distributed
-from tokenizer.runtime.checkpoint import atomic_write, atomic_write_text, require_writable
+from tokenizer.runtime.checkpoint import atomic_write, atomic_write_text
+from tokenizer.runtime.command import (
+    command,
+    make_parser,
+    require_flags_at_least,
+    require_one_process,
+    require_out_file,
+    require_out_folder,
+)
 from tokenizer.validation import ReconstructionMeter, reconstructions
 from tokenizer.vq_model import VQModel
 
+PROG = "tokenizer/reconstruct.py"
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="tokenizer/reconstruct.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(PROG, __doc__)
     add = parser.add_argument
     add("ckpt", help="run folder, checkpoint, LlamaGen .pt, or folder with config.json and model.safetensors")
     add("images", nargs="?", help="folder, .tar, .zip, shard pattern or list of images, or digits; none: only export")
@@ -55,9 +64,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not (args.images or args.export_hf or args.export_llamagen):
         parser.error("nothing to do: give images, --export-hf or --export-llamagen")
-    for name in ("batch_size", "image_size", "max_images"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+    require_flags_at_least(parser, args, 1, "batch_size image_size max_images")
+    require_flags_at_least(parser, args, 0, "max_pictures max_bad_images num_workers")
     return args
 
 
@@ -108,21 +116,21 @@ def reconstruct(model: VQModel, args: argparse.Namespace, device: torch.device) 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
+    with command(PROG):
         device = distributed.init(args.device)
-        if distributed.world_size() > 1:
-            raise ValueError("runs on one process; start it with python, not torchrun")
+        require_one_process()
         if args.images:
-            require_writable(args.out, "--out")
+            require_out_folder(args.out)
+        if args.export_hf:
+            require_out_folder(args.export_hf, "--export-hf")
+        if args.export_llamagen:
+            require_out_file(args.export_llamagen, "--export-llamagen")
         model = pretrained.load_tokenizer(args.ckpt, device, args.weights, codebook_l2_norm=args.codebook_l2_norm)
         export(model, args)
         if args.images:
             metrics = reconstruct(model, args, device)
             distributed.print0(" ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
             distributed.print0(f"wrote {args.out}")
-    # Mistakes in flags or files, and a tokenizer that has diverged: without a traceback.
-    except (ValueError, OSError, TooManyBadImages, FloatingPointError) as error:
-        raise SystemExit(f"reconstruct.py: error: {error}") from error
 
 
 if __name__ == "__main__":

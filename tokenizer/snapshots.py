@@ -6,6 +6,7 @@ evaluations/report.py draws them.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,5 +43,5 @@ def save_snapshot(
     arrays = {"latents": points, "codes": codes, "code_rows": rows, "indices": indices,
               "counts": nothing if counts is None else counts}
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, lambda file: np.savez(file, step=step, stage=stage,
-                                             **{name: value.cpu().numpy() for name, value in arrays.items()}))
+    entries: dict[str, Any] = {name: value.cpu().numpy() for name, value in arrays.items()}
+    atomic_write(path, lambda file: np.savez(file, step=step, stage=stage, **entries))

@@ -125,13 +125,16 @@ def check(cfg: TrainConfig, world_size: int) -> None:
     kmeans_batches(cfg, tokens_per_batch(cfg))  # raises
 
 
+Indices = Sequence[int] | np.ndarray
+
+
 class DataSplit(NamedTuple):
     """What a run trains and validates on: two sources, often the same one, and indices into each, sorted."""
 
     source: ImageSource
-    train_indices: Sequence[int] | np.ndarray
+    train_indices: Indices
     val_source: ImageSource
-    val_indices: Sequence[int] | np.ndarray
+    val_indices: Indices
 
     def fingerprints(self) -> dict[str, str]:
         """As a run records them."""
@@ -143,8 +146,8 @@ def open_split(cfg: TrainConfig) -> DataSplit:
     source = _open("--data-path", cfg.data_path, cfg.image_channels)
     if cfg.val_path:
         val_source = _open("--val-path", cfg.val_path, cfg.image_channels)
-        train = range(len(source))
-        val = spread(len(val_source), cfg.val_size or len(val_source))
+        train: Indices = range(len(source))
+        val: Indices = spread(len(val_source), cfg.val_size or len(val_source))
     else:
         size = min(cfg.val_size, max(1, len(source) // 10)) if cfg.data_path else cfg.val_size
         val_source, (train, val) = source, split_holdout(len(source), size, cfg.global_seed)

@@ -94,7 +94,7 @@ class Reconstruction(NamedTuple):
 
 @torch.no_grad()
 def reconstructions(
-    model: VQModel, source: ImageSource, image_size: int, *, batches: Sequence[Sequence[int]], num_workers: int,
+    model: VQModel, source: ImageSource, image_size: int, *, batches: Sequence[list[int]], num_workers: int,
     bad: BadImageCounter, device: torch.device,
 ) -> Iterator[Reconstruction]:
     """Encode and decode images of a source in the given order; unreadable ones are left out and counted in `bad`.

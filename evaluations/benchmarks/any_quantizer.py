@@ -30,8 +30,16 @@ from tokenizer.image_sources import open_images
 from tokenizer.pixels import psnr
 from tokenizer.provq import code_statistics
 from tokenizer.provq_attach import Curriculum, attach
+from tokenizer.runtime.command import (
+    command,
+    make_parser,
+    require_flags_at_least,
+    require_flags_positive,
+    require_out_file,
+)
 from tokenizer.vq_model import Architecture, Decoder, Encoder
 
+PROG = "evaluations/benchmarks/any_quantizer.py"
 DIM = 8  # channels of a code
 ARCHITECTURE = Architecture(32, (1, 1), encoder_blocks=(0, 2), decoder_blocks=(0, 2), z_channels=32)  # halves once
 
@@ -66,6 +74,8 @@ QUANTIZERS: dict[str, Callable[[], nn.Module]] = {  # about 256 codes each
 
 class Autoencoder(nn.Module):
     """Images (B, C, S, S) in [-1, 1] around any quantizer of tokens."""
+
+    quantize: Any  # a module of another package, with attach's .provq
 
     def __init__(self, quantizer: nn.Module, channels: int, flat: bool):
         super().__init__()
@@ -117,19 +127,20 @@ def score(model: Autoencoder, images: Tensor) -> dict[str, float]:
 
 
 def load(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """Training and held-out images (n, C, S, S), in memory. SystemExit: too few of them."""
+    """Training and held-out images (n, C, S, S), in memory. ValueError: too few of them."""
     source = open_images(args.data_path, channels=1 if args.data_path is None else 3)
     if len(source) <= args.val_size:
-        raise SystemExit(f"--val-size {args.val_size} of {len(source)} images leaves none to train on")
-    return tuple(
+        raise ValueError(f"--val-size {args.val_size} of {len(source)} images leaves none to train on")
+    training, held_out = (
         torch.stack([dataset[i]["image"] for i in range(len(dataset))])
         for half in split_holdout(len(source), args.val_size, seed=0)
         for dataset in [ImageDataset(source, args.image_size, indices=half[: args.max_images])]
     )
+    return training, held_out
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(PROG, __doc__)
     parser.add_argument("data_path", nargs="?", help="images, as for train_provq.py; none = scikit-learn's digits")
     parser.add_argument("--quantizers", nargs="+", default=list(QUANTIZERS), choices=QUANTIZERS, metavar="NAME",
                         help=f"of {', '.join(QUANTIZERS)}; default all")
@@ -144,18 +155,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-images", type=int, default=20_000, help="at most so many of each half are read")
     parser.add_argument("--out", type=Path, help="also write every run as a line of JSON there")
     args = parser.parse_args(argv)
-    for name in ("steps", "image_size", "batch_size", "lr", "code_lr", "val_size", "max_images"):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be positive")
-    if args.steps < 3 or args.image_size % ARCHITECTURE.downsample:
-        parser.error(f"--steps must be at least 3 and --image-size a multiple of {ARCHITECTURE.downsample}")
+    require_flags_at_least(parser, args, 3, "steps")
+    require_flags_at_least(parser, args, 1, "image_size batch_size val_size max_images")
+    require_flags_at_least(parser, args, 0, "seeds")
+    require_flags_positive(parser, args, "lr code_lr")
+    if args.image_size % ARCHITECTURE.downsample:
+        parser.error(f"--image-size {args.image_size} must be a multiple of {ARCHITECTURE.downsample}")
+    if not 0 <= args.loss_floor <= 1:
+        parser.error(f"--loss-floor {args.loss_floor} must lie in [0, 1]")
     if args.out and args.out.exists():
         parser.error(f"--out {args.out} exists: name another file, or remove it")
     return args
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+def compare(args: argparse.Namespace) -> None:
     training, held_out = load(args)
     third = args.steps // 3
     curricula = {"bare": Curriculum(0, 0), "+ ProVQ": Curriculum(third, third, loss_floor=args.loss_floor)}
@@ -173,6 +186,14 @@ def main(argv: list[str] | None = None) -> None:
                 spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
                 cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
             print(f"| {name} | {label} | {' | '.join(cells)} |", flush=True)  # noqa: T201
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    with command(PROG):
+        if args.out:
+            require_out_file(args.out)
+        compare(args)
 
 
 if __name__ == "__main__":

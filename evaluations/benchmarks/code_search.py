@@ -21,6 +21,9 @@ import torch
 from torch import Tensor
 
 from tokenizer import provq
+from tokenizer.runtime.command import command, make_parser, require_flags_at_least
+
+PROG = "evaluations/benchmarks/code_search.py"
 
 
 def whole_matrix(x: Tensor, codebook: Tensor) -> Tensor:
@@ -42,11 +45,7 @@ def seconds(function: Callable[[], Tensor], repeats: int, device: torch.device) 
     return statistics.median(times[1:])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("tokens", 8192), ("codes", 16384), ("dim", 8), ("threads", 2), ("repeats", 7)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    args = parser.parse_args()
+def measure(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
@@ -56,12 +55,21 @@ def main() -> None:
     limit = provq.CPU_SEARCH_ELEMENTS if device.type == "cpu" else provq.GPU_SEARCH_ELEMENTS
     blocks = {"whole matrix": args.tokens * args.codes, "provq.nearest_code": min(limit, args.tokens * args.codes)}
     differ = (ways["whole matrix"]() != ways["provq.nearest_code"]()).double().mean().item()
-    if differ > 1e-3:
-        raise SystemExit(f"the searches differ in {differ:.2%} of the codes")
+    assert differ <= 1e-3, f"the searches differ in {differ:.2%} of the codes"
     print(f"N={args.tokens} K={args.codes} D={args.dim} on {device}, {args.threads} threads, torch {torch.__version__}")  # noqa: T201
     for name, way in ways.items():
         taken = seconds(way, args.repeats, device)
         print(f"{name:20s} {taken:8.4f} s   distance block {blocks[name] * 4 / 2**20:8.1f} MiB")  # noqa: T201
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser(PROG, __doc__)
+    for name, default in (("tokens", 8192), ("codes", 16384), ("dim", 8), ("threads", 2), ("repeats", 7)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    args = parser.parse_args(argv)
+    require_flags_at_least(parser, args, 1, "tokens codes dim threads repeats")
+    with command(PROG):
+        measure(args)
 
 
 if __name__ == "__main__":

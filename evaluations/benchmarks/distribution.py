@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from evaluations import distribution
+from tokenizer.runtime.command import command, make_parser, require_flags_at_least
 
+PROG = "evaluations/benchmarks/distribution.py"
 POOLED, SPATIAL, CLASSES = 2048, 2023, 1008  # of Inception-v3
 
 
@@ -30,11 +32,7 @@ def frechet(first: Tensor, second: Tensor) -> float:
     return distribution.frechet_distance(*gaussians)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("samples", 10_000), ("threads", 2)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    args = parser.parse_args()
+def measure(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     reference, samples = (torch.randn(args.samples, POOLED).relu_() for _ in range(2))
@@ -57,6 +55,17 @@ def main() -> None:
         print(f"{name:20s} {taken:7.1f} s", flush=True)  # noqa: T201
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"{'all':20s} {total:7.1f} s   peak memory {peak:.1f} GiB")  # noqa: T201
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser(PROG, __doc__)
+    for name, default in (("samples", 10_000), ("threads", 2)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    args = parser.parse_args(argv)
+    require_flags_at_least(parser, args, distribution.KID_SUBSET_SIZE, "samples")
+    require_flags_at_least(parser, args, 1, "threads")
+    with command(PROG):
+        measure(args)
 
 
 if __name__ == "__main__":

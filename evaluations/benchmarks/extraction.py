@@ -33,7 +33,10 @@ from evaluations.benchmarks import peer
 from tokenizer.data import BadImageCounter, ImageDataset, consecutive, make_loader
 from tokenizer.image_sources import open_images
 from tokenizer.pretrained import to_llamagen_state_dict
+from tokenizer.runtime.command import command, make_parser, require_flags_at_least
 from tokenizer.vq_model import VQModel, VQModelConfig
+
+PROG = "evaluations/benchmarks/extraction.py"
 
 
 def matmul_gflops() -> float:
@@ -89,13 +92,8 @@ def measure(title: str, model: VQModel, encode: Callable[[Tensor], Tensor], size
           f"{matmul_gflops():.0f} in float32 matrix products")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer", type=Path, help="checkout of LlamaGen, for 256 x 256")
-    for name, default in (("images", 512), ("images-256", 8), ("num-workers", 0), ("threads", 2), ("repeats", 3)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--batch-size", type=int, help="(default: extract_codes.py's)")
-    args = parser.parse_args()
+def measure_all(args: argparse.Namespace) -> None:
+    """ValueError: --peer is no checkout of LlamaGen."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as name:
@@ -112,6 +110,19 @@ def main() -> None:
             for precision in ("none", "bf16"):
                 measure("256 x 256, VQ-16", large, lambda x: theirs.encode(x)[2][2], 256, args,
                         args.images_256, Path(name), precision)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser(PROG, __doc__)
+    parser.add_argument("--peer", type=Path, help="checkout of LlamaGen, for 256 x 256")
+    for name, default in (("images", 512), ("images-256", 8), ("num-workers", 0), ("threads", 2), ("repeats", 3)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--batch-size", type=int, help="(default: extract_codes.py's)")
+    args = parser.parse_args(argv)
+    require_flags_at_least(parser, args, 1, "images images_256 threads repeats batch_size")
+    require_flags_at_least(parser, args, 0, "num_workers")
+    with command(PROG):
+        measure_all(args)
 
 
 if __name__ == "__main__":

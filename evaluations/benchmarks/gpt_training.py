@@ -17,14 +17,13 @@ import torch.nn.functional as F
 
 from autoregressive.gpt import GPT, GPT_PRESETS
 from evaluations.benchmarks import peer
+from tokenizer.runtime.command import command, make_parser, require_flags_at_least
+
+PROG = "evaluations/benchmarks/gpt_training.py"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer", type=Path, required=True, help="checkout of LlamaGen")
-    for name, default in (("batch-size", 2), ("threads", 2), ("repeats", 5)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    args = parser.parse_args()
+def measure(args: argparse.Namespace) -> None:
+    """ValueError: --peer is no checkout of LlamaGen."""
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
@@ -54,6 +53,17 @@ def main() -> None:
 
     print(f"GPT-B, batch {args.batch_size} x 256 codes on {device}, {args.threads} threads, torch {torch.__version__}")  # noqa: T201
     peer.report("codes", 256 * args.batch_size, *peer.compare(run_ours, run_theirs, args.repeats))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser(PROG, __doc__)
+    parser.add_argument("--peer", type=Path, required=True, help="checkout of LlamaGen")
+    for name, default in (("batch-size", 2), ("threads", 2), ("repeats", 5)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    args = parser.parse_args(argv)
+    require_flags_at_least(parser, args, 1, "batch_size threads repeats")
+    with command(PROG):
+        measure(args)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,11 @@ import torch
 def load_module(checkout: Path, file: str) -> ModuleType:
     """A module of the checkout by its file, under a name of its own: its package may be called like one of ours.
 
-    SystemExit: the file is not there.
+    ValueError: the file is not there.
     """
     path = checkout / file
     if not path.is_file():
-        raise SystemExit(f"--peer {checkout} has no {file}; name a checkout of the peer's repository")
+        raise ValueError(f"--peer {checkout} has no {file}; name a checkout of the peer's repository")
     if str(checkout) not in sys.path:
         sys.path.append(str(checkout))  # for what the module imports itself; ours come first
     name = "peer_" + path.stem

@@ -21,6 +21,10 @@ import torch
 from autoregressive.gpt import GPT, GPT_PRESETS
 from autoregressive.sampling import SamplingConfig, compile_decoding, generate
 from evaluations.benchmarks import peer
+from tokenizer.runtime.command import as_flag_errors, command, make_parser, require_flags_at_least
+
+PROG = "evaluations/benchmarks/sampling.py"
+CODES = 256  # of an image, of both models
 
 
 def bandwidth(device: torch.device) -> float:
@@ -30,15 +34,8 @@ def bandwidth(device: torch.device) -> float:
     return 2 * source.numel() / min(peer.seconds(lambda: target.copy_(source)) for _ in range(10))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer", type=Path, required=True, help="checkout of LlamaGen")
-    for name, default in (("batch-size", 8), ("codes", 256), ("threads", 2), ("repeats", 3)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--cfg-scale", type=float, default=2.0)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--compile", action="store_true", help="compile our decoding step")
-    args = parser.parse_args()
+def measure(args: argparse.Namespace) -> None:
+    """ValueError: --peer is no checkout of LlamaGen."""
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, args.dtype)
@@ -46,17 +43,16 @@ def main() -> None:
     ours = GPT(GPT_PRESETS["GPT-B"])
     torch.nn.init.normal_(ours.output.weight, std=0.02)
     theirs = peer.load_module(args.peer, "autoregressive/models/gpt.py").GPT_models["GPT-B"](
-        vocab_size=16384, block_size=256, num_classes=1000, cls_token_num=1, model_type="c2i")
+        vocab_size=16384, block_size=CODES, num_classes=1000, cls_token_num=1, model_type="c2i")
     theirs.load_state_dict(ours.state_dict())
     ours.to(device).cast(dtype).eval()
     theirs.to(device=device, dtype=dtype).eval()
     their_generate = peer.load_module(args.peer, "autoregressive/models/generate.py").generate
     labels = torch.arange(args.batch_size, device=device)
     compiled = compile_decoding(ours) if args.compile else None
-    config = SamplingConfig(cfg_scale=args.cfg_scale)
 
     def run_ours() -> object:
-        return generate(ours, labels, seeds=range(args.batch_size), config=config, num_codes=args.codes,
+        return generate(ours, labels, seeds=range(args.batch_size), config=args.sampling, num_codes=args.codes,
                         compiled=compiled)
 
     def run_theirs() -> object:
@@ -72,6 +68,24 @@ def main() -> None:
         read = ours.config.num_parameters * torch.finfo(dtype).bits / 8 * args.codes
         share = read / statistics.median(times[0]) / bandwidth(device)
         print(f"share of the memory bandwidth: {share:.1%}")  # noqa: T201
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser(PROG, __doc__)
+    parser.add_argument("--peer", type=Path, required=True, help="checkout of LlamaGen")
+    for name, default in (("batch-size", 8), ("codes", CODES), ("threads", 2), ("repeats", 3)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--cfg-scale", type=float, default=2.0)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--compile", action="store_true", help="compile our decoding step")
+    args = parser.parse_args(argv)
+    require_flags_at_least(parser, args, 1, "batch_size codes threads repeats")
+    if args.codes > CODES:
+        parser.error(f"--codes is {args.codes}; both draw at most {CODES}, those of an image of 256 x 256 pixels")
+    with as_flag_errors(parser):
+        args.sampling = SamplingConfig(cfg_scale=args.cfg_scale)
+    with command(PROG):
+        measure(args)
 
 
 if __name__ == "__main__":

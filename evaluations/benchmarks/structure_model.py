@@ -29,7 +29,9 @@ from evaluations.benchmarks import peer
 from protein.geometry import place_atom
 from protein.losses import structure_losses
 from protein.structure_model import PRESETS, StructureModelConfig, StructureVQModel, to_structtokenbench
+from tokenizer.runtime.command import command, make_parser, require_flags_at_least
 
+PROG = "evaluations/benchmarks/structure_model.py"
 # What the peer's model file imports for its trainer and its data; none of it takes part in a step of the model.
 UNUSED = ("hydra", "pytorch_lightning", "transformers", "deepspeed", "zstd", "cloudpathlib",
           "modeling_util", "util", "protein_chain")
@@ -58,10 +60,10 @@ class _Config(dict):
     __getattr__ = dict.__getitem__
 
 
-def load_peer(stb: Path, esm: Path, config: StructureModelConfig) -> nn.Module:
-    """StructTokenBench's VQVAEModel of the same sizes as config. SystemExit: a checkout without its files."""
+def load_peer(stb: Path, esm: Path, config: StructureModelConfig) -> Any:
+    """StructTokenBench's VQVAEModel of the same sizes as config. ValueError: a checkout without its files."""
     if not (esm / "esm" / "models" / "vqvae.py").is_file():
-        raise SystemExit(f"--peer-esm {esm} has no esm/models/vqvae.py; name a checkout of evolutionaryscale/esm")
+        raise ValueError(f"--peer-esm {esm} has no esm/models/vqvae.py; name a checkout of evolutionaryscale/esm")
     sys.path.append(str(esm))
     finder = _UnusedFinder()
     sys.meta_path.insert(0, finder)
@@ -90,7 +92,8 @@ def backbones(batch: int, length: int) -> Tensor:
         batch, 3 * length, generator=generator)  # psi, omega, phi: of the atoms N, CA, C that follow
     atoms = [torch.tensor(atom).expand(batch, 3) for atom in ((0.0, 0.0, 0.0), (1.46, 0.0, 0.0), (2.0, 1.43, 0.0))]
     for i in range(3, 3 * length):
-        atoms.append(place_atom(*atoms[-3:], (1.33, 1.46, 1.52)[i % 3], (2.03, 2.12, 1.94)[i % 3], torsions[:, i]))
+        a, b, c = atoms[-3:]
+        atoms.append(place_atom(a, b, c, (1.33, 1.46, 1.52)[i % 3], (2.03, 2.12, 1.94)[i % 3], torsions[:, i]))
     return torch.stack(atoms, dim=1).view(batch, length, 3, 3)
 
 
@@ -148,17 +151,8 @@ def time_extraction(args: argparse.Namespace, config: StructureModelConfig, devi
     print(f"{args.extract} chains of {args.length} residues to tokens, one by one: {taken:.1f} s")  # noqa: T201
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer-stb", type=Path, help="checkout of StructTokenBench")
-    parser.add_argument("--peer-esm", type=Path, help="checkout of esm, which StructTokenBench imports")
-    parser.add_argument("--preset", choices=PRESETS, help="default: small for training, paper for --extract")
-    parser.add_argument("--quantizer", choices=("vq", "aminoaseed"), default="vq")
-    parser.add_argument("--extract", type=int, default=0, help="time the tokens of this many chains instead")
-    parser.add_argument("--bf16", action="store_true", help="training steps under bfloat16 autocast")
-    for name, default in (("batch-size", 4), ("length", 256), ("threads", 2), ("repeats", 5)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    args = parser.parse_args()
+def measure(args: argparse.Namespace) -> None:
+    """ValueError: a checkout that lacks files."""
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     preset = args.preset or ("paper" if args.extract else "small")
@@ -167,10 +161,27 @@ def main() -> None:
     if args.extract:
         time_extraction(args, config, device)
         return
-    if args.peer_stb is None or args.peer_esm is None:
-        parser.error("a training step is compared with a peer: give --peer-stb and --peer-esm, or --extract")
     print(f"training step of {args.batch_size} chains of {args.length} residues")  # noqa: T201
     compare_training(args, config, device)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser(PROG, __doc__)
+    parser.add_argument("--peer-stb", type=Path, help="checkout of StructTokenBench")
+    parser.add_argument("--peer-esm", type=Path, help="checkout of esm, which StructTokenBench imports")
+    parser.add_argument("--preset", choices=PRESETS, help="default: small for training, paper for --extract")
+    parser.add_argument("--quantizer", choices=("vq", "aminoaseed"), default="vq")
+    parser.add_argument("--extract", type=int, default=0, help="time the tokens of this many chains instead")
+    parser.add_argument("--bf16", action="store_true", help="training steps under bfloat16 autocast")
+    for name, default in (("batch-size", 4), ("length", 256), ("threads", 2), ("repeats", 5)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    args = parser.parse_args(argv)
+    require_flags_at_least(parser, args, 1, "batch_size length threads repeats")
+    require_flags_at_least(parser, args, 0, "extract")
+    if not args.extract and (args.peer_stb is None or args.peer_esm is None):
+        parser.error("a training step is compared with a peer: give --peer-stb and --peer-esm, or --extract")
+    with command(PROG):
+        measure(args)
 
 
 if __name__ == "__main__":

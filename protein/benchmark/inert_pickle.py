@@ -33,10 +33,13 @@ class Inert:
     """Stands for an object of a class that is not imported. args: of its construction; attributes: of its state."""
 
     qualified_name = ""
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    state: Any
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Inert:
         self = super().__new__(cls)
-        self.args, self.kwargs, self.state = args, kwargs, None  # type: ignore[attr-defined]
+        self.args, self.kwargs, self.state = args, kwargs, None
         return self
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...

@@ -43,8 +43,16 @@ from tokenizer.code_meter import mean_pairwise_distance
 from tokenizer.provq import code_statistics
 from tokenizer.runtime import distributed
 from tokenizer.runtime.checkpoint import atomic_write_text
+from tokenizer.runtime.command import (
+    command,
+    make_parser,
+    require_flags_at_least,
+    require_one_process,
+    require_out_file,
+)
 from tokenizer.runtime.page import Cell, Table, markdown_table
 
+PROG = "protein/benchmark/sensitivity.py"
 GAP = -10
 CONFORMATIONS = {"fold_switching": "codnas.csv", "apo_holo": "apo.csv"}  # in the archive's sensitivity/conformational
 SKIPPED = {("fold_switching", 2)}  # a pair that StructTokenBench leaves out, by its place in the file
@@ -289,8 +297,7 @@ def _percent(value: float | None) -> Cell:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="protein/benchmark/sensitivity.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(PROG, __doc__)
     add = parser.add_argument
     add("--tokenizer", nargs="+", required=True, help="see baselines.py; LABEL=... names it in tables")
     add("--pairs", nargs="+", default=[], metavar="FILE", help=f"JSONL files, or {', '.join(CONFORMATIONS)}")
@@ -301,6 +308,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, required=True, help="where to write: OUT.json and OUT.md, over those of an earlier call")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of the tokenizers (default: auto)")
     args = parser.parse_args(argv)
+    require_flags_at_least(parser, args, 1, "max_length")
     if not args.pairs and not args.chains:
         parser.error("give --pairs or --chains")
     if args.data is None and {*args.pairs, *args.chains} & {*CONFORMATIONS, *UTILITY}:
@@ -366,6 +374,8 @@ def output_files(out: Path) -> tuple[Path, Path]:
     """OUT.json and OUT.md, also for OUT.json. ValueError: files of these names that an earlier call has not written."""
     stem = out.name.removesuffix(".json")  # not with_suffix, to which lambda-0.5 and lambda-0.25 are one name
     report, text = out.with_name(f"{stem}.json"), out.with_name(f"{stem}.md")
+    for file in (report, text):
+        require_out_file(file)
     if report.exists():
         try:
             found = json.loads(report.read_text(encoding="utf-8"))
@@ -380,16 +390,14 @@ def output_files(out: Path) -> tuple[Path, Path]:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
+    with command(PROG):
+        require_one_process()
         files = output_files(args.out)
         report = run(args)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_text(files[0], json.dumps(report, indent=1) + "\n")
         atomic_write_text(files[1], "\n".join(map(markdown_table, tables(report))))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"sensitivity.py: error: {error}") from error
-    distributed.finalize()
-    distributed.print0(f"wrote {files[0]} and .md")
+        distributed.print0(f"wrote {files[0]} and .md")
 
 
 if __name__ == "__main__":

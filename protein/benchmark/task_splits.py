@@ -140,8 +140,9 @@ def split_entries(
         by_unit: dict[Hashable, list[int]] = {}
         for i in members:
             by_unit.setdefault(units[i], []).append(i)
-        return tuple([i for unit in part for i in by_unit[unit]]  # type: ignore[return-value]
-                     for part in train_test_split(list(by_unit), test_size=ratio, random_state=_SEED))
+        first, second = ([i for unit in part for i in by_unit[unit]]
+                         for part in train_test_split(list(by_unit), test_size=ratio, random_state=_SEED))
+        return first, second
 
     train: list[int] = []
     fold_test: list[int] = []

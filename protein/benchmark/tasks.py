@@ -23,7 +23,6 @@ StructTokenBench's tasks (Yuan et al., ICML 2025) come from its archive, see tas
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
 import zipfile
@@ -322,9 +321,7 @@ def save_prepared(task: Task, path: Path, source: str) -> None:
         "labels": np.concatenate([example.labels for _, example in examples]),
     }
     arrays |= {name: np.concatenate([getattr(chain, name) for chain in chains]) for name in _CHAIN_ARRAYS}
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    atomic_write(path, lambda file: file.write(buffer.getbuffer()))
+    atomic_write(path, lambda file: np.savez(file, **arrays))
 
 
 def load_prepared(path: Path, source: str) -> Task | None:

@@ -17,7 +17,6 @@ files use another --results-dir. Writes table3.md, .csv and .html there.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
 import re
@@ -55,8 +54,10 @@ from protein.benchmark.tasks import (
 from protein.structure_io import Chain
 from tokenizer.runtime import config, distributed
 from tokenizer.runtime.checkpoint import atomic_write, atomic_write_text
+from tokenizer.runtime.command import command, require_one_process, require_out_folder
 from tokenizer.runtime.config import REQUIRED, arg
 
+PROG = "protein/benchmark/train_task.py"
 CHAINS_PER_FILE = 256  # of tokens: what is lost when a run is killed
 PRESETS: dict[str, dict[str, Any]] = {
     "structtokenbench": {},                            # the defaults
@@ -106,7 +107,7 @@ class TaskConfig:
 
 
 def parse_config(argv: list[str] | None = None) -> TaskConfig:
-    return config.parse(TaskConfig, argv, presets=PRESETS, prog="protein/benchmark/train_task.py",
+    return config.parse(TaskConfig, argv, presets=PRESETS, prog=PROG,
                         description=__doc__ or "", pick_preset=lambda given: given.get("preset", "structtokenbench"))
 
 
@@ -176,9 +177,7 @@ def tokenize(tokenizer: ChainTokenizer, chains: Sequence[Chain], folder: Path, s
         tokens = _load_tokens(path, identity, part)
         if tokens is None:
             tokens = tokenizer.encode(part)
-            buffer = io.BytesIO()
-            np.savez_compressed(buffer, identity=identity, tokens=np.concatenate(tokens))
-            atomic_write(path, lambda file, buffer=buffer: file.write(buffer.getbuffer()))  # type: ignore[misc]
+            atomic_write(path, partial(np.savez_compressed, identity=identity, tokens=np.concatenate(tokens)))
         out += tokens
     return out
 
@@ -285,9 +284,11 @@ def _slug(text: str) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     cfg = parse_config(argv)
-    try:
+    with command(PROG):
+        require_one_process()
         device = distributed.init(cfg.device)
         root = Path(cfg.results_dir)
+        require_out_folder(root, "--results-dir")
         tokenizers = [open_tokenizer(name, device) for name in cfg.tokenizer]
         labels = [tokenizer.label for tokenizer in tokenizers]
         names = open_tasks(cfg, root / "structures")  # all, so that a mistake in the last one does not cost a sweep
@@ -296,10 +297,7 @@ def main(argv: list[str] | None = None) -> None:
             for tokenizer in tokenizers:
                 sweep(cfg, task, tokenizer, device)
                 write_report(root, labels, list(names.values()))
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"train_task.py: error: {error}") from error
-    distributed.finalize()
-    distributed.print0(f"wrote {root / 'table3.md'}, .csv and .html")
+        distributed.print0(f"wrote {root / 'table3.md'}, .csv and .html")
 
 
 if __name__ == "__main__":

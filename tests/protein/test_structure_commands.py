@@ -186,7 +186,8 @@ def test_encoding_checks_the_output_before_the_work(base, tmp_path, monkeypatch)
     assert "cannot hold a name with spaces; use .jsonl or .npz" in fails(encode, [*words, tmp_path / "t.fasta"])
     (tmp_path / "folder.npz").mkdir()
     assert "folder.npz is a folder" in fails(encode, [*words, tmp_path / "folder.npz"])
-    assert "two words.cif is no folder" in fails(encode, [*words, tmp_path / "two words.cif" / "t.npz"])
+    below_a_file = tmp_path / "two words.cif" / "t.npz"
+    assert "two words.cif: no files can be written there" in fails(encode, [*words, below_a_file])
     monkeypatch.setattr(evaluate, "measure", never)
     assert "folder.npz is a folder" in fails(evaluate, [*words, tmp_path / "folder.npz"])
 
@@ -218,7 +219,7 @@ def test_references_are_checked_before_the_work(base, tmp_path, monkeypatch):
     assert f"has {len(chain)} residues, not 2" in fails(decode, [*words, base / "structures"])
     (tmp_path / "file").touch()
     words[4] = tmp_path / "file"
-    assert "file is no folder" in fails(decode, [*words, base / "structures"])
+    assert "file: no files can be written there" in fails(decode, [*words, base / "structures"])
 
 
 def test_references_of_another_model_and_conformation(base, tmp_path):

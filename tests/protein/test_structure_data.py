@@ -223,7 +223,7 @@ def test_command_line(folder, tmp_path):
 @pytest.mark.parametrize(("words", "message"), [
     (["{folder}", "--out", "{folder}"], "exists already"),
     (["{folder}/absent", "--out", "{folder}/new"], "no such folder"),
-    (["{folder}", "--out", "{folder}/new", "--num-workers", "-1"], "--num-workers -1 is negative"),
+    (["{folder}", "--out", "{folder}/new", "--num-workers", "-1"], "--num-workers is -1; it must be at least 0"),
     (["{folder}", "--out", "{folder}/new", "--num-workers", "0", "--max-bad-structures", "0"], "bad.pdb"),
 ])
 def test_mistakes_on_the_command_line(folder, words, message, capsys):

@@ -100,7 +100,7 @@ def test_edges_run_in_order_from_corner_to_corner():
 @pytest.mark.parametrize(("wrong", "message"), [
     ({"sides": 2}, "--sides"), ({"lr": 0.0}, "--lr"), ({"noise": -1.0}, "--noise"), ({"width": 0}, "--width"),
     ({"num_codes": 676}, "--num-codes 676"), ({"epochs": 300}, "--epochs 300"), ({"loss_floor": 2.0}, "loss_floor"),
-    ({"warmup_epochs": -1}, "warmup_steps"),
+    ({"warmup_epochs": -1}, "--warmup-epochs is -1"),
 ])
 def test_settings_that_cannot_be_are_refused_by_name(wrong, message):
     with pytest.raises(ValueError, match=message):
@@ -434,7 +434,7 @@ def test_the_command_writes_numbers_and_pictures(tmp_path, capsys):
 
 @pytest.mark.parametrize(("words", "message"), [
     (["--methods", "vanila"], "unknown method 'vanila'"), (["--methods", "soft", "soft"], "--methods names one twice"),
-    (["--seeds", "1"], "--seeds"), (["--log-every", "0"], "--log-every 0"), (["--tune-lr", "0"], "--tune-lr"),
+    (["--seeds", "1"], "--seeds"), (["--log-every", "0"], "--log-every is 0"), (["--tune-lr", "0"], "--tune-lr"),
     (["--tune-codes", "999"], "--tune-codes 999"), (["--workers", "-1"], "--workers"),
     (["--epoch", "100"], "--epochs"),
 ])

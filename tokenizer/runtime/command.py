@@ -1,13 +1,13 @@
 """How the commands of this project begin and end: mistakes of users are one line, outputs are tried first."""
 
 import argparse
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tokenizer.runtime import distributed
+from tokenizer.runtime import config, distributed
 from tokenizer.runtime.checkpoint import require_writable
-from tokenizer.runtime.config import flag_name
 
 
 class CannotContinue(RuntimeError):
@@ -31,9 +31,15 @@ def command(prog: str) -> Iterator[None]:
     distributed.finalize()
 
 
+def make_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
+    """Shows the description (a script's docstring) as it is written, and takes no flag for its abbreviation."""
+    return argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
 def require_one_process() -> None:
-    """ValueError under torchrun with several processes."""
-    if distributed.world_size() > 1:
+    """ValueError under torchrun with several processes, also before they have joined in a group."""
+    if max(distributed.world_size(), int(os.environ.get("WORLD_SIZE", 1))) > 1:
         raise ValueError("runs on one process; start it with python, not torchrun")
 
 
@@ -43,6 +49,8 @@ def require_out_file(path: Path, flag: str = "--out") -> None:
         return
     if path.is_dir():
         raise ValueError(f"{flag} {path} is a folder; name a file in it")
+    if path.exists() and not path.is_file():  # such as /dev/null, which a new file would replace
+        raise ValueError(f"{flag} {path} is no regular file; name another")
     require_writable(path.parent, f"{flag}: folder")
 
 
@@ -52,12 +60,25 @@ def require_out_folder(path: Path, flag: str = "--out") -> None:
         require_writable(path, flag)
 
 
+@contextmanager
+def as_flag_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """A ValueError that names a flag and its value ends the program like the parser's own errors, with status 2."""
+    try:
+        yield
+    except ValueError as error:
+        parser.error(str(error))
+
+
 def require_flags_at_least(parser: argparse.ArgumentParser, args: argparse.Namespace, low: float, names: str) -> None:
     """End with status 2, naming flag and value, for one of args among names (separated by spaces) below low.
 
-    None passes; a number that is not finite does not.
+    None passes; a number that is not finite does not. Of a list every item is checked.
     """
-    for name in names.split():
-        value = getattr(args, name)
-        if value is not None and not low <= value < float("inf"):
-            parser.error(f"{flag_name(name)} is {value}; it must be at least {low}")
+    with as_flag_errors(parser):
+        config.require_at_least(args, low, names)
+
+
+def require_flags_positive(parser: argparse.ArgumentParser, args: argparse.Namespace, names: str) -> None:
+    """The same for numbers that must be above 0, such as learning rates."""
+    with as_flag_errors(parser):
+        config.require_positive(args, names)

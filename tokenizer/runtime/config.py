@@ -95,12 +95,29 @@ def parse(
         parser.error(str(error))
 
 
-def require_at_least(cfg: "DataclassInstance", low: float, names: str) -> None:
-    """ValueError, naming flag and value, for a setting among names (separated by spaces) below low. None passes."""
+def require_at_least(cfg: object, low: float, names: str) -> None:
+    """ValueError, naming flag and value, for a setting among names (separated by spaces) below low. None passes.
+
+    So it is for a number that is not finite, and an integer beyond 64 bits. Of several values every one is checked.
+    """
+    _require(cfg, names, lambda value: value >= low, f"at least {low}")
+
+
+def require_positive(cfg: object, names: str) -> None:
+    """The same for settings that must be above 0."""
+    _require(cfg, names, lambda value: value > 0, "positive")
+
+
+def _require(cfg: object, names: str, good: Callable[[float], bool], what: str) -> None:
     for name in names.split():
-        value = getattr(cfg, name)
-        if value is not None and value < low:
-            raise ValueError(f"{flag_name(name)} is {value}; it must be at least {low}")
+        values = getattr(cfg, name)
+        for value in values if isinstance(values, (list, tuple)) else [values]:
+            if value is None:
+                continue
+            too_large = value >= (2**63 if isinstance(value, int) else math.inf)
+            if too_large or not good(value):
+                limit = "" if not too_large else " and below 2^63" if isinstance(value, int) else " and finite"
+                raise ValueError(f"{flag_name(name)} is {value}; it must be {what}{limit}")
 
 
 def require_fraction(cfg: "DataclassInstance", names: str) -> None:

@@ -44,9 +44,12 @@ def test_the_command(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (["--steps", "2"], "--steps must be at least 3"),
+    (["--steps", "2"], "--steps is 2; it must be at least 3"),
     (["--image-size", "9"], "multiple of 2"),
-    (["--batch-size", "0"], "--batch-size 0 must be positive"),
+    (["--batch-size", "0"], "--batch-size is 0; it must be at least 1"),
+    (["--seeds", "0", "-1"], "--seeds is -1; it must be at least 0"),
+    (["--lr", "nan"], "--lr is nan; it must be positive"),
+    (["--loss-floor", "nan"], "--loss-floor nan must lie in [0, 1]"),
     (["--quantizers", "vq"], "invalid choice: 'vq'"),
 ])
 def test_bad_flags(flags, message, capsys):

@@ -1,0 +1,188 @@
+"""tokenizer/runtime/command.py: one line for mistakes, tracebacks for defects, outputs tried first, bounds of flags."""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from places import ROOT
+
+from tokenizer.runtime.command import (
+    CannotContinue,
+    as_flag_errors,
+    command,
+    make_parser,
+    require_flags_at_least,
+    require_flags_positive,
+    require_one_process,
+    require_out_file,
+    require_out_folder,
+)
+from tokenizer.runtime.config import require_at_least, require_positive
+
+
+def fail(error):
+    with command("tool.py"):
+        raise error
+
+
+@pytest.mark.parametrize("error", [
+    ValueError("--size is 3"), OSError("disk full"), FileNotFoundError("x: no such file"), ImportError("no lmdb"),
+    CannotContinue("7 images are unreadable"), FloatingPointError("diverged"),
+])
+def test_mistakes_of_users_end_the_program(error):
+    with pytest.raises(SystemExit) as stopped:
+        fail(error)
+    assert stopped.value.code == f"tool.py: error: {error}"  # Python prints a text and exits with status 1
+    assert stopped.value.__cause__ is error
+
+
+@pytest.mark.parametrize("error", [KeyError("step"), TypeError("no len"), AssertionError(), RuntimeError("defect"),
+                                   AttributeError("x"), IndexError(3), KeyboardInterrupt()])
+def test_defects_pass_through(error):
+    with pytest.raises(type(error)) as raised:
+        fail(error)
+    assert raised.value is error
+
+
+@pytest.mark.parametrize(("body", "seen"), [
+    ("raise CannotContinue('disk full')", r"tool\.py: error: disk full\n"),
+    ("{}['step']", r"Traceback \(most recent(.|\n)*KeyError: 'step'\n"),
+])
+def test_what_a_user_sees(body, seen):
+    program = f"from tokenizer.runtime.command import *\nwith command('tool.py'):\n    {body}\n"
+    done = subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
+                          capture_output=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert re.fullmatch(seen, done.stderr), done.stderr
+
+
+def test_the_normal_end_leaves_the_process_group():
+    script = ("import torch.distributed as dist\nfrom tokenizer.runtime import distributed\n"
+              "from tokenizer.runtime.command import command\nwith command('tool.py'):\n    distributed.init('cpu')\n"
+              "    assert dist.is_initialized()\nassert not dist.is_initialized()\n")
+    single = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    done = subprocess.run([sys.executable, "-c", script], env={**os.environ, **single, "PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_one_process(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    require_one_process()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    require_one_process()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="start it with python, not torchrun"):
+        require_one_process()
+
+
+# ---------------------------------------------------------------- outputs
+
+
+def test_outputs_that_can_be_written_leave_nothing_behind(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "old.json").write_text("precious")
+    before = sorted(tmp_path.rglob("*"))
+    for file in ("new.json", "old.json", "a/b/new.json", "there/new.json"):
+        require_out_file(tmp_path / file)
+    for folder in ("new", "a/b", "there"):
+        require_out_folder(tmp_path / folder)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "old.json").read_text() == "precious"
+
+
+@pytest.mark.parametrize(("check", "out", "message"), [
+    (require_out_file, "folder", r"--picture .*/folder is a folder; name a file in it"),
+    (require_out_file, "pipe", r"--picture .*/pipe is no regular file; name another"),
+    (require_out_file, "file/x.png", r"--picture: folder .*/file: no files can be written there"),
+    (require_out_file, "file/x/y.png", r"--picture: folder .*/file/x: no files can be written there"),
+    (require_out_folder, "file", r"--picture .*/file: no files can be written there"),
+    (require_out_folder, "file/x", r"--picture .*/file/x: no files can be written there"),
+])
+def test_outputs_that_cannot_be_written_are_named(check, out, message, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("precious")
+    os.mkfifo(tmp_path / "pipe")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=message):
+        check(tmp_path / out, "--picture")
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write into any folder")
+def test_a_folder_of_someone_else(tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o555)
+    with pytest.raises(ValueError, match="locked: no files can be written there"):
+        require_out_file(tmp_path / "locked" / "x")
+
+
+# ---------------------------------------------------------------- flags
+
+
+def parse(words):
+    parser = make_parser("folder/tool.py", "First line\n    kept as it is")
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--image-size", type=int)
+    parser.add_argument("--lr", type=float, default=0.1)
+    parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    args = parser.parse_args(words)
+    require_flags_at_least(parser, args, 1, "batch_size image_size")
+    require_flags_at_least(parser, args, 0, "weight_decay seeds")
+    require_flags_positive(parser, args, "lr")
+    return args
+
+
+def test_flags_within_their_bounds():
+    args = parse(["--batch-size", "1", "--weight-decay", "0", "--lr", "1e30", "--seeds", "0", str(2**63 - 1)])
+    assert (args.batch_size, args.image_size, args.lr) == (1, None, 1e30)
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--batch-size", "0"], "--batch-size is 0; it must be at least 1"),
+    (["--image-size", "-1"], "--image-size is -1; it must be at least 1"),
+    (["--weight-decay", "-0.5"], "--weight-decay is -0.5; it must be at least 0"),
+    (["--weight-decay", "nan"], "--weight-decay is nan; it must be at least 0"),
+    (["--weight-decay", "inf"], "--weight-decay is inf; it must be at least 0 and finite"),
+    (["--lr", "0"], "--lr is 0.0; it must be positive"),
+    (["--lr", "nan"], "--lr is nan; it must be positive"),
+    (["--lr", "inf"], "--lr is inf; it must be positive and finite"),
+    (["--lr=-inf"], "--lr is -inf; it must be positive"),
+    (["--seeds", "3", "-1"], "--seeds is -1; it must be at least 0"),
+    (["--seeds", str(2**63)], f"--seeds is {2**63}; it must be at least 0 and below 2^63"),
+    (["--batch-size", "nan"], "argument --batch-size: invalid int value: 'nan'"),
+    (["--batch", "3"], "unrecognized arguments: --batch 3"),  # no abbreviations
+])
+def test_flags_out_of_bounds_are_named(words, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(words)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"folder/tool.py: error: {message}"
+
+
+def test_help_shows_the_description_as_it_is_written(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    assert "First line\n    kept as it is\n" in capsys.readouterr().out
+
+
+def test_other_mistakes_of_flags(capsys):
+    with pytest.raises(SystemExit) as stopped, as_flag_errors(make_parser("tool.py", None)):
+        raise ValueError("--top-p is 2; it must lie in (0, 1]")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.endswith("tool.py: error: --top-p is 2; it must lie in (0, 1]\n")
+    with pytest.raises(KeyError), as_flag_errors(make_parser("tool.py", None)):
+        raise KeyError("a defect")
+
+
+def test_configurations_have_the_same_bounds():
+    cfg = argparse.Namespace(lr=(0.1, 0.0), steps=None, width=0)
+    require_at_least(cfg, 0, "steps width lr")
+    with pytest.raises(ValueError, match=r"^--width is 0; it must be at least 1$"):
+        require_at_least(cfg, 1, "steps width")
+    with pytest.raises(ValueError, match=r"^--lr is 0\.0; it must be positive$"):
+        require_positive(cfg, "lr")
