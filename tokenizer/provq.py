@@ -148,6 +148,7 @@ class Quantizer(Protocol):
 
     num_codes: int  # K
     dim: int  # D
+    l2_norm: bool  # codes and latents on the unit sphere; False if it is absent
     @abc.abstractmethod
     def __call__(self, x: Tensor) -> Quantized: ...
     @abc.abstractmethod
@@ -163,7 +164,7 @@ class Quantizer(Protocol):
         return latent
 
     def fit_codebook_(self, x: Tensor, **options: Any) -> dict[str, float]:  # codes := k-means of tokens x (N, D)
-        result = kmeans(self.latent(x), self.num_codes, **options)
+        result = kmeans(self.latent(x), self.num_codes, spherical=getattr(self, "l2_norm", False), **options)
         self.set_codebook_(result.centroids, result.counts)
         return result.info()
 
@@ -499,9 +500,6 @@ class VectorQuantizer(nn.Module, Quantizer):
         """x (N, D) as it is compared with codes: x in float32 (or better), or x / |x| when l2_norm."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         return F.normalize(x, dim=1) if self.l2_norm else x
-
-    def fit_codebook_(self, x: Tensor, **options: Any) -> dict[str, float]:
-        return super().fit_codebook_(x, spherical=self.l2_norm, **options)
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Codes of int64 indices (...) -> (..., D): equal to what forward returned for them, bit for bit."""

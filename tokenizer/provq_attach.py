@@ -744,7 +744,7 @@ class Attached(provq.ProVQ):
         # A checkpoint of the host alone says nothing of the curriculum, which then stays as it is.
         self._loaded_alone = not any(name.startswith(prefix) for name in state_dict)
         if self._loaded_alone:
-            self._mirror()
+            self._from_start = True  # reads no buffer: a module on the meta device has none to read
             return
         self._empty_reservoir()
         if prefix + "reservoir" in state_dict:  # ProVQ pops them: they come and go, and strict loading must not mind

@@ -98,3 +98,16 @@ def test_an_incomplete_quantizer_of_the_protocol_is_refused_by_name():
 
     with pytest.raises(TypeError, match=r"abstract.*latent.*lookup.*set_codebook_"):
         Incomplete()
+
+
+def test_codes_of_a_quantizer_on_the_sphere_are_clustered_there():
+    class Spherical(Minimal):
+        l2_norm = True
+
+        def latent(self, x):
+            return torch.nn.functional.normalize(x, dim=1)
+
+    model = ProVQ(Spherical(), Curriculum(0, 1), channel_dim=-1)
+    model.init_codebook(_normal(40, 4), seed=2)
+    assert torch.equal(model.codebook, provq.kmeans(_normal(40, 4), 16, seed=2, spherical=True).centroids)
+    assert not torch.equal(model.codebook, provq.kmeans(model.quantizer.latent(_normal(40, 4)), 16, seed=2).centroids)
