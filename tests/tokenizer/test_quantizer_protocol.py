@@ -109,5 +109,6 @@ def test_codes_of_a_quantizer_on_the_sphere_are_clustered_there():
 
     model = ProVQ(Spherical(), Curriculum(0, 1), channel_dim=-1)
     model.init_codebook(_normal(40, 4), seed=2)
-    assert torch.equal(model.codebook, provq.kmeans(_normal(40, 4), 16, seed=2, spherical=True).centroids)
-    assert not torch.equal(model.codebook, provq.kmeans(model.quantizer.latent(_normal(40, 4)), 16, seed=2).centroids)
+    latents = model.quantizer.latent(_normal(40, 4))
+    assert torch.equal(model.codebook, provq.kmeans(latents, 16, seed=2, spherical=True).centroids)
+    assert not torch.equal(model.codebook, provq.kmeans(latents, 16, seed=2).centroids)
