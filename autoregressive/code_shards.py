@@ -22,11 +22,13 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from tokenizer.runtime import config
-from tokenizer.runtime.checkpoint import atomic_write, atomic_write_text
+from tokenizer.runtime.checkpoint import atomic_write, atomic_write_json, atomic_write_text
 from tokenizer.runtime.command import CannotContinue
+from tokenizer.runtime.mapped import map_array
 from tokenizer.runtime.seeding import fold
 
 FORMAT = "provq-codes-1"
+AGAIN = "extract the codes again"  # what mends a damaged folder
 MANIFEST, LABELS, NAMES = "manifest.json", "labels.npy", "names.txt"
 # What codes of one data set have in common; mixing others would train one model on two languages.
 COMMON = ("num_tokens", "codebook_size", "num_classes", "tokenizer_hash")
@@ -61,7 +63,7 @@ def write_manifest(
     atomic_write(folder / LABELS, lambda file: np.save(file, np.asarray(labels, dtype=np.int32)))
     atomic_write_text(folder / NAMES, "".join(f"{name}\n" for name in names))
     manifest = {"format": FORMAT, "num_images": len(labels), **description, "shards": list(shards)}
-    atomic_write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    atomic_write_json(folder / MANIFEST, manifest)
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class CodeFiles:
         found = self.arrays[shard][image, view].astype(np.int64)
         if found.max() >= self.codebook_size or found.min() < 0:
             raise CannotContinue(f"{self.path}: image {image} of shard {shard} has codes in [{found.min()}, "
-                                 f"{found.max()}], the codebook has {self.codebook_size}; extract the codes again")
+                                 f"{found.max()}], the codebook has {self.codebook_size}; {AGAIN}")
         return found
 
 
@@ -119,8 +121,8 @@ def read_folder(path: Path) -> CodeFiles:
         arrays = []
         for shard in manifest["shards"]:
             expected = (shard["images"], manifest["views"], manifest["num_tokens"])
-            arrays.append(_open_array(path / shard["file"], expected, code_dtype(manifest["codebook_size"])))
-        labels = _open_array(path / LABELS, (manifest["num_images"],), np.dtype(np.int32))
+            arrays.append(map_array(path / shard["file"], expected, code_dtype(manifest["codebook_size"]), AGAIN))
+        labels = map_array(path / LABELS, (manifest["num_images"],), np.int32, AGAIN)
         if sum(len(array) for array in arrays) != len(labels):
             raise ValueError(f"{path / MANIFEST}: the shards hold {sum(map(len, arrays))} images, there are "
                              f"{len(labels)} labels")
@@ -132,20 +134,6 @@ def read_folder(path: Path) -> CodeFiles:
                          fingerprint=fingerprint, shards=[(path / s["file"], s["sha256"]) for s in manifest["shards"]])
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path / MANIFEST}: {error} is missing or of another kind") from error
-
-
-def _open_array(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} is missing; extract the codes again") from error
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is damaged or cut short ({error}); extract the codes again") from error
-    if path.stat().st_size != array.offset + array.nbytes:
-        raise ValueError(f"{path} is longer than its header says; extract the codes again")
-    if array.shape != shape or array.dtype != dtype:
-        raise ValueError(f"{path} holds {array.dtype} {array.shape}, the manifest says {dtype} {shape}")
-    return array
 
 
 def is_llamagen(path: Path) -> bool:

@@ -21,13 +21,7 @@ from autoregressive.code_shards import code_dtype, file_hash, read_folder, read_
 from tokenizer.data import consecutive
 from tokenizer.runtime import distributed
 from tokenizer.runtime.checkpoint import atomic_write
-from tokenizer.runtime.command import (
-    command,
-    make_parser,
-    require_flags_at_least,
-    require_one_process,
-    require_out_folder,
-)
+from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_folder
 
 PROG = "autoregressive/convert_codes.py"
 SHARD = 65536  # images
@@ -80,8 +74,7 @@ def to_llamagen(args: argparse.Namespace) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    with command(PROG):
-        require_one_process()
+    with command(PROG, one_process=True):
         if args.out.exists():
             raise ValueError(f"{args.out} exists already; name a new folder")
         require_out_folder(args.out, "out")

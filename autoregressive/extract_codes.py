@@ -32,7 +32,7 @@ from tokenizer.data import BadImageCounter, ImageDataset, consecutive
 from tokenizer.image_sources import ImageSource, open_images
 from tokenizer.pretrained import load_tokenizer, tokenizer_hash
 from tokenizer.runtime import config, distributed
-from tokenizer.runtime.checkpoint import atomic_write, atomic_write_text
+from tokenizer.runtime.checkpoint import atomic_write, atomic_write_json, atomic_write_text
 from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_folder
 from tokenizer.vq_model import VQModel
 
@@ -207,7 +207,7 @@ def extract(args: argparse.Namespace, device: torch.device) -> None:
         parts.mkdir(parents=True, exist_ok=True)
         for part in good:
             atomic_write_text(parts / f"{part['file']}.json", json.dumps(part))
-        atomic_write_text(folder / SETTINGS, json.dumps(description, indent=1) + "\n")
+        atomic_write_json(folder / SETTINGS, description)
         (folder / MANIFEST).unlink(missing_ok=True)
     distributed.barrier()
     dataset = ImageDataset(source, enlarged(args))

@@ -20,6 +20,7 @@ from tokenizer.pretrained import (
     read_checkpoint,
     read_export,
     require_keys,
+    require_stored,
     write_export,
 )
 
@@ -53,11 +54,7 @@ def load_gpt(
     FileNotFoundError: nothing there. ValueError: an unreadable or foreign file, a weight set that the file lacks,
     tensors that do not fit (each named), no num_codes for a LlamaGen file.
     """
-    if weights not in ("auto", "model", "ema"):
-        raise ValueError(f"weights={weights!r} must be 'auto', 'model' or 'ema'")
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no GPT at {path}")
+    path = require_stored(path, weights, "GPT")
     if (path / WEIGHTS_FILE).is_file():
         loaded = _from_export(path, weights)
     else:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import math
 import sys
 import zipfile
@@ -39,7 +38,7 @@ from autoregressive.sampling import SCHEDULES, SamplingConfig, compile_decoding,
 from tokenizer.pixels import to_uint8
 from tokenizer.pretrained import load_tokenizer, tokenizer_hash
 from tokenizer.runtime import config, distributed
-from tokenizer.runtime.checkpoint import atomic_write, atomic_write_text
+from tokenizer.runtime.checkpoint import atomic_write, atomic_write_json
 from tokenizer.runtime.command import (
     as_flag_errors,
     command,
@@ -222,7 +221,7 @@ def sample(args: argparse.Namespace, device: torch.device) -> None:
     labels = [classes[i % len(classes)] for i in range(args.num_samples)]
     if distributed.is_main():
         images.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(args.out / SETTINGS, json.dumps(settings, indent=1) + "\n")
+        atomic_write_json(args.out / SETTINGS, settings)
         atomic_write(args.out / "labels.npy", lambda file: np.save(file, np.array(labels)))
     distributed.barrier()
     rank, world = distributed.rank(), distributed.world_size()

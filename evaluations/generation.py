@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,7 @@ from evaluations.image_sets import (
 )
 from evaluations.protocol import protocol_id
 from tokenizer.runtime import distributed
-from tokenizer.runtime.checkpoint import atomic_write_text
+from tokenizer.runtime.checkpoint import atomic_write_json
 from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_file
 
 PROG = "evaluations/generation.py"
@@ -211,7 +210,7 @@ def main(argv: list[str] | None = None) -> None:
         report = evaluate(args, device)
         if distributed.is_main():
             args.out.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write_text(args.out, json.dumps(report, indent=1) + "\n")
+            atomic_write_json(args.out, report)
             for warning in report["protocol"]["warnings"]:
                 distributed.print0(f"note: {warning}")
             for reason in dict.fromkeys(report["unavailable"].values()):

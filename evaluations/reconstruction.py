@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,7 +43,7 @@ from tokenizer.data import BadImageCounter, ImageDataset, consecutive, make_load
 from tokenizer.image_sources import ImageSource, open_images
 from tokenizer.perceptual import LPIPS, MIN_IMAGE_SIZE
 from tokenizer.runtime import distributed
-from tokenizer.runtime.checkpoint import atomic_write_text
+from tokenizer.runtime.checkpoint import atomic_write_json
 from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_file
 from tokenizer.train_config import open_run_split
 from tokenizer.validation import ReconstructionMeter, reconstructions
@@ -234,7 +233,7 @@ def main(argv: list[str] | None = None) -> None:
         report = evaluate(args, device)
         if distributed.is_main():
             args.out.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write_text(args.out, json.dumps(report, indent=1) + "\n")
+            atomic_write_json(args.out, report)
         for name in report["unreadable_images"]:
             distributed.print0(f"left out an image that cannot be read: {name}")
         for metric, reason in report["unavailable"].items():

@@ -27,7 +27,7 @@ from evaluations.protocol import differences, protocol_id
 from evaluations.report_runs import Run, Setting, differing, group_settings, number, read_runs
 from tokenizer.runtime import config, distributed, page
 from tokenizer.runtime.checkpoint import atomic_write_text
-from tokenizer.runtime.command import command, make_parser, require_one_process, require_out_file
+from tokenizer.runtime.command import command, make_parser, require_out_file
 from tokenizer.runtime.over_seeds import clear_best, merge
 from tokenizer.runtime.page import Cell, Table
 from tokenizer.train_config import PRESETS, RESUMABLE, TrainConfig
@@ -564,8 +564,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    with command(PROG):
-        require_one_process()
+    with command(PROG, one_process=True):
         tables = args.out.with_suffix(".md")
         for path in (args.out, tables):
             require_out_file(path)

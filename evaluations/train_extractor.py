@@ -34,7 +34,6 @@ from tokenizer.runtime.command import (
     make_parser,
     require_flags_at_least,
     require_flags_positive,
-    require_one_process,
     require_out_file,
 )
 from tokenizer.runtime.seeding import StepSampler
@@ -138,9 +137,8 @@ def train(args: argparse.Namespace, device: torch.device) -> tuple[Extractor, fl
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    with command(PROG):
+    with command(PROG, one_process=True):
         device = distributed.init(args.device)
-        require_one_process()
         require_out_file(args.out)
         model, accuracy = train(args, device)
         scripted = io.BytesIO()

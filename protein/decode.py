@@ -12,7 +12,6 @@ TM-score of every chain in OUT/metrics.json.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -33,14 +32,8 @@ from protein.structure_io import ALTLOCS, ATOMS, Chain, check_writable, write_st
 from protein.token_files import TokenChain, read_tokens
 from protein.validation import METRICS, reconstruction_metrics
 from tokenizer.runtime import distributed
-from tokenizer.runtime.checkpoint import atomic_write_text
-from tokenizer.runtime.command import (
-    command,
-    make_parser,
-    require_flags_at_least,
-    require_one_process,
-    require_out_folder,
-)
+from tokenizer.runtime.checkpoint import atomic_write_json
+from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_folder
 
 PROG = "protein/decode.py"
 
@@ -166,17 +159,15 @@ def decode(args: argparse.Namespace, device: torch.device) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)  # names of chains may contain folders
         write_structure(path, writable(chain, args))
     if metrics is not None:
-        atomic_write_text(args.out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+        atomic_write_json(args.out / "metrics.json", metrics)
         print("mean of the chains: " + " ".join(f"{k} {v:.4g}" for k, v in metrics["mean"].items() if v is not None))  # noqa: T201
     distributed.print0(f"wrote {len(chains)} structures to {args.out}")
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    with command(PROG):
-        device = distributed.init(args.device)
-        require_one_process()
-        decode(args, device)
+    with command(PROG, one_process=True):
+        decode(args, distributed.init(args.device))
 
 
 if __name__ == "__main__":

@@ -23,13 +23,7 @@ from tqdm import tqdm
 
 from protein.structure_data import write_cache
 from protein.structure_io import EXTENSIONS, Chain, Failure, find_structures, iterate_folder
-from tokenizer.runtime.command import (
-    command,
-    make_parser,
-    require_flags_at_least,
-    require_one_process,
-    require_out_folder,
-)
+from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_folder
 from tokenizer.runtime.distributed import print0
 
 PROG = "protein/prepare_structures.py"
@@ -72,8 +66,7 @@ def prepare(args: argparse.Namespace) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    with command(PROG):
-        require_one_process()
+    with command(PROG, one_process=True):
         print0(prepare(args))
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,8 @@ from tokenizer.pretrained import (
     content_hash,
     read_checkpoint,
     read_export,
-    write_export,
+    require_stored,
+    write_table_export,
 )
 from tokenizer.provq import nearest_code
 from tokenizer.runtime.checkpoint import load_file
@@ -184,11 +184,7 @@ def load_structure_tokenizer(
     FileNotFoundError: nothing there. ValueError: an unreadable or foreign file, a weight set that the file lacks,
     tensors that do not fit (each named), a checkpoint from the warm-up, which has no tokens yet.
     """
-    if weights not in ("auto", "model", "ema"):
-        raise ValueError(f"weights={weights!r} must be 'auto', 'model' or 'ema'")
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no structure tokenizer at {path}")
+    path = require_stored(path, weights, "structure tokenizer")
     tokenizer = _open(path, weights)
     if isinstance(tokenizer, VQTokenizer) and not tokenizer.model.quantize.has_codebook:
         raise ValueError(f"{path} is still in its continuous warm-up: it has no codebook and so no tokens yet; train "
@@ -304,17 +300,7 @@ def save_pretrained(model: StructureVQModel, folder: str | Path) -> Path:
     The quantizer becomes a plain table of its effective codes, so StructTokenBench can load the weights as VanillaVQ
     and the export cannot continue a training: checkpoints do that. ValueError: no codebook yet.
     """
-    state, defaults = _exported_state(model), StructureModelConfig()
-    exported = replace(
-        model.config, quantizer="vq", codebook_ema_decay=defaults.codebook_ema_decay,
-        codebook_restart_below=defaults.codebook_restart_below,
-    )
-    description = {
-        "format": EXPORT_FORMAT,
-        "trained_quantizer": model.config.quantizer,  # for the reader; the table needs no more than "vq"
-        "tokenizer": exported.to_dict(),
-    }
-    return write_export(Path(folder), description, state)
+    return write_table_export(Path(folder), EXPORT_FORMAT, model.config, _exported_state(model))
 
 
 def _from_export(path: Path, weights: str) -> VQTokenizer:

@@ -34,7 +34,8 @@ from torch.utils.data import Dataset
 from protein.losses import PADDING, sequence_ids
 from protein.structure_io import ATOMS, Chain, Failure, iterate_folder
 from tokenizer.runtime import config, distributed
-from tokenizer.runtime.checkpoint import atomic_write, atomic_write_text, sync_folder
+from tokenizer.runtime.checkpoint import atomic_write, atomic_write_json, atomic_write_text, sync_folder
+from tokenizer.runtime.mapped import map_array
 from tokenizer.runtime.seeding import StepSampler, fold
 
 FORMAT = "provq-structures-1"
@@ -219,7 +220,7 @@ def write_cache(folder: str | Path, chains: Iterable[Chain], description: Mappin
         atomic_write(temporary / OBSERVED, lambda file: np.save(file, np.array(observed, dtype=np.int32)))
         atomic_write_text(temporary / NAMES, json.dumps({"names": names, "chain_ids": chain_ids}))
         manifest = {"format": FORMAT, "chains": len(names), "residues": offsets[-1], "fingerprint": content.result()}
-        atomic_write_text(temporary / MANIFEST, json.dumps({**manifest, **description}, indent=1) + "\n")
+        atomic_write_json(temporary / MANIFEST, {**manifest, **description})
         os.replace(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -237,7 +238,7 @@ def read_cache(folder: Path) -> StructureSet:
     chains, residues, content = (manifest.get(key) for key in ("chains", "residues", "fingerprint"))
     if not (isinstance(chains, int) and isinstance(residues, int) and isinstance(content, str)):
         raise ValueError(f"{folder / MANIFEST} lacks chains, residues or fingerprint; {again}")
-    offsets = _open_array(folder / OFFSETS, (chains + 1,), "<i8")
+    offsets = map_array(folder / OFFSETS, (chains + 1,), "<i8", again)
     if offsets[0] != 0 or offsets[-1] != residues or (np.diff(offsets) < 1).any():
         raise ValueError(f"{folder / OFFSETS} does not divide {residues} residues into {chains} chains; {again}")
     names = config.load(folder / NAMES)
@@ -245,22 +246,10 @@ def read_cache(folder: Path) -> StructureSet:
     if not all(isinstance(texts, list) and len(texts) == chains and all(isinstance(text, str) for text in texts)
                for texts in listed):
         raise ValueError(f"{folder / NAMES} does not have the names of {chains} chains; {again}")
-    arrays = ChainArrays(*(_open_array(folder / f"{name}.npy", (residues, *row), kind)
+    arrays = ChainArrays(*(map_array(folder / f"{name}.npy", (residues, *row), kind, again)
                            for name, (kind, row) in _ROWS.items()))
-    observed = _open_array(folder / OBSERVED, (chains,), "<i4")
+    observed = map_array(folder / OBSERVED, (chains,), "<i4", again)
     return StructureSet(names["names"], names["chain_ids"], offsets, arrays, observed, content)
-
-
-def _open_array(path: Path, shape: tuple[int, ...], kind: str) -> npt.NDArray[Any]:
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} is missing; run prepare_structures.py again") from error
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is damaged or cut short ({error}); run prepare_structures.py again") from error
-    if array.shape != shape or array.dtype != np.dtype(kind):
-        raise ValueError(f"{path} holds {array.dtype} {array.shape}, the manifest says {np.dtype(kind)} {shape}")
-    return np.asarray(array)  # a view of the mapped file, without memmap's slow slicing
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from matplotlib import pyplot
 
 from evaluations.report_figures import color, draw_curve
 from evaluations.report_runs import Run, read_runs
-from tokenizer.runtime.command import command, make_parser, require_one_process, require_out_file
+from tokenizer.runtime.command import command, make_parser, require_out_file
 
 PROG = "compare_runs.py"
 COLUMNS = {"steps": "step", "PSNR (dB)": "psnr", "SSIM": "ssim", "usage": "usage", "perplexity": "perplexity",
@@ -54,8 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs")
     parser.add_argument("--picture", type=Path, help="draw to this .png")
     args = parser.parse_args(argv)
-    with command(PROG):
-        require_one_process()
+    with command(PROG, one_process=True):
         if args.picture:
             require_out_file(args.picture, "--picture")
         runs = read_finished(args.runs)

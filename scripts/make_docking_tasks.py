@@ -26,7 +26,8 @@ if not __package__:
 
 import numpy as np
 
-from tokenizer.runtime.command import command, make_parser, require_one_process, require_out_folder
+from tokenizer.runtime.command import command, make_parser, require_out_folder
+from tokenizer.runtime.config import parse_object
 
 PROG = "make_docking_tasks.py"
 
@@ -39,12 +40,7 @@ def read_rows(source: Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         where = f"{source}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not JSON ({error.msg})") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: holds a {type(row).__name__}, not an object {{...}}")
+        row = parse_object(line, where)
         check_row(where, row, source.parent)
         if (row["split"], row["id"]) in seen:
             raise ValueError(f"{where}: id: {row['id']!r} is there twice in split {row['split']}")
@@ -124,8 +120,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("source", type=Path, help="the JSONL file described above")
     parser.add_argument("out", type=Path, help="folder to write")
     args = parser.parse_args(argv)
-    with command(PROG):
-        require_one_process()
+    with command(PROG, one_process=True):
         require_out_folder(args.out, "out")
         counts, left_out = convert(args.source, args.out)
         print(", ".join(f"{name}.jsonl: {count}" for name, count in counts.items()))

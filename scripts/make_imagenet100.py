@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -23,14 +22,8 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from tokenizer.image_sources import EXTENSIONS
-from tokenizer.runtime.checkpoint import atomic_write_text
-from tokenizer.runtime.command import (
-    command,
-    make_parser,
-    require_flags_at_least,
-    require_one_process,
-    require_out_folder,
-)
+from tokenizer.runtime.checkpoint import atomic_write_json, atomic_write_text
+from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_folder
 
 PROG = "scripts/make_imagenet100.sh"
 
@@ -126,14 +119,13 @@ def write_lists(args: argparse.Namespace) -> None:
         "images": {name: len(rows) for name, rows in lists.items()},
         "sha256": {name: hashlib.sha256("".join(rows).encode()).hexdigest() for name, rows in lists.items()},
     }
-    atomic_write_text(args.out / "protocol.json", json.dumps(protocol, indent=1) + "\n")
+    atomic_write_json(args.out / "protocol.json", protocol)
     print(f"wrote {args.out}: " + ", ".join(f"{name}.txt {len(rows)} images" for name, rows in lists.items()))
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    with command(PROG):
-        require_one_process()
+    with command(PROG, one_process=True):
         require_out_folder(args.out)
         write_lists(args)
 

@@ -24,7 +24,7 @@ if not __package__:
 from synthetic import plots, tuning
 from synthetic.topodisc import METERS, Report, Run, Setting, make_arm, summarise, table, train_jobs
 from tokenizer.runtime.checkpoint import atomic_write_text
-from tokenizer.runtime.command import command, require_one_process, require_out_folder
+from tokenizer.runtime.command import command, require_out_folder
 from tokenizer.runtime.config import arg, parse, require_at_least, require_positive, to_dict
 from tokenizer.runtime.distributed import print0
 
@@ -148,8 +148,7 @@ def fair_view(cfg: RunConfig, out: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     cfg = parse(RunConfig, argv, description=__doc__, prog=PROG)
-    with command(PROG):
-        require_one_process()
+    with command(PROG, one_process=True):
         out = Path(cfg.out)
         require_out_folder(out)
         out.mkdir(parents=True, exist_ok=True)

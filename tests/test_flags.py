@@ -61,7 +61,7 @@ def required_words(parser):
 
 
 def refused(module, words, monkeypatch, capsys):
-    def work(_prog):
+    def work(*_, **__):
         raise AssertionError(f"not refused: {' '.join(words)}")
 
     with monkeypatch.context() as patch:

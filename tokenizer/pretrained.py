@@ -92,17 +92,20 @@ def save_pretrained(model: VQModel, folder: str | Path) -> Path:
     in use, see `write_export`.
     """
     state = to_llamagen_state_dict(model)
-    defaults = VQModelConfig()
-    exported = replace(
-        model.config, quantizer="vq", codebook_ema_decay=defaults.codebook_ema_decay,
-        codebook_restart_below=defaults.codebook_restart_below,
-    )
+    return write_table_export(Path(folder), EXPORT_FORMAT, model.config, state)
+
+
+def write_table_export(folder: Path, kind: str, cfg: Any, state: Mapping[str, Tensor]) -> Path:
+    """`write_export` of a tokenizer whose quantizer has become a plain table. kind: the format; cfg: of its model."""
+    defaults = type(cfg)()
+    exported = replace(cfg, quantizer="vq", codebook_ema_decay=defaults.codebook_ema_decay,
+                       codebook_restart_below=defaults.codebook_restart_below)
     description = {
-        "format": EXPORT_FORMAT,
-        "trained_quantizer": model.config.quantizer,  # for the reader; the table needs no more than "vq"
+        "format": kind,
+        "trained_quantizer": cfg.quantizer,  # for the reader; the table needs no more than "vq"
         "tokenizer": exported.to_dict(),
     }
-    return write_export(Path(folder), description, state)
+    return write_export(folder, description, state)
 
 
 def write_export(folder: Path, description: Mapping[str, Any], state: Mapping[str, Tensor]) -> Path:
@@ -165,11 +168,7 @@ def load_tokenizer(
     FileNotFoundError: nothing there. ValueError: an unreadable or foreign file, a weight set that the file lacks,
     tensors that do not fit (each named). A checkpoint from the warm-up loads as the continuous autoencoder it is.
     """
-    if weights not in ("auto", "model", "ema"):
-        raise ValueError(f"weights={weights!r} must be 'auto', 'model' or 'ema'")
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no tokenizer at {path}")
+    path = require_stored(path, weights, "tokenizer")
     if (path / WEIGHTS_FILE).is_file():
         model = _from_export(path, weights)
     else:
@@ -200,6 +199,15 @@ def content_hash(description: Mapping[str, Any], state: Mapping[str, Tensor]) ->
         digest.update(f"{key} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def require_stored(path: str | Path, weights: str, what: str) -> Path:
+    """The path. FileNotFoundError: nothing is there. ValueError: no such choice of weights."""
+    if weights not in ("auto", "model", "ema"):
+        raise ValueError(f"weights={weights!r} must be 'auto', 'model' or 'ema'")
+    if not Path(path).exists():
+        raise FileNotFoundError(f"no {what} at {path}")
+    return Path(path)
 
 
 def read_checkpoint(path: Path) -> tuple[Path, dict[str, Any]]:

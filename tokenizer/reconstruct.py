@@ -11,7 +11,6 @@ OUT/codes.npy (N, h, w) in the smallest unsigned type that holds the codebook, O
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -27,15 +26,8 @@ from tokenizer.data import BadImageCounter, consecutive
 from tokenizer.image_sources import open_images
 from tokenizer.perceptual import LPIPS
 from tokenizer.runtime import distributed
-from tokenizer.runtime.checkpoint import atomic_write, atomic_write_text
-from tokenizer.runtime.command import (
-    command,
-    make_parser,
-    require_flags_at_least,
-    require_one_process,
-    require_out_file,
-    require_out_folder,
-)
+from tokenizer.runtime.checkpoint import atomic_write, atomic_write_json, atomic_write_text
+from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_file, require_out_folder
 from tokenizer.validation import ReconstructionMeter, reconstructions
 from tokenizer.vq_model import VQModel
 
@@ -110,15 +102,14 @@ def reconstruct(model: VQModel, args: argparse.Namespace, device: torch.device) 
     atomic_write_text(args.out / "names.txt", "".join(f"{name}\n" for name in names))
     for name in sorted(bad.names):
         distributed.print0(f"left out an image that cannot be read: {name}")
-    atomic_write_text(args.out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+    atomic_write_json(args.out / "metrics.json", metrics)
     return metrics
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    with command(PROG):
+    with command(PROG, one_process=True):
         device = distributed.init(args.device)
-        require_one_process()
         if args.images:
             require_out_folder(args.out)
         if args.export_hf:

@@ -42,14 +42,9 @@ from protein.structure_io import Chain, read_folder, read_structure
 from tokenizer.code_meter import mean_pairwise_distance
 from tokenizer.provq import code_statistics
 from tokenizer.runtime import distributed
-from tokenizer.runtime.checkpoint import atomic_write_text
-from tokenizer.runtime.command import (
-    command,
-    make_parser,
-    require_flags_at_least,
-    require_one_process,
-    require_out_file,
-)
+from tokenizer.runtime.checkpoint import atomic_write_json, atomic_write_text
+from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_file
+from tokenizer.runtime.config import parse_object
 from tokenizer.runtime.page import Cell, Table, markdown_table
 
 PROG = "protein/benchmark/sensitivity.py"
@@ -183,12 +178,9 @@ def read_pairs(path: Path) -> tuple[str, list[Pair]]:
     pairs, name = [], ""
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not JSON ({error.msg})") from error
+        row = parse_object(line, where)
         needed = ("id", "first", "second") if name else ("pairs",)
-        absent = [key for key in needed if not isinstance(row, dict) or key not in row]
+        absent = [key for key in needed if key not in row]
         if absent:
             raise ValueError(f"{where}: no field {absent[0]}")
         if not name:
@@ -390,12 +382,11 @@ def output_files(out: Path) -> tuple[Path, Path]:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    with command(PROG):
-        require_one_process()
+    with command(PROG, one_process=True):
         files = output_files(args.out)
         report = run(args)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(files[0], json.dumps(report, indent=1) + "\n")
+        atomic_write_json(files[0], report)
         atomic_write_text(files[1], "\n".join(map(markdown_table, tables(report))))
         distributed.print0(f"wrote {files[0]} and .md")
 

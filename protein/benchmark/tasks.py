@@ -37,6 +37,7 @@ import numpy.typing as npt
 
 from protein.structure_io import Chain, read_structure
 from tokenizer.runtime.checkpoint import atomic_write
+from tokenizer.runtime.config import parse_object
 
 KINDS = ("binary", "regression", "classification")
 METRICS = {"binary": "AUROC", "regression": "Spearman's rho", "classification": "macro F1"}
@@ -152,13 +153,13 @@ def _read_rows(path: Path) -> tuple[TaskSpec, bool, list[_Row]]:
     lines = [(n, line) for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1) if line.strip()]
     if not lines:
         raise ValueError(f"{path}: empty")
-    header = _object(path, *lines[0])
+    header = parse_object(lines[0][1], f"{path}, line {lines[0][0]}")
     name, kind = _string(f"{path}, line {lines[0][0]}", header, "task"), header.get("kind")
     unknown = [key for key in header if key not in ("task", "kind", "category", "modified_residues")]
     if kind not in KINDS or unknown:
         wrong = f"kind: {kind!r} is none of {', '.join(KINDS)}" if kind not in KINDS else f"unknown field {unknown[0]}"
         raise ValueError(f"{path}, line {lines[0][0]}: {wrong}")
-    rows = [(f"{path}, line {n}", _object(path, n, line)) for n, line in lines[1:]]
+    rows = [(f"{path}, line {n}", parse_object(line, f"{path}, line {n}")) for n, line in lines[1:]]
     modified = header.get("modified_residues", True)
     if not isinstance(modified, bool):
         raise ValueError(f"{path}, line {lines[0][0]}: modified_residues: {modified!r} is neither true nor false")
@@ -188,16 +189,6 @@ def read_task(path: str | Path) -> Task:
         chain = _chain(where, row, path.parent, modified, files)
         task.splits[split].append(Example(identifier, chain, _labels(where, row, chain, spec, task.classes)))
     return task
-
-
-def _object(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{path}, line {number}: holds a {type(row).__name__}, not an object {{...}}")
-    return row
 
 
 def _string(where: str, row: Mapping[str, Any], name: str) -> str:

@@ -53,8 +53,8 @@ from protein.benchmark.tasks import (
 )
 from protein.structure_io import Chain
 from tokenizer.runtime import config, distributed
-from tokenizer.runtime.checkpoint import atomic_write, atomic_write_text
-from tokenizer.runtime.command import command, require_one_process, require_out_folder
+from tokenizer.runtime.checkpoint import atomic_write, atomic_write_json
+from tokenizer.runtime.command import command, require_out_folder
 from tokenizer.runtime.config import REQUIRED, arg
 
 PROG = "protein/benchmark/train_task.py"
@@ -251,7 +251,7 @@ def sweep(cfg: TaskConfig, task: Task, tokenizer: ChainTokenizer, device: torch.
                      for name, best in found.items()}
         result = {**common, "seed": seed, "learning_rate": rate, "protocols": protocols,
                   "seconds": round(time.monotonic() - began, 2)}
-        atomic_write_text(path, json.dumps(result, indent=1) + "\n")
+        atomic_write_json(path, result)
         shown = ", ".join(f"{name} {best['valid']:.4f}" for name, best in found.items())
         distributed.print0(f"{task.spec.name} | {tokenizer.label} | seed {seed} | lr {rate:g} | validation: {shown}")
 
@@ -284,8 +284,7 @@ def _slug(text: str) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     cfg = parse_config(argv)
-    with command(PROG):
-        require_one_process()
+    with command(PROG, one_process=True):
         device = distributed.init(cfg.device)
         root = Path(cfg.results_dir)
         require_out_folder(root, "--results-dir")

@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from digit_runs import train_on_digits
 from PIL import Image
 from places import ROOT
 
@@ -28,9 +29,7 @@ TIMINGS = {"samples_per_second", "elapsed_seconds"}
 def base(tmp_path_factory):
     """A tokenizer's run on the digits, and their codes in base/vq/codes."""
     base = tmp_path_factory.mktemp("c2i")
-    words = ("--image-size 16 --codebook-size 64 --global-batch-size 16 --max-steps 6 --warmup-steps 2 "
-             "--transition-steps 2 --val-size 16 --kmeans-batches 4 --device cpu").split()
-    train_provq.main([*words, "--results-dir", str(base / "vq")])
+    train_on_digits(base / "vq")
     extract_codes.main(["--vq-ckpt", str(base / "vq"), "--device", "cpu"])
     return base
 

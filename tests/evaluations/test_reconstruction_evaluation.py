@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from digit_runs import train_on_digits, write_digits
 from PIL import Image
 from places import ROOT
 from scipy.linalg import sqrtm
-from sklearn.datasets import load_digits
 from torch import nn
 
 from evaluations import reconstruction
@@ -35,13 +35,9 @@ class Thumbnail(nn.Module):
 def base(tmp_path_factory):
     """A run, pictures, and a stand-in extractor."""
     base = tmp_path_factory.mktemp("evaluation")
-    words = ("--image-size 16 --codebook-size 64 --global-batch-size 16 --max-steps 6 --warmup-steps 2 "
-             "--transition-steps 2 --val-size 16 --kmeans-batches 4 --device cpu").split()
-    train_provq.main([*words, "--results-dir", str(base / "run")])
+    train_on_digits(base / "run")
     torch.jit.script(Thumbnail()).save(str(base / "thumbnail.pt"))
-    (base / "pictures").mkdir()
-    for i, image in enumerate(load_digits().images[:COUNT]):
-        Image.fromarray((image * 15).astype(np.uint8)).resize((40, 34)).save(base / "pictures" / f"{i:03d}.png")
+    write_digits(base / "pictures", COUNT, (40, 34))
     return base
 
 

@@ -7,8 +7,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from digit_runs import train_on_digits, write_digits
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from tokenizer import reconstruct, train_provq
 from tokenizer.pretrained import load_tokenizer, to_llamagen_state_dict
@@ -20,12 +20,8 @@ COUNT = 20
 def trained(tmp_path_factory):
     """A run folder with a codebook, and a folder of pictures."""
     base = tmp_path_factory.mktemp("reconstruct")
-    words = ("--image-size 16 --codebook-size 300 --global-batch-size 16 --max-steps 6 --warmup-steps 2 "
-             "--transition-steps 2 --val-size 16 --kmeans-batches 4 --ema --ema-decay 0.5 --device cpu").split()
-    train_provq.main([*words, "--results-dir", str(base / "run")])
-    (base / "pictures").mkdir()
-    for i, image in enumerate(load_digits().images[:COUNT]):
-        Image.fromarray((image * 15).astype(np.uint8)).resize((20, 18)).save(base / "pictures" / f"{i:03d}.png")
+    train_on_digits(base / "run", "--codebook-size", "300", "--ema", "--ema-decay", "0.5")
+    write_digits(base / "pictures", COUNT, (20, 18))
     return base
 
 

@@ -6,6 +6,7 @@ the disk itself failed. Files hold tensors and Python primitives: nothing is exe
 
 import argparse
 import contextlib
+import json
 import os
 import pickle
 import re
@@ -51,6 +52,11 @@ def atomic_write(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
 def atomic_write_text(path: str | Path, text: str) -> None:
     """`atomic_write` of UTF-8 text."""
     atomic_write(path, lambda file: file.write(text.encode("utf-8")))
+
+
+def atomic_write_json(path: str | Path, value: Any) -> None:
+    """`atomic_write` of anything that JSON holds; NaN and infinities become Python's own words for them."""
+    atomic_write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def sync_folder(folder: Path) -> None:

@@ -19,12 +19,15 @@ USER_ERRORS = (ValueError, OSError, ImportError, CannotContinue, FloatingPointEr
 
 
 @contextmanager
-def command(prog: str) -> Iterator[None]:
+def command(prog: str, *, one_process: bool = False) -> Iterator[None]:
     """The body of a script's main: USER_ERRORS end it in the line "PROG: error: ..." and status 1, without a traceback.
 
-    On the normal way out it leaves the process group; after an error torchrun ends the other ranks.
+    one_process: the script does not share its work, and refuses to start on several processes. On the normal way out
+    it leaves the process group; after an error torchrun ends the other ranks.
     """
     try:
+        if one_process:
+            require_one_process()
         yield
     except USER_ERRORS as error:
         raise SystemExit(f"{prog}: error: {error}") from error

@@ -168,6 +168,17 @@ def load(path: str | Path) -> dict[str, Any]:
     return values
 
 
+def parse_object(text: str, where: str) -> dict[str, Any]:
+    """A JSON object, such as a line of a JSONL file. ValueError, starting with where: something else."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error.msg})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: holds a {type(value).__name__}, not an object {{...}}")
+    return value
+
+
 def diff(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """(key, old value, new value) where they differ, in the order of new; an absent key counts as None."""
     keys = [*new, *(key for key in old if key not in new)]

@@ -77,6 +77,9 @@ def test_one_process(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="start it with python, not torchrun"):
         require_one_process()
+    with pytest.raises(SystemExit, match=r"^tool.py: error: .*start it with python, not torchrun$"):
+        with command("tool.py", one_process=True):
+            raise AssertionError("not reached")
 
 
 # ---------------------------------------------------------------- outputs

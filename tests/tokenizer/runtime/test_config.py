@@ -171,3 +171,13 @@ def test_unsupported_field_is_a_type_error():
 
     with pytest.raises(TypeError, match="config field folder"):
         config.parse(Bad, [])
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ('{"a": ', r"^x.jsonl, line 3: not JSON \(Expecting value\)$"),
+    ("[1]", r"^x.jsonl, line 3: holds a list, not an object \{\.\.\.\}$"),
+])
+def test_objects_in_lines(text, message):
+    assert config.parse_object('{"a": [1]}', "x.jsonl, line 3") == {"a": [1]}
+    with pytest.raises(ValueError, match=message):
+        config.parse_object(text, "x.jsonl, line 3")
