@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from tokenizer.runtime.checkpoint import atomic_write_text
+from tokenizer.runtime.parsing import read_json
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -139,13 +140,9 @@ def save(cfg: "DataclassInstance", path: str | Path) -> None:
 def load(path: str | Path) -> dict[str, Any]:
     """Read a JSON object. ValueError naming the file, and the line where it is not JSON."""
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = read_json(path)
     except FileNotFoundError as error:
-        raise ValueError(f"{path}: no such file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
+        raise ValueError(str(error)) from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: holds a {type(values).__name__}, a configuration is an object {{...}}")
     return values
