@@ -265,12 +265,12 @@ def header(path, _base):
 
 
 BROKEN = {
-    "deflated": (deflated, r"deflated.npz: not a readable .npz file \(.*invalid block type"),
+    "deflated": (deflated, r"deflated.npz: arr_0 is no array of numpy's \(.*invalid block type"),
     "header": (header, r"header.npz: arr_0 is no array of numpy's"),
     "scalar": (lambda path, _: np.savez(path, mu=np.float64(3), sigma=np.eye(3)), r"scalar.npz: .* do not fit"),
     "nan": (lambda path, _: np.savez(path, mu=np.full(3, np.nan), sigma=np.eye(3)), r"nan.npz: mu has values that are"),
     "objects": (lambda path, _: np.savez(path, mu=np.array([None]), sigma=np.eye(1)), r"objects.npz: mu is no array"),
-    "cut": (cut, "not a readable .npz"),
+    "cut": (cut, r"cut.npz: damaged, or no .npz file"),
     "damaged": (damaged, "arr_0 ends before image 2"),
     "float": (lambda path, _: np.savez(path, np.zeros((5, 8, 8, 3))), r"arr_0 must be uint8 \(N, H, W, 3\)"),
     "grey": (lambda path, _: np.savez(path, np.zeros((5, 8, 8), np.uint8)), "arr_0 must be uint8"),
