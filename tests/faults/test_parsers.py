@@ -167,7 +167,8 @@ def npz(path, **members):
 @pytest.mark.parametrize("data", [
     b"", b"\x93NUMPY", b"\x93NUMPY\x01\x00\xff\xff{", b"\x93NUMPY\x01\x00\x10\x00{'descr': '<f8'(((",
     b"\x93NUMPY\x09\x00", b"\x93NUMPY\x01\x00\x06\x00" + b"(" * 6, b"\x93NUMPY\x01\x00\x50\x00" + b"-" * 80,
-    header((3,), "|O"), header((3,), [("a", "<f8")]), header((-5, 8)), header((10**30,)), header((3,), "<M8[s]"), header((2.5,)),
+    header((3,), "|O"), header((3,), [("a", "<f8")]), header((-5, 8)),
+    header((10**30,)), header((3,), "<M8[s]"), header((2.5,)),
 ], ids=["empty", "magic", "short", "tokens", "version", "nested", "signs", "objects", "fields", "negative", "huge",
         "dates", "fraction"])
 def test_headers_that_lie(tmp_path, data):
