@@ -102,14 +102,14 @@ class NpzSet(ImageSet):
 
     def chunks(self, mine: Callable[[int], bool]) -> Iterator[tuple[int, Tensor]]:
         with Npz(self.path) as file:
-            if self.header.fortran:
-                whole = file.array("arr_0")
-                parts = (whole[i : i + CHUNK] for i in range(0, self.count, CHUNK))
-            else:
-                parts = file.rows("arr_0", CHUNK)
+            parts = _slices(file.array("arr_0")) if self.header.fortran else file.rows("arr_0", CHUNK)
             for number, pixels in enumerate(parts):
                 if mine(number):
                     yield number, torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).contiguous()
+
+
+def _slices(array: np.ndarray) -> Iterator[np.ndarray]:
+    return (array[i : i + CHUNK] for i in range(0, len(array), CHUNK))
 
 
 class SourceSet(ImageSet):

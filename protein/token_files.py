@@ -218,10 +218,10 @@ def _from_npz(path: Path) -> Iterator[TokenChain]:
             raise ValueError(f"{path}: a chain of {longest} residues; at most {MAX_LENGTH} are read")
         columns = {field: _texts(file, key, count, longest) for key, field in _TEXTS.items() if key in file.names}
         for i in range(count):
-            values = {field: next(column) for field, column in columns.items()}
-            values["numbers"] = values["numbers"].split(",") if values.get("numbers") else None
+            texts = {field: next(column) for field, column in columns.items()}
+            numbers = texts["numbers"].split(",") if texts.get("numbers") else None
             try:
-                yield _chain(values | {"tokens": tokens[offsets[i] : offsets[i + 1]].tolist()})
+                yield _chain(texts | {"numbers": numbers, "tokens": tokens[offsets[i] : offsets[i + 1]].tolist()})
             except ValueError as error:
                 raise ValueError(f"{path}, entry {i}: {error}") from error
 
