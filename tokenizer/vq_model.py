@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from tokenizer.provq import AdaptiveWarmup, Curriculum, ProVQ, ProVQOutput
 from tokenizer.quantizer_config import MAX_WIDTH, ModelConfig, build_quantizer, check_quantizer, require_between
+from tokenizer.runtime.parsing import brief
 
 MAX_IMAGE_SIZE = 2**14  # pixels of a side; Pillow refuses larger images as well
 
@@ -62,7 +63,7 @@ class VQModelConfig(ModelConfig):
     def __post_init__(self) -> None:
         check_quantizer(self)
         if self.vq_model not in ARCHITECTURES:
-            raise ValueError(f"vq_model={self.vq_model!r} is unknown; choose one of {', '.join(ARCHITECTURES)}")
+            raise ValueError(f"vq_model={brief(self.vq_model)} is unknown; choose one of {', '.join(ARCHITECTURES)}")
         for name, most in (("image_channels", MAX_WIDTH), ("image_size", MAX_IMAGE_SIZE)):
             require_between(self, 1, most, name)
         if not 0.0 <= self.dropout_p < 1.0:
