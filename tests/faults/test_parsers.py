@@ -1,8 +1,10 @@
 """Damaged and hostile files: whatever a parser throws becomes one line that names the file, and nothing hangs."""
 
+import gzip
 import io
 import json
 import os
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from evaluations.image_sets import NpzSet
+from protein import structure_io
 from protein.token_files import read_tokens
 from tokenizer.runtime import config
 from tokenizer.runtime.checkpoint import Checkpointer, load_file
@@ -227,6 +230,28 @@ def test_what_nobody_asked_for_is_not_read(tmp_path):
         archive.writestr("other.npy", header((2**37,)))
     (chain,) = read_tokens(tmp_path / "t.npz")
     assert chain.tokens.tolist() == [1, 2]
+
+
+# ------------------------------------------------------------------------------------------------- gzipped structures
+
+
+def test_structures_that_inflate_without_end(tmp_path, monkeypatch):
+    """Only as much is inflated as is read; before, 1.8 GB of a PDB file took 5.2 GB."""
+    path = tmp_path / "bomb.pdb.gz"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        for _ in range(64):
+            file.write(bytes(2**20))
+    monkeypatch.setattr(structure_io, "MAX_INFLATED", 2**20)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="inflates to more than 1048576 bytes; gunzip it yourself") as caught:
+        structure_io.read_structure(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    one_line(caught, path)
+    assert peak < 2**24
+    os.mkfifo(tmp_path / "pipe.pdb")
+    with pytest.raises(ValueError, match="is a pipe"):
+        structure_io.read_structure(tmp_path / "pipe.pdb")
 
 
 # -------------------------------------------------------------------------------------------------------- token files
