@@ -87,13 +87,17 @@ def score(
         if kind in side.statistics:
             return side.statistics[kind]
         features = found and getattr(found.features, kind)
-        return None if features is None else cache.gaussian(extractor, found.sha256, kind, features)
+        if features is None or len(features) < 2:
+            return None
+        return cache.gaussian(extractor, found.sha256, kind, features)
 
     for metric, kind in (("fid", "pooled"), ("sfid", "spatial")):
         gaussians = {name: gaussian(name, kind) for name in sides}
         absent = [name for name, found in gaussians.items() if found is None]
         if absent:
-            why[metric] = f"no {kind} features or statistics of: {', '.join(absent)}"
+            single = [name for name in absent if sides[name][0].count == 1]
+            why[metric] = (f"needs at least 2 images, or statistics, of: {', '.join(single)}" if single else
+                           f"no {kind} features or statistics of: {', '.join(absent)}")
         else:
             values[metric] = distribution.frechet_distance(gaussians["reference"], gaussians["samples"])
     found_samples, found_reference = sides["samples"][1], sides["reference"][1]
@@ -161,7 +165,8 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         "inception_score": f"{SPLITS} consecutive parts" if samples.ordered else
                            f"{SPLITS} parts, shuffled with torch-fidelity's seed {distribution.SHUFFLE_SEED}",
         "precision_recall": f"k = {distribution.NEIGHBOURS}, squared distances in float64",
-        "kid": f"{distribution.KID_SUBSETS} subsets of {distribution.KID_SUBSET_SIZE}, seed {distribution.KID_SEED}",
+        "kid": f"{distribution.KID_SUBSETS} subsets of {distribution.KID_SUBSET_SIZE}, seed {distribution.KID_SEED}, "
+               "samples as torch-fidelity's input 1",
         "warnings": warnings,
     }
     protocol["id"] = protocol_id(protocol)
