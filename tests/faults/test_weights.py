@@ -2,7 +2,9 @@
 number that is not finite passes, and what is odd is named by file and tensor.
 """
 
+import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,14 +14,15 @@ from gpt_models import tiny
 from structure_models import build
 from torch import nn
 
-from autoregressive import extract_codes, sample_c2i
+from autoregressive import extract_codes, sample_c2i, train_c2i
 from autoregressive.gpt import GPT, GPTConfig
 from autoregressive.pretrained import LoadedGPT, export_gpt, load_gpt
-from protein import encode
+from protein import decode, encode, evaluate
 from protein.pretrained import load_structure_tokenizer
 from protein.pretrained import save_pretrained as save_structure
 from protein.structure_io import Chain, write_structure
 from protein.structure_model import to_structtokenbench
+from protein.token_files import read_tokens
 from tokenizer import reconstruct, weights
 from tokenizer.pretrained import load_tokenizer, save_pretrained, to_llamagen_state_dict, tokenizer_hash
 from tokenizer.runtime.checkpoint import Checkpointer
@@ -107,6 +110,11 @@ class ProteinKind:
                 "ema": None if ema is None else filled(build(), ema).state_dict()}
 
 
+def a_structure(path):
+    coords = np.random.default_rng(0).normal(size=(2, 5, 3)).astype(np.float32)
+    write_structure(path, Chain("a", "A", "GA", coords, np.arange(1, 3), ("", ""), np.zeros(2, np.float32)))
+
+
 KINDS = pytest.mark.parametrize("kind", [VQKind, GPTKind, ProteinKind])
 
 
@@ -153,6 +161,54 @@ def test_a_set_that_is_not_there_is_refused(tmp_path, kind):
             kind.load(path, "ema")
     with pytest.raises(ValueError, match="holds a single set of weights"):
         kind.load(kind.export(1, tmp_path / "export"), "ema")
+
+
+def test_structure_commands_take_the_choice(tmp_path):
+    Checkpointer(tmp_path / "run" / "checkpoints").save(1, ProteinKind.checkpoint(1, ema=2))
+    a_structure(tmp_path / "a.pdb")
+    words = [str(tmp_path / "a.pdb"), "--ckpt", str(tmp_path / "run"), "--device", "cpu"]
+    hashes = {}
+    for choice in ("auto", "ema", "model"):
+        encode.main([*words, "--out", str(tmp_path / "a.jsonl"), "--weights", choice])
+        (entry,) = read_tokens(tmp_path / "a.jsonl")
+        hashes[choice] = entry.tokenizer
+        assert entry.tokenizer == load_structure_tokenizer(tmp_path / "run", weights=choice).hash()
+    assert hashes["auto"] == hashes["ema"] != hashes["model"]
+    decode.main([str(tmp_path / "a.jsonl"), *words[1:], "--out", str(tmp_path / "out"), "--weights", "model"])
+    with pytest.raises(SystemExit, match="has tokens of another tokenizer"):
+        decode.main([str(tmp_path / "a.jsonl"), *words[1:], "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="holds a single set of weights"):
+        evaluate.main([words[0], "--ckpt", str(ProteinKind.export(1, tmp_path / "export")), "--weights", "ema",
+                       "--out", str(tmp_path / "m.json"), "--device", "cpu"])
+
+
+def test_a_gpts_run_keeps_the_choice_of_its_tokenizer(tmp_path):
+    """Codes of the weights of the last step, not of the average: trainer and sampler find the tokenizer again."""
+    vq = dataclasses.replace(VQ, image_channels=1)
+    saved = {"step": 1, "config": vq.to_dict()} | {
+        name: filled(VQModel(vq), seed).state_dict() for name, seed in (("model", 1), ("ema", 2))}
+    Checkpointer(tmp_path / "vq" / "checkpoints").save(1, saved)
+    extract_codes.main(["--vq-ckpt", str(tmp_path / "vq"), "--code-path", str(tmp_path / "codes"), "--data-path",
+                        "digits", "--weights", "model", "--device", "cpu"])
+    words = ["--preset", "digits", "--code-path", str(tmp_path / "codes"), "--vq-ckpt", str(tmp_path / "vq"),
+             "--results-dir", str(tmp_path / "run"), "--max-steps", "1", "--global-batch-size", "4", "--val-size", "4",
+             "--sample-every", "0", "--device", "cpu"]
+    with pytest.raises(SystemExit, match="is not the tokenizer that made the codes"):
+        train_c2i.main(words)
+    train_c2i.main([*words, "--vq-weights", "model"])
+    run = ["--gpt-ckpt", str(tmp_path / "run")]
+    path = tmp_path / "vq"
+    assert sample_c2i.tokenizer_of(sample_c2i.parse_args(run)) == (path, "model", None)
+    assert sample_c2i.tokenizer_of(sample_c2i.parse_args([*run, "--vq-weights", "ema"])) == (path, "ema", None)
+    named = sample_c2i.parse_args([*run, "--vq-ckpt", "x", "--weights", "ema", "--codebook-l2-norm"])
+    assert sample_c2i.tokenizer_of(named) == (Path("x"), "auto", True)
+    loaded, model = sample_c2i.open_models(sample_c2i.parse_args(run), torch.device("cpu"))
+    assert loaded.tokenizer_hash == tokenizer_hash(model) == tokenizer_hash(load_tokenizer(path, weights="model"))
+    described = json.loads((tmp_path / "run" / "config.json").read_text())
+    for name in ("vq_ckpt", "vq_weights", "codebook_l2_norm"):
+        (tmp_path / "run" / "config.json").write_text(json.dumps(described | {name: [1]}))
+        with pytest.raises(ValueError, match=rf"config.json: {name}: \[1\] is of the wrong type"):
+            sample_c2i.tokenizer_of(sample_c2i.parse_args(run))
 
 
 # ---------------------------------------------------------------------------------------- what other people have
@@ -315,10 +371,7 @@ def diverged(tmp_path):
 def test_commands_refuse_diverged_weights(diverged):
     """Before: status 0, every code 0, a valid manifest; an export with the NaN; an IndexError from sampling."""
     vq, gpt = str(diverged / "VQKind"), str(diverged / "GPTKind")
-    rng = np.random.default_rng(0)
-    chain = Chain("a", "A", "GA", rng.normal(size=(2, 5, 3)).astype(np.float32), np.arange(1, 3), ("", ""),
-                  np.zeros(2, np.float32))
-    write_structure(diverged / "a.pdb", chain)
+    a_structure(diverged / "a.pdb")
     out, cpu = diverged / "out", ["--device", "cpu"]
     commands = {
         "tokenizer": [
