@@ -8,7 +8,7 @@ key vanish, so every position gives it logit 0 and reads its value only.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-MULTIPLE_OF = 256  # hidden widths of the feed-forward layers
+from tokenizer.quantizer_config import MAX_CODES, MAX_LAYERS, MAX_WIDTH, require_between
+from tokenizer.runtime.config import pick
+
+MULTIPLE_OF = 256       # hidden widths of the feed-forward layers
+MAX_BLOCK_SIZE = 2**16  # codes per image: the rotary table grows with them, and no weight tells their number
 
 
 @dataclass(frozen=True)
@@ -40,10 +44,22 @@ class GPTConfig:
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
+        require_between(self, 1, MAX_WIDTH, "n_head dim")
+        require_between(self, 1, MAX_LAYERS, "n_layer")
+        require_between(self, 1, MAX_CODES, "vocab_size num_classes")
+        require_between(self, 1, MAX_BLOCK_SIZE, "block_size")
+        require_between(self, 0, 1, "class_dropout_prob token_dropout_p resid_dropout_p ffn_dropout_p drop_path_rate "
+                        "norm_eps initializer_range")
+        require_between(self, 1, math.inf, "rope_base")
         if math.isqrt(self.block_size) ** 2 != self.block_size:
             raise ValueError(f"block_size {self.block_size} is no square number; codes must form a square grid")
         if self.dim % self.n_head or self.head_dim % 4:
             raise ValueError(f"dim {self.dim} / n_head {self.n_head} must be a multiple of 4 for 2-D rotary tables")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str) -> GPTConfig:
+        """What a checkpoint or an export says. ValueError, starting with source: absent fields, impossible values."""
+        return pick(cls, values, source)
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> GPTConfig:

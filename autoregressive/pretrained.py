@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from autoregressive.gpt import GPT, GPT_PRESETS, GPTConfig
-from tokenizer.pretrained import (
+from autoregressive.gpt import GPT, GPT_PRESETS, GPTConfig, rope_table
+from tokenizer.weights import (
     CONFIG_FILE,
     WEIGHTS_FILE,
+    Saved,
     check_state_dict,
-    choose_weights,
-    read_checkpoint,
-    read_export,
+    owned,
+    read_weights,
     require_keys,
     require_stored,
+    shape_of,
+    skeleton,
     write_export,
 )
 
 EXPORT_FORMAT = "provq-gpt-1"
 # Published LlamaGen files may hold these; they are computed from the sizes, or left over from a generation.
 _IGNORED = re.compile(r"freqs_cis|causal_mask|.*\.kv_cache\..*")
-_LLAMAGEN_KEYS = ("model", "module", "state_dict")
 
 
 @dataclass(frozen=True)
@@ -45,21 +46,24 @@ def load_gpt(
     """The GPT stored at path.
 
     Args:
-        path: a run folder (its newest readable checkpoint), a checkpoint of this project, a LlamaGen `.pt` file, or a
-            folder written by export_gpt.
+        path: a run folder (its newest readable checkpoint), a checkpoint of this project, a folder written by
+            export_gpt or its model.safetensors, or LlamaGen's weights: a `.pt` file, a state dict, .safetensors.
         weights: "model", "ema", or "auto": the EMA if there is one.
-        num_codes: codes per image, for LlamaGen files, which do not record it (256 for 256-pixel models of VQ-16, 576
-            for 384). Other sources record it; contradicting them is an error.
+        num_codes: codes per image, for LlamaGen's weights, which do not record it (256 for 256-pixel models of VQ-16,
+            576 for 384). Other sources record it; contradicting them is an error.
 
     FileNotFoundError: nothing there. ValueError: an unreadable or foreign file, a weight set that the file lacks,
-    tensors that do not fit (each named), no num_codes for a LlamaGen file.
+    tensors that do not fit or are not finite (each named), no num_codes for LlamaGen's weights.
     """
     path = require_stored(path, weights, "GPT")
-    if (path / WEIGHTS_FILE).is_file():
-        loaded = _from_export(path, weights)
+    saved = read_weights(path, EXPORT_FORMAT)
+    if saved.exported:
+        loaded = _from_export(saved, weights)
+    elif "gpt" in saved.description:
+        loaded = _from_checkpoint(saved, weights)
     else:
-        found, saved = read_checkpoint(path)
-        loaded = _from_checkpoint(found, saved, weights) if "gpt" in saved else _from_llamagen(found, saved, num_codes)
+        state, source = saved.choose(weights, _IGNORED)
+        loaded = _build(infer_llamagen_config(state, num_codes, source), state, source, "")
     if num_codes is not None and num_codes != loaded.model.config.block_size:
         raise ValueError(f"{path} is for {loaded.model.config.block_size} codes per image, not {num_codes}")
     loaded.model.to(device).eval()
@@ -79,47 +83,36 @@ def export_gpt(loaded: LoadedGPT, folder: str | Path) -> Path:
     return write_export(folder, description, state)
 
 
-def _build(gpt_config: GPTConfig, state: Mapping[str, Tensor], source: str, tokenizer_hash: str) -> LoadedGPT:
-    model = GPT(gpt_config)
+def _build(gpt_config: GPTConfig, state: Mapping[str, Tensor], source: str, tokenizer_hash: object) -> LoadedGPT:
+    if not isinstance(tokenizer_hash, str):
+        raise ValueError(f"{source}: its tokenizer_hash is no text")
+    model = skeleton(lambda: GPT(gpt_config))  # large ones are neither drawn at random nor held twice
     check_state_dict(state, model.state_dict(), source)
-    model.load_state_dict({key: value.float() for key, value in state.items()})
+    model.load_state_dict(owned(state), assign=True)
+    model.rope = rope_table(math.isqrt(gpt_config.block_size), gpt_config.head_dim, gpt_config.rope_base)
     return LoadedGPT(model, tokenizer_hash, source)
 
 
-def _config(values: Mapping[str, Any], source: str) -> GPTConfig:
-    try:
-        return GPTConfig(**values)
-    except TypeError as error:
-        raise ValueError(f"{source}: the sizes of the GPT are not readable ({error})") from error
+def _from_export(saved: Saved, weights: str) -> LoadedGPT:
+    described_in, description = str(saved.described_in), saved.description
+    require_keys(description, ["gpt", "tokenizer_hash"], described_in)
+    state, source = saved.choose(weights)
+    return _build(GPTConfig.from_dict(description["gpt"], described_in), state, source, description["tokenizer_hash"])
 
 
-def _from_export(path: Path, weights: str) -> LoadedGPT:
-    description, state = read_export(path, weights, EXPORT_FORMAT, ["gpt", "tokenizer_hash"])
-    gpt_config = _config(description["gpt"], str(path / CONFIG_FILE))
-    return _build(gpt_config, state, str(path / WEIGHTS_FILE), description["tokenizer_hash"])
-
-
-def _from_checkpoint(path: Path, saved: Mapping[str, Any], weights: str) -> LoadedGPT:
-    state, source = choose_weights(path, saved, weights)
-    require_keys(saved, ("config",), path)
-    require_keys(saved["config"], ("tokenizer_hash",), path)
-    return _build(_config(saved["gpt"], source), state, source, saved["config"]["tokenizer_hash"])
-
-
-def _from_llamagen(path: Path, saved: Mapping[str, Any], num_codes: int | None) -> LoadedGPT:
-    name = next((key for key in _LLAMAGEN_KEYS if isinstance(saved.get(key), Mapping)), None)
-    state = {k: v for k, v in (saved if name is None else saved[name]).items() if not _IGNORED.fullmatch(k)}
-    source = f"{path} [{name}]" if name else str(path)
-    return _build(infer_llamagen_config(state, num_codes, source), state, source, "")
+def _from_checkpoint(saved: Saved, weights: str) -> LoadedGPT:
+    require_keys(saved.description, ["config"], saved.source)
+    require_keys(saved.description["config"], ["tokenizer_hash"], saved.source)
+    gpt_config = GPTConfig.from_dict(saved.description["gpt"], f"{saved.source}: its gpt")
+    state, source = saved.choose(weights)
+    return _build(gpt_config, state, source, saved.description["config"]["tokenizer_hash"])
 
 
 def infer_llamagen_config(state: Mapping[str, Tensor], num_codes: int | None, source: str) -> GPTConfig:
     """Sizes of a LlamaGen model from the shapes of its weights. ValueError: not one of GPT_PRESETS, or no num_codes."""
-    try:
-        (vocab, dim), classes = state["tok_embeddings.weight"].shape, len(state["cls_embedding.embedding_table.weight"])
-    except (KeyError, AttributeError, ValueError) as error:
-        raise ValueError(f"{source} is no class-conditional GPT of LlamaGen's: tok_embeddings.weight and "
-                         "cls_embedding.embedding_table.weight are not both there") from error
+    what = "a class-conditional GPT of LlamaGen's"
+    vocab, dim = shape_of(state, "tok_embeddings.weight", 2, source, what)
+    classes, _ = shape_of(state, "cls_embedding.embedding_table.weight", 2, source, what)
     layers = len({key.split(".")[1] for key in state if key.startswith("layers.")})
     fitting = [p for p in GPT_PRESETS.values() if (p.n_layer, p.dim) == (layers, dim)]
     if not fitting:
@@ -127,4 +120,5 @@ def infer_llamagen_config(state: Mapping[str, Tensor], num_codes: int | None, so
     if num_codes is None:
         raise ValueError(f"{source} is a LlamaGen file, which does not say how many codes an image has: give "
                          "--image-size")
-    return replace(fitting[0], vocab_size=vocab, num_classes=classes - 1, block_size=num_codes)
+    sizes = {"vocab_size": vocab, "num_classes": classes - 1, "block_size": num_codes}
+    return GPTConfig.from_dict(asdict(fitting[0]) | sizes, source)

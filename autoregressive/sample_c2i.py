@@ -47,6 +47,7 @@ from tokenizer.runtime.command import (
     require_out_folder,
 )
 from tokenizer.runtime.optim import DTYPES
+from tokenizer.runtime.parsing import brief
 from tokenizer.runtime.seeding import fold
 from tokenizer.vq_model import VQModel
 
@@ -79,7 +80,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--global-seed", type=int, default=0, help="of the random numbers of all images (0)")
     add("--mixed-precision", choices=("auto", "none", "bf16"), default="auto", help="auto: bf16 on GPUs, else none")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="compile the decoding step (no)")
-    add("--weights", choices=("auto", "model", "ema"), default="auto", help="auto: the EMA if there is one")
+    add("--weights", choices=("auto", "model", "ema"), default="auto", help="of the GPT; auto: the EMA if there is one")
+    add("--vq-weights", choices=("auto", "model", "ema"), help="of the tokenizer (default: as in the GPT's run "
+        "if that names the tokenizer, else as --weights, or auto for ema)")
     add("--codebook-l2-norm", action=argparse.BooleanOptionalAction, default=None,
         help="for LlamaGen tokenizers, which do not record it (default there: yes)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
@@ -104,23 +107,31 @@ def newest_run(root: Path = Path("runs")) -> Path:
     return max(finished, key=lambda p: (p / "summary.json").stat().st_mtime)
 
 
-def tokenizer_path(args: argparse.Namespace) -> Path:
-    """--vq-ckpt, or what the GPT's run names. ValueError: neither. FileNotFoundError: no such run."""
+def tokenizer_of(args: argparse.Namespace) -> tuple[Path, str, bool | None]:
+    """Path, weights and codebook_l2_norm of --vq-ckpt, or what the GPT's run names.
+
+    ValueError: neither. FileNotFoundError: no such run.
+    """
+    weights = args.vq_weights or ("auto" if args.weights == "ema" else args.weights)
     if args.vq_ckpt is not None:
-        return args.vq_ckpt
+        return args.vq_ckpt, weights, args.codebook_l2_norm
     if not args.gpt_ckpt.exists():
         raise FileNotFoundError(f"--gpt-ckpt {args.gpt_ckpt} does not exist")
     path = args.gpt_ckpt / "config.json"
-    named = config.load(path).get("vq_ckpt") if (args.gpt_ckpt / "checkpoints").is_dir() else None
-    if not named:
+    run = config.load(path) if (args.gpt_ckpt / "checkpoints").is_dir() else {}
+    if not run.get("vq_ckpt"):
         raise ValueError(f"--gpt-ckpt {args.gpt_ckpt} does not say where its tokenizer is: give --vq-ckpt")
-    return Path(named)
+    for name, kind in (("vq_ckpt", str), ("vq_weights", str), ("codebook_l2_norm", bool)):
+        if not isinstance(run.get(name), (kind, type(None))):
+            raise ValueError(f"{path}: {name}: {brief(run[name])} is of the wrong type")
+    l2_norm = run.get("codebook_l2_norm") if args.codebook_l2_norm is None else args.codebook_l2_norm
+    return Path(run["vq_ckpt"]), args.vq_weights or run.get("vq_weights") or weights, l2_norm
 
 
 def open_models(args: argparse.Namespace, device: torch.device) -> tuple[LoadedGPT, VQModel]:
     """ValueError, FileNotFoundError: models that are not there or do not belong together."""
-    vq = load_tokenizer(tokenizer_path(args), device, args.weights if args.weights != "ema" else "auto",
-                        codebook_l2_norm=args.codebook_l2_norm)
+    vq_path, vq_weights, l2_norm = tokenizer_of(args)
+    vq = load_tokenizer(vq_path, device, vq_weights, codebook_l2_norm=l2_norm)
     if args.image_size is not None and args.image_size % vq.downsample:
         raise ValueError(f"--image-size {args.image_size} must be a multiple of {vq.downsample}, the tokenizer's "
                          "factor")
@@ -130,7 +141,7 @@ def open_models(args: argparse.Namespace, device: torch.device) -> tuple[LoadedG
         raise ValueError(f"the tokenizer has {vq.quantize.num_codes} codes, the GPT {loaded.model.config.vocab_size}")
     other = loaded.tokenizer_hash not in ("", tokenizer_hash(vq))
     if other and not args.other_tokenizer:
-        raise ValueError(f"{loaded.name} was trained on codes of another tokenizer than {tokenizer_path(args)} is now: "
+        raise ValueError(f"{loaded.name} was trained on codes of another tokenizer than {vq_path} is now: "
                          "name the right one with --vq-ckpt, or pass --other-tokenizer")
     return loaded, vq
 

@@ -103,7 +103,7 @@ class Trainer:
         path = self.cfg.vq_ckpt
         if not path:
             return None
-        model = load_tokenizer(path, self.device)
+        model = load_tokenizer(path, self.device, self.cfg.vq_weights, codebook_l2_norm=self.cfg.codebook_l2_norm)
         if model.quantize.num_codes != codes.codebook_size:
             raise ValueError(f"--vq-ckpt {path} has {model.quantize.num_codes} codes, --code-path {codes.path} has "
                              f"{codes.codebook_size}")

@@ -28,6 +28,10 @@ class TrainConfig(RunConfig):
     val_size: int = arg(1000, "images held out (at most a tenth), or taken of --val-code-path; 0: all of it")
     codebook_size: int = arg(16384, "of LlamaGen's code folders, which do not record it; LlamaGen: 16384")
     vq_ckpt: str | None = arg(None, "the tokenizer of the codes, to draw samples while training; none: no pictures")
+    vq_weights: str = arg("auto", "which of its weights made the codes; auto: the EMA if there is one",
+                          choices=("auto", "model", "ema"))
+    codebook_l2_norm: bool | None = arg(None, "of a --vq-ckpt of LlamaGen's, which does not record it; none: yes, as "
+                                              "there")
     other_tokenizer: bool = arg(False, "go on although the codes are not of the tokenizer --vq-ckpt")
     num_workers: int = arg(0, "data-loading processes per rank; codes are memory-mapped, 0 is fast enough")
     # pictures
@@ -68,8 +72,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 # What may differ when a run is resumed: its length (a schedule that depends on it, see `resumable`), its cadence, its
 # machine. Data and tokenizer may move: what they hold is compared, not where.
-RESUMABLE = RESUMABLE_RUN | {"preset", "code_path", "val_code_path", "vq_ckpt", "other_tokenizer", "sample_every",
-                             "sample_cfg_scale", "num_workers", "compile", "activation_checkpointing"}
+RESUMABLE = RESUMABLE_RUN | {"preset", "code_path", "val_code_path", "vq_ckpt", "vq_weights", "codebook_l2_norm",
+                             "other_tokenizer", "sample_every", "sample_cfg_scale", "num_workers", "compile",
+                             "activation_checkpointing"}
 
 
 def resumable(cfg: TrainConfig) -> frozenset[str]:

@@ -118,12 +118,14 @@ def precision_recall(
 def kid(reference: ArrayLike, samples: ArrayLike, subset_size: int = KID_SUBSET_SIZE) -> tuple[float, float]:
     """Kernel Inception Distance (Bińkowski et al. 2018) by torch-fidelity -> mean and deviation over 100 subsets.
 
-    Cubic kernel, unbiased, so values slightly below 0 occur. ValueError: a side with fewer than subset_size points.
+    Cubic kernel, unbiased, so values slightly below 0 occur. The samples are torch-fidelity's input 1, as its
+    callers have it: the subsets, so the last digits, depend on the order. ValueError: a side with fewer than
+    subset_size points.
     """
     from torch_fidelity.metric_kid import kid_features_to_metric
 
     a, b = _checked(reference, "reference", least=subset_size), _checked(samples, "samples", least=subset_size)
-    result = kid_features_to_metric(a.cpu(), b.cpu(), kid_subsets=KID_SUBSETS, kid_subset_size=subset_size,
+    result = kid_features_to_metric(b.cpu(), a.cpu(), kid_subsets=KID_SUBSETS, kid_subset_size=subset_size,
                                     rng_seed=KID_SEED, verbose=False)
     return result["kernel_inception_distance_mean"], result["kernel_inception_distance_std"]
 

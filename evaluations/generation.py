@@ -82,16 +82,19 @@ def score(
         side, found = sides[name]
         if kind in side.statistics:
             return side.statistics[kind]
-        if found is None or getattr(found.features, kind) is None:
+        features = None if found is None else getattr(found.features, kind)
+        if found is None or features is None or len(features) < 2:
             return None
-        return cache.gaussian(extractor, found.sha256, kind, getattr(found.features, kind))
+        return cache.gaussian(extractor, found.sha256, kind, features)
 
     for metric, kind in (("fid", "pooled"), ("sfid", "spatial")):
         gaussians = {name: gaussian(name, kind) for name in sides}
         known = [found for found in gaussians.values() if found is not None]
-        if len(known) < 2:
-            absent = [name for name, found in gaussians.items() if found is None]
-            why[metric] = f"no {kind} features or statistics of: {', '.join(absent)}"
+        absent = [name for name, found in gaussians.items() if found is None]
+        if absent:
+            single = [name for name in absent if sides[name][0].count == 1]
+            why[metric] = (f"needs at least 2 images, or statistics, of: {', '.join(single)}" if single else
+                           f"no {kind} features or statistics of: {', '.join(absent)}")
         else:
             values[metric] = distribution.frechet_distance(known[0], known[1])
     found_samples, found_reference = sides["samples"][1], sides["reference"][1]
@@ -159,7 +162,8 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         "inception_score": f"{SPLITS} consecutive parts" if samples.ordered else
                            f"{SPLITS} parts, shuffled with torch-fidelity's seed {distribution.SHUFFLE_SEED}",
         "precision_recall": f"k = {distribution.NEIGHBOURS}, squared distances in float64",
-        "kid": f"{distribution.KID_SUBSETS} subsets of {distribution.KID_SUBSET_SIZE}, seed {distribution.KID_SEED}",
+        "kid": f"{distribution.KID_SUBSETS} subsets of {distribution.KID_SUBSET_SIZE}, seed {distribution.KID_SEED}, "
+               "samples as torch-fidelity's input 1",
         "warnings": warnings,
     }
     protocol["id"] = protocol_id(protocol)

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import os
 import sys
-import zipfile
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,9 +30,13 @@ from tokenizer.image_readers import ImageSource, UnreadableImage
 from tokenizer.image_sources import open_images
 from tokenizer.runtime import distributed
 from tokenizer.runtime.checkpoint import atomic_write
+from tokenizer.runtime.npz import Header, Npz
+from tokenizer.runtime.parsing import parsing
 
-_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)  # the last: an unknown compression
-CHUNK = 250  # images; of 256 x 256 pixels 49 MB
+CHUNK = 250          # images; of 256 x 256 pixels 49 MB
+MAX_SIDE = 2048      # pixels of an .npz's images: a chunk of them has 3 GB
+MAX_WIDTH = 8192     # features of stored statistics: a covariance of 0.5 GB
+MAX_FORTRAN = 2**32  # bytes of an array that has to be read as a whole
 
 
 class ImageSet(ABC):
@@ -51,7 +54,8 @@ class ImageSet(ABC):
 
 
 class NpzSet(ImageSet):
-    """ADM's layout: `arr_0` uint8 (N, H, W, 3), and/or `mu`, `sigma` and `mu_s`, `sigma_s`. Streamed, not loaded.
+    """ADM's layout: `arr_0` uint8 (N, H, W, 3), and/or `mu`, `sigma` and `mu_s`, `sigma_s`. Streamed, not loaded; only
+    an arr_0 in Fortran's order, whose images lie scattered, is.
 
     ValueError, naming file and key, for a file that is no .npz, is cut short, or holds something else.
     """
@@ -60,59 +64,52 @@ class NpzSet(ImageSet):
 
     def __init__(self, path: Path):
         self.path, self.name, self.count, self.statistics = path, path.name, 0, {}
-        try:
-            with zipfile.ZipFile(path) as archive:
-                members = set(archive.namelist())
-                for kind, mu, sigma in (("pooled", "mu", "sigma"), ("spatial", "mu_s", "sigma_s")):
-                    if {f"{mu}.npy", f"{sigma}.npy"} <= members:
-                        self.statistics[kind] = Gaussian(*(self._array(archive, key) for key in (mu, sigma)))
-                if "arr_0.npy" in members:
-                    with archive.open("arr_0.npy") as file:
-                        self.shape, dtype, fortran = self._header(file)
-                    if dtype != np.uint8 or len(self.shape) != 4 or self.shape[3] != 3 or fortran:
-                        raise ValueError(f"{path}: arr_0 must be uint8 (N, H, W, 3), it is {dtype} {self.shape}")
-                    self.count, self.size = self.shape[0], "{}x{}".format(*self.shape[1:3])
-        except _DAMAGED as error:
-            raise ValueError(f"{path}: not a readable .npz file ({error})") from error
-        if not self.count and "pooled" not in self.statistics:
-            found = ", ".join(sorted(members)) or "nothing"
-            raise ValueError(f"{path} holds {found}; expected arr_0 with images, or mu and sigma")
+        with Npz(path) as file:
+            for kind, keys in (("pooled", ("mu", "sigma")), ("spatial", ("mu_s", "sigma_s"))):
+                if file.names.issuperset(keys):
+                    self.statistics[kind] = Gaussian(*(self._array(file, key) for key in keys))
+            if "arr_0" in file.names:
+                self.header = file.header("arr_0")
+                self._check_images(self.header)
+                self.count, self.size = self.header.shape[0], "{}x{}".format(*self.header.shape[1:3])
+            if not self.count and "pooled" not in self.statistics:
+                found = ", ".join(sorted(file.names)[:20]) or "nothing"
+                raise ValueError(f"{path} holds {found}; expected arr_0 with images, or mu and sigma")
 
-    def _header(self, file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype, bool]:
-        try:
-            version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = read(file)
-        except ValueError as error:
-            raise ValueError(f"{self.path}: arr_0 is no array of numpy's ({error})") from error
-        return shape, dtype, fortran
+    def _check_images(self, header: Header) -> None:
+        shape = header.shape
+        if header.dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or not all(shape[1:3]):
+            raise ValueError(f"{self.path}: arr_0 must be uint8 (N, H, W, 3), it is {header}")
+        if max(shape[1:3]) > MAX_SIDE:
+            raise ValueError(f"{self.path}: arr_0 has images of {shape[1]}x{shape[2]} pixels; at most {MAX_SIDE} on a "
+                             "side are read")
+        if header.nbytes > header.room:
+            raise ValueError(f"{self.path}: arr_0 ends before image {header.room // math.prod(shape[1:])}")
+        if header.fortran and header.nbytes > MAX_FORTRAN:
+            raise ValueError(f"{self.path}: arr_0 is stored in Fortran's order, which cannot be read image by image; "
+                             "save np.ascontiguousarray(arr_0)")
 
-    def _array(self, archive: zipfile.ZipFile, key: str) -> Tensor:
-        with archive.open(f"{key}.npy") as file:
-            try:
-                array = np.lib.format.read_array(file, allow_pickle=False)
-            except ValueError as error:
-                raise ValueError(f"{self.path}: {key} is no array of numbers ({error})") from error
-        if array.dtype.kind != "f":
-            raise ValueError(f"{self.path}: {key} must hold floating-point numbers, it is {array.dtype}")
+    def _array(self, file: Npz, key: str) -> Tensor:
+        header = file.header(key)
+        if header.dtype.kind != "f":
+            raise ValueError(f"{self.path}: {key} must hold floating-point numbers, it is {header.dtype}")
+        if len(header.shape) > 2 or max(header.shape, default=0) > MAX_WIDTH:
+            raise ValueError(f"{self.path}: {key} {header.shape} is no statistics of at most {MAX_WIDTH} features")
+        array = file.array(key)
         if not np.isfinite(array).all():
             raise ValueError(f"{self.path}: {key} has values that are not finite")
         return torch.from_numpy(array.astype(np.float64))
 
     def chunks(self, mine: Callable[[int], bool]) -> Iterator[tuple[int, Tensor]]:
-        size = int(np.prod(self.shape[1:]))  # bytes of an image
-        try:
-            with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
-                self._header(file)
-                for number, rows in enumerate(consecutive(self.count, CHUNK)):
-                    data = file.read(size * len(rows))
-                    if len(data) < size * len(rows):
-                        raise ValueError(f"{self.path}: arr_0 ends before image {rows[0] + len(data) // size}")
-                    if mine(number):
-                        pixels = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-                        yield number, pixels.view(-1, *self.shape[1:]).permute(0, 3, 1, 2).contiguous()
-        except _DAMAGED as error:
-            raise ValueError(f"{self.path}: arr_0 is damaged ({error})") from error
+        with Npz(self.path) as file:
+            parts = _slices(file.array("arr_0")) if self.header.fortran else file.rows("arr_0", CHUNK)
+            for number, pixels in enumerate(parts):
+                if mine(number):
+                    yield number, torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).contiguous()
+
+
+def _slices(array: np.ndarray) -> Iterator[np.ndarray]:
+    return (array[i : i + CHUNK] for i in range(0, len(array), CHUNK))
 
 
 class SourceSet(ImageSet):
@@ -227,10 +224,10 @@ class FeatureCache:
         path = self.folder / extractor.sha256[:16] / f"{name}.npz"
         if path.exists():
             try:
-                with np.load(path) as file:
+                with parsing(path), np.load(path) as file:
                     return {key: torch.from_numpy(file[key]) for key in file.files}
-            except (zipfile.BadZipFile, ValueError, EOFError) as error:
-                print(f"computing again what {path} should hold: {error}", file=sys.stderr)  # noqa: T201
+            except ValueError as error:
+                print(f"computing again what the cache should hold: {error}", file=sys.stderr)  # noqa: T201
         found = compute()
         arrays: dict[str, Any] = {key: value.numpy() for key, value in found.items()}
         path.parent.mkdir(parents=True, exist_ok=True)

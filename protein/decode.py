@@ -52,6 +52,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--altloc", choices=ALTLOCS, default="first", help="of --reference, as in encode.py (default: first)")
     add("--other-tokenizer", action="store_true", help="go on although the tokens are of another tokenizer")
     add("--max-residues", type=int, default=MAX_RESIDUES, help=f"of a batch, padding included ({MAX_RESIDUES})")
+    add("--weights", choices=("auto", "model", "ema"), default="auto", help="of --ckpt; auto: the EMA if any")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     args = parser.parse_args(argv)
     require_flags_at_least(parser, args, 1, "model max_residues")
@@ -145,7 +146,7 @@ def decode(args: argparse.Namespace, device: torch.device) -> None:
     """ValueError, OSError: mistakes in flags and files, before anything is computed."""
     require_out_folder(args.out)
     entries = [entry for path in args.tokens for entry in read_tokens(path)]
-    tokenizer = load_structure_tokenizer(args.ckpt, device)
+    tokenizer = load_structure_tokenizer(args.ckpt, device, args.weights)
     check_tokens(entries, tokenizer, args)
     check_format(entries, args)
     references = read_references(entries, args) if args.reference else {}

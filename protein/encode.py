@@ -43,6 +43,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--altloc", choices=ALTLOCS, default="first", help="which conformation of a residue to keep (default: first)")
     add("--max-bad-structures", type=int, default=0, help="unreadable files to leave out before stopping (default: 0)")
     add("--max-residues", type=int, default=MAX_RESIDUES, help=f"of a batch, padding included ({MAX_RESIDUES})")
+    add("--weights", choices=("auto", "model", "ema"), default="auto", help="of --ckpt; auto: the EMA if any")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     args = parser.parse_args(argv)
     require_flags_at_least(parser, args, 1, "model max_residues")
@@ -62,7 +63,7 @@ def encode(args: argparse.Namespace, device: torch.device) -> None:
     check_name(args.out)
     require_out_file(args.out)
     files = list_structures(args.structures)
-    tokenizer = load_structure_tokenizer(args.ckpt, device)
+    tokenizer = load_structure_tokenizer(args.ckpt, device, args.weights)
     rank, world = distributed.rank(), distributed.world_size()
     chains_wanted = args.chains.split(",") if args.chains else None
     quiet = None if distributed.is_main() else True

@@ -58,6 +58,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max-length", type=int, default=600, help="leave out longer chains (default: 600, as StructTokenBench)")
     add("--max-bad-structures", type=int, default=0, help="unreadable files to leave out before stopping (default: 0)")
     add("--max-residues", type=int, default=MAX_RESIDUES, help=f"of a batch, padding included ({MAX_RESIDUES})")
+    add("--weights", choices=("auto", "model", "ema"), default="auto", help="of each --ckpt; auto: the EMA if any")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     args = parser.parse_args(argv)
     require_flags_at_least(parser, args, 1, "max_length max_residues")
@@ -108,7 +109,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
     """Collective. ValueError, OSError: mistakes in flags and files."""
     require_out_file(args.out)
     files = list_structures(args.structures)
-    tokenizers = [load_structure_tokenizer(path, device) for path in args.ckpt]
+    tokenizers = [load_structure_tokenizer(path, device, args.weights) for path in args.ckpt]
     rank, world = distributed.rank(), distributed.world_size()
     with tqdm(total=len(files[rank::world]), unit="file", disable=None if distributed.is_main() else True) as shown:
         chains, reasons = read_chains(files[rank::world], max_bad=args.max_bad_structures, progress=shown.update)

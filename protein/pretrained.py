@@ -22,21 +22,21 @@ from protein.structure_model import (
     StructureVQModel,
     check_residues,
     check_tokens,
+    fit_structtokenbench,
     load_structtokenbench,
 )
-from tokenizer.pretrained import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    check_state_dict,
-    choose_weights,
-    content_hash,
-    read_checkpoint,
-    read_export,
-    require_stored,
-    write_table_export,
-)
+from tokenizer.pretrained import content_hash, write_table_export
 from tokenizer.provq import nearest_code
-from tokenizer.runtime.checkpoint import load_file
+from tokenizer.weights import (
+    check_state_dict,
+    listed,
+    owned,
+    read_weights,
+    require_keys,
+    require_stored,
+    shape_of,
+    skeleton,
+)
 
 EXPORT_FORMAT = "provq-structure-tokenizer-1"
 ESM3_ENCODER_FILE, ESM3_DECODER_FILE = "esm3_structure_encoder_v0.pth", "esm3_structure_decoder_v0.pth"
@@ -177,12 +177,13 @@ def load_structure_tokenizer(
 
     Args:
         path: a run folder (its newest readable checkpoint), a checkpoint of this project, a folder written by
-            save_pretrained, StructTokenBench's mp_rank_00_model_states.pt, ESM3's encoder file (which only encodes), or
-            the folder that has both files of ESM3 under their released names.
+            save_pretrained or its model.safetensors, StructTokenBench's mp_rank_00_model_states.pt or another file of
+            its weights, ESM3's encoder file (which only encodes), or the folder that has both files of ESM3 under their
+            released names.
         weights: "model", "ema", or "auto": the EMA if there is one.
 
     FileNotFoundError: nothing there. ValueError: an unreadable or foreign file, a weight set that the file lacks,
-    tensors that do not fit (each named), a checkpoint from the warm-up, which has no tokens yet.
+    tensors that do not fit or are not finite (each named), a checkpoint from the warm-up, which has no tokens yet.
     """
     path = require_stored(path, weights, "structure tokenizer")
     tokenizer = _open(path, weights)
@@ -193,41 +194,40 @@ def load_structure_tokenizer(
 
 
 def _open(path: Path, weights: str) -> StructureTokenizer:
-    if (path / WEIGHTS_FILE).is_file():
-        return _from_export(path, weights)
     if (path / ESM3_ENCODER_FILE).is_file():
-        _only_model(path, weights)
+        encoder = _esm3_encoder(*read_weights(path / ESM3_ENCODER_FILE, EXPORT_FORMAT).choose(weights))
         decoder = path / ESM3_DECODER_FILE
-        encoder = _esm3_encoder(load_file(path / ESM3_ENCODER_FILE), str(path / ESM3_ENCODER_FILE))
-        return ESM3Tokenizer(encoder, _esm3_decoder(load_file(decoder), str(decoder)) if decoder.exists() else None)
-    path, saved = read_checkpoint(path)
-    if "config" in saved:
-        state, source = choose_weights(path, saved, weights)
-        model = StructureVQModel(_config(saved, "config", source))
-        check_state_dict(state, model.state_dict(), source)
+        if not decoder.exists():
+            return ESM3Tokenizer(encoder)
+        return ESM3Tokenizer(encoder, _esm3_decoder(*read_weights(decoder, EXPORT_FORMAT).choose(weights)))
+    saved = read_weights(path, EXPORT_FORMAT)
+    state, source = saved.choose(weights)
+    if saved.exported:
+        require_keys(saved.description, ["tokenizer"], str(saved.described_in))
+        config = _config(saved.description["tokenizer"], f"{saved.described_in}: its tokenizer")
+        return _structtokenbench(config, state, source)
+    if "config" in saved.description:
+        config = _config(saved.description["config"], f"{source}: its config")
+        check_state_dict(state, skeleton(lambda: StructureVQModel(config)).state_dict(), source)
+        model = StructureVQModel(config)
         model.load_state_dict(state)
         return VQTokenizer(model)
-    _only_model(path, weights)
-    if "module" in saved:
-        return VQTokenizer(_from_structtokenbench(saved["module"], f"{path} [module]"))
-    if "codebook.embeddings" in saved:
-        return ESM3Tokenizer(_esm3_encoder(saved, str(path)))
-    if "embed.weight" in saved:
+    if any(key.removeprefix("model.") == "encoder.pre_vq_proj.weight" for key in state):
+        state = {key.removeprefix("model."): value for key, value in state.items()}
+        return _structtokenbench(infer_structtokenbench_config(state, source), state, source)
+    if "codebook.embeddings" in state:
+        return ESM3Tokenizer(_esm3_encoder(state, source))
+    if "embed.weight" in state:
         raise ValueError(f"{path} is ESM3's decoder alone; load the folder that also has {ESM3_ENCODER_FILE}")
-    raise ValueError(f"{path} is no structure tokenizer: it holds {', '.join(map(str, list(saved)[:8]))}, and not the "
-                     "config, module or codebook.embeddings of this project, StructTokenBench and ESM3")
+    raise ValueError(f"{source} is no structure tokenizer: it holds {listed(list(state))}, and not the config, "
+                     "encoder.pre_vq_proj.weight or codebook.embeddings of this project, StructTokenBench and ESM3")
 
 
-def _only_model(path: Path, weights: str) -> None:
-    if weights == "ema":
-        raise ValueError(f"weights='ema': {path} holds a single set of weights, use 'auto' or 'model'")
-
-
-def _config(values: Mapping[str, Any], key: str, source: str) -> StructureModelConfig:
+def _config(values: Any, source: str) -> StructureModelConfig:
     try:
-        return StructureModelConfig.from_dict(values[key])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{source}: its {key} is no structure tokenizer's ({error})") from error
+        return StructureModelConfig.from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{source} is no structure tokenizer's ({error})") from error
 
 
 def _count(state: Mapping[str, Tensor], prefix: str) -> int:
@@ -235,52 +235,55 @@ def _count(state: Mapping[str, Tensor], prefix: str) -> int:
     return len({key[len(prefix) :].split(".")[0] for key in state if key.startswith(prefix)})
 
 
-def _sizes(state: Mapping[str, Tensor], source: str, what: str, *keys: str) -> list[torch.Size]:
-    absent = [key for key in keys if key not in state]
-    if absent:
-        raise ValueError(f"{source} is not {what}: {', '.join(absent)} is missing")
-    return [state[key].shape for key in keys]
-
-
 _HEADS = "transformer.blocks.0.geom_attn.distance_scale_per_head"
 
 
 def _esm3_encoder(state: Mapping[str, Tensor], source: str) -> ESM3Encoder:
-    (dim, width), (heads,), (codes, _) = _sizes(state, source, "ESM3's structure encoder", "pre_vq_proj.weight", _HEADS,
-                                                "codebook.embeddings")
-    encoder = ESM3Encoder(width, heads, _count(state, "transformer.blocks."), dim, codes)
+    what = "ESM3's structure encoder"
+    dim, width = shape_of(state, "pre_vq_proj.weight", 2, source, what)
+    (heads,) = shape_of(state, _HEADS, 1, source, what)
+    codes, _ = shape_of(state, "codebook.embeddings", 2, source, what)
+    layers = _count(state, "transformer.blocks.")
+    encoder = skeleton(lambda: ESM3Encoder(width, heads, layers, dim, codes))
     check_state_dict(state, encoder.state_dict(), source)
-    encoder.load_state_dict(state)
+    encoder.load_state_dict(owned(state), assign=True)
     return encoder
 
 
 def _esm3_decoder(state: Mapping[str, Tensor], source: str) -> ESM3Decoder:
-    ((_, width),) = _sizes(state, source, "ESM3's structure decoder", "embed.weight")
-    with torch.device("meta"):  # 2.5 GB that are neither drawn at random nor held twice
-        decoder = ESM3Decoder(width, width // HEAD_WIDTH, _count(state, "decoder_stack.blocks."))
+    _, width = shape_of(state, "embed.weight", 2, source, "ESM3's structure decoder")
+    if width % HEAD_WIDTH:
+        raise ValueError(f"{source} is not ESM3's structure decoder: its width {width} is no multiple of {HEAD_WIDTH}")
+    layers = _count(state, "decoder_stack.blocks.")
+    decoder = skeleton(lambda: ESM3Decoder(width, width // HEAD_WIDTH, layers))  # 2.5 GB that are not held twice
     check_state_dict(state, decoder.state_dict(), source)
-    decoder.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
+    decoder.load_state_dict(owned(state), assign=True)
     return decoder
 
 
-def _from_structtokenbench(state: Mapping[str, Tensor], source: str) -> StructureVQModel:
-    state = {key.removeprefix("model."): value for key, value in state.items()}
-    model = StructureVQModel(infer_structtokenbench_config(state, source))
+def _structtokenbench(config: StructureModelConfig, state: Mapping[str, Tensor], source: str) -> VQTokenizer:
+    """Of weights under StructTokenBench's keys, built when they are known to fit."""
+    fit_structtokenbench(skeleton(lambda: StructureVQModel(config)), state, source)
+    model = StructureVQModel(config)
     load_structtokenbench(model, state, source)
-    return model
+    return VQTokenizer(model)
 
 
 def infer_structtokenbench_config(state: Mapping[str, Tensor], source: str = "state dict") -> StructureModelConfig:
     """Sizes and quantizer of a VQVAEModel, its keys without prefix. ValueError: keys that it always has are missing."""
-    (_, encoder_width), (heads,), (decoder_width, _), (codes, dim) = _sizes(
-        state, source, "a VQVAEModel of StructTokenBench's", "encoder.pre_vq_proj.weight", f"encoder.{_HEADS}",
-        "decoder.post_vq_proj.weight", _CODEBOOK)
-    return StructureModelConfig(
-        encoder_width=encoder_width, encoder_heads=heads, encoder_layers=_count(state, "encoder.transformer.blocks."),
-        decoder_width=decoder_width, decoder_heads=decoder_width // HEAD_WIDTH,
-        decoder_layers=_count(state, "decoder.decoder_stack.blocks."), codebook_size=codes, codebook_embed_dim=dim,
-        quantizer="aminoaseed" if "quantizer.linear_proj.weight" in state else "vq",
-    )
+    what = "a VQVAEModel of StructTokenBench's"
+    _, encoder_width = shape_of(state, "encoder.pre_vq_proj.weight", 2, source, what)
+    (heads,) = shape_of(state, f"encoder.{_HEADS}", 1, source, what)
+    decoder_width, _ = shape_of(state, "decoder.post_vq_proj.weight", 2, source, what)
+    codes, dim = shape_of(state, _CODEBOOK, 2, source, what)
+    values = StructureModelConfig().to_dict() | {
+        "encoder_width": encoder_width, "encoder_heads": heads,
+        "encoder_layers": _count(state, "encoder.transformer.blocks."), "decoder_width": decoder_width,
+        "decoder_heads": decoder_width // HEAD_WIDTH, "decoder_layers": _count(state, "decoder.decoder_stack.blocks."),
+        "codebook_size": codes, "codebook_embed_dim": dim,
+        "quantizer": "aminoaseed" if "quantizer.linear_proj.weight" in state else "vq",
+    }
+    return StructureModelConfig.from_dict(values, source)
 
 
 # ------------------------------------------------------------------------------------------------------- exports
@@ -301,10 +304,3 @@ def save_pretrained(model: StructureVQModel, folder: str | Path) -> Path:
     and the export cannot continue a training: checkpoints do that. ValueError: no codebook yet.
     """
     return write_table_export(Path(folder), EXPORT_FORMAT, model.config, _exported_state(model))
-
-
-def _from_export(path: Path, weights: str) -> VQTokenizer:
-    description, state = read_export(path, weights, EXPORT_FORMAT, ["tokenizer"])
-    model = StructureVQModel(_config(description, "tokenizer", str(path / CONFIG_FILE)))
-    load_structtokenbench(model, state, str(path / WEIGHTS_FILE))
-    return VQTokenizer(model)

@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import re
 import warnings
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -25,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tokenizer.runtime.checkpoint import atomic_write_text
+from tokenizer.runtime.parsing import parsing, require_file
 
 ATOMS = ("N", "CA", "C", "O", "CB")  # second axis of Chain.coords
 EXTENSIONS = (".pdb", ".ent", ".cif", ".mmcif", ".bcif")  # each also with .gz
@@ -39,6 +39,7 @@ _NAMES = {letter: name for name, letter in _LETTERS.items()}
 # Protonation states as force fields name them; where the PDB's dictionary knows such a name, it is another compound.
 _FORCE_FIELD = {"HSD": "H", "HSE": "H", "HSP": "H", "HID": "H", "HIE": "H", "HIP": "H", "CYX": "C", "CYM": "C",
                 "ASH": "D", "GLH": "E", "LYN": "K"}
+MAX_INFLATED = 2**29  # bytes that a gzipped file is inflated to
 _NONE = (".", "?", " ", "")  # as altloc and insertion code
 _RESIDUE_NUMBER = re.compile(r" *-?\d+ *|[A-Za-z][0-9A-Za-z]{3}")  # of PDB; hybrid-36 above 9999
 _MAX_BOND = 2.0  # Angstrom between C and the next N; a peptide bond has 1.33, the next closest pair of a chain over 3
@@ -207,14 +208,16 @@ def _stem(path: Path) -> str:
 
 
 def _read_bytes(path: Path) -> bytes:
+    require_file(path)
     content = path.read_bytes()
     zipped = content[:2] == b"\x1f\x8b"
     if path.suffix.lower() == ".gz" and not zipped:
         raise ValueError(f"{path}: not compressed by gzip, whatever its name says")
-    try:
-        content = gzip.decompress(content) if zipped else content
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: truncated or damaged gzip file ({error})") from error
+    if zipped:
+        with parsing(path, "truncated or damaged gzip file"), gzip.open(io.BytesIO(content)) as file:
+            content = file.read(MAX_INFLATED + 1)
+        if len(content) > MAX_INFLATED:  # its parser would take several times as much
+            raise ValueError(f"{path}: inflates to more than {MAX_INFLATED} bytes; gunzip it yourself to read it")
     if not content.strip():
         raise ValueError(f"{path}: empty file")
     return content

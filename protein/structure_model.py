@@ -8,7 +8,7 @@ smaller ESM3 decoder, and changes the quantizer only: VanillaVQ is quantizer="vq
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +17,16 @@ from torch import Tensor, nn
 from protein.geometry import valid_residues
 from protein.structure_decoder import Decoded, PairLogits, RegressionHead, VectorDecoder
 from protein.structure_encoder import StructureEncoder
-from tokenizer.pretrained import check_state_dict
 from tokenizer.provq import AdaptiveWarmup, Curriculum, ProVQ, ProVQOutput
-from tokenizer.quantizer_config import ModelConfig, build_quantizer, check_quantizer
+from tokenizer.quantizer_config import (
+    MAX_LAYERS,
+    MAX_WIDTH,
+    ModelConfig,
+    build_quantizer,
+    check_quantizer,
+    require_between,
+)
+from tokenizer.weights import check_state_dict
 
 SEQUENCE_VOCABULARY = 33  # ESM's alphabet: the inverse folding head scores these letters
 
@@ -42,9 +49,8 @@ class StructureModelConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         check_quantizer(self)
-        for field in fields(self):
-            if field.type == "int" and getattr(self, field.name) < 1:
-                raise ValueError(f"{field.name}={getattr(self, field.name)} must be at least 1")
+        require_between(self, 1, MAX_WIDTH, "encoder_width encoder_heads neighbours decoder_width decoder_heads")
+        require_between(self, 1, MAX_LAYERS, "encoder_layers decoder_layers")
         if self.decoder_width % (2 * self.decoder_heads):
             raise ValueError(f"decoder_width={self.decoder_width} must be an even multiple of "
                              f"decoder_heads={self.decoder_heads}")
@@ -210,8 +216,13 @@ def load_structtokenbench(model: StructureVQModel, state: Mapping[str, Tensor], 
     ValueError: weights that are missing, unexpected or of another shape, each named (source: where they came from), or
     a quantizer that StructTokenBench does not have.
     """
+    weights, own = fit_structtokenbench(model, state, source), model.state_dict()
+    model.load_state_dict(own | weights | {"quantize.initialised": torch.tensor(True)})
+
+
+def fit_structtokenbench(model: StructureVQModel, state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """The same weights under the model's names; the model may be a skeleton. ValueError: see load_structtokenbench."""
     state = {key.removeprefix("model."): value for key, value in state.items()}
     names, own = _structtokenbench_keys(model), model.state_dict()
     check_state_dict(state, {theirs: own[ours] for ours, theirs in names.items()}, source)
-    weights = {ours: state[theirs] for ours, theirs in names.items()}
-    model.load_state_dict(own | weights | {"quantize.initialised": torch.tensor(True)})
+    return {ours: state[theirs] for ours, theirs in names.items()}

@@ -11,12 +11,10 @@ numbers, insertion codes, and the hash of the tokenizer, since tokens mean nothi
 
 from __future__ import annotations
 
-import io
 import json
+import math
 import re
-import zipfile
-import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +23,15 @@ import numpy as np
 import numpy.typing as npt
 
 from tokenizer.runtime.checkpoint import atomic_write, atomic_write_text
+from tokenizer.runtime.npz import Npz
+from tokenizer.runtime.parsing import brief, from_json, parsing, require_file
 
 FORMATS = (".fasta", ".jsonl", ".npz")
 _NUMBER = re.compile(r"(-?\d+)(\D?)")
+MAX_RESIDUES = 2**28  # of an .npz file that is read: 2 GB of tokens
+MAX_LENGTH = 2**20    # residues of a chain there
+MAX_NAME = 4096       # letters of a name there
+_TEXTS = {"names": "name", "chains": "chain", "sequences": "sequence", "numbers": "numbers", "tokenizer": "tokenizer"}
 _INT32 = 2**31  # what .npz keeps of a token, and structure files of a residue number
 
 
@@ -126,52 +130,59 @@ def read_tokens(path: Path) -> list[TokenChain]:
     1, and the tokenizer is unknown.
     """
     kind = check_name(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+    require_file(path)
     chains = list(_from_npz(path) if kind == ".npz" else _from_lines(path, kind))
     if not chains:
         raise ValueError(f"{path}: holds no chains")
     return chains
 
 
-def _chain(values: dict[str, Any]) -> TokenChain:
+def _chain(values: Any) -> TokenChain:
+    """The chain that a file's values describe. ValueError: what is absent or of the wrong type."""
+    if not isinstance(values, dict):
+        raise ValueError(f"a {type(values).__name__}, a chain is an object {{...}}")
+    absent = [key for key in ("tokens", "name") if values.get(key) in (None, "")]
+    if absent:
+        raise ValueError(f"no {absent[0]}")
     tokens = values["tokens"]
     if not isinstance(tokens, list) or not tokens or not all(type(token) is int for token in tokens):
         raise ValueError("tokens must be a list of integers, at least one")
     huge = [token for token in tokens if abs(token) >= _INT32]  # before they overflow an array
     if huge:
-        raise ValueError(f"token {huge[0]} is no code of any tokenizer")
-    absent = {"sequence": "X" * len(tokens), "numbers": [str(i + 1) for i in range(len(tokens))], "chain": "",
+        raise ValueError(f"token {brief(huge[0])} is no code of any tokenizer")
+    others = {"sequence": "X" * len(tokens), "numbers": [str(i + 1) for i in range(len(tokens))], "chain": "",
               "tokenizer": ""}
-    values = absent | {key: value for key, value in values.items() if value not in ("", None)}
+    values = others | {key: value for key, value in values.items() if value not in ("", None)}
     texts = [key for key in ("name", "chain", "sequence", "tokenizer") if not isinstance(values[key], str)]
-    if texts or not isinstance(values["numbers"], list):
-        raise ValueError(f"{(texts or ['numbers'])[0]} is of the wrong type")
+    numbers = values["numbers"]
+    if not isinstance(numbers, list) or not all(type(number) in (str, int) for number in numbers):
+        texts.append("numbers")
+    if texts:
+        raise ValueError(f"{texts[0]} is of the wrong type: {brief(values[texts[0]])}")
     return TokenChain(values["name"], values["chain"], np.array(tokens, dtype=np.int64), values["sequence"],
-                      tuple(map(str, values["numbers"])), values["tokenizer"])
+                      tuple(n if isinstance(n, str) else brief(n) for n in numbers), values["tokenizer"])
 
 
 def _from_lines(path: Path, kind: str) -> Iterable[TokenChain]:
     header: dict[str, Any] | None = None
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            if kind == ".jsonl":
-                yield _chain(json.loads(line))
-            elif line.startswith(">"):
-                if header is not None:
-                    raise ValueError("a header without tokens before it")
-                header = _fasta_header(line)
-            elif header is None:
-                raise ValueError("tokens without a header before them")
-            else:
-                yield _chain(header | {"tokens": [int(word) for word in re.split(r"[\s,]+", line.strip())]})
-                header = None
-        except KeyError as error:
-            raise ValueError(f"{path}, line {number}: no {error.args[0]}") from error
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                if kind == ".jsonl":
+                    yield _chain(from_json(line, "the line"))
+                elif line.startswith(">"):
+                    if header is not None:
+                        raise ValueError("a header without tokens before it")
+                    header = _fasta_header(line)
+                elif header is None:
+                    raise ValueError("tokens without a header before them")
+                else:
+                    yield _chain(header | {"tokens": [int(word) for word in re.split(r"[\s,]+", line.strip())]})
+                    header = None
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from error
     if header is not None:
         raise ValueError(f"{path}: the last header has no tokens; the file is cut off")
 
@@ -185,36 +196,48 @@ def _fasta_header(line: str) -> dict[str, Any]:
             "tokenizer": fields.get("tokenizer")}
 
 
-def _from_npz(path: Path) -> Iterable[TokenChain]:
-    try:
-        file = np.load(io.BytesIO(path.read_bytes()))
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise ValueError("a single array")
-        arrays = {key: file[key] for key in file.files}
-    # RuntimeError: a damaged header that asks for a password or another kind of compression.
-    except (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path}: damaged, or no .npz file ({error})") from error
-    absent = [key for key in ("tokens", "offsets", "names") if key not in arrays]
-    if absent:
-        raise ValueError(f"{path}: no array {', '.join(absent)}")
-    for key in ("tokens", "offsets"):
-        if arrays[key].ndim != 1 or arrays[key].dtype.kind not in "iu":
-            raise ValueError(f"{path}: {key} must be a row of integers, not {arrays[key].dtype} {arrays[key].shape}")
-    count, total = arrays["names"].size, len(arrays["tokens"])
-    for key in ("names", "chains", "sequences", "numbers", "tokenizer"):
-        if key in arrays and (arrays[key].shape != (count,) or arrays[key].dtype.kind != "U"):
-            raise ValueError(f"{path}: {key} must be {count} texts, one for each name, not {arrays[key].dtype} "
-                             f"{arrays[key].shape}")
-    offsets = arrays["offsets"].astype(np.int64)
-    ascends = offsets.shape == (count + 1,) and bool((np.diff(offsets) > 0).all())
-    if not ascends or offsets[0] != 0 or offsets[-1] != total:
-        raise ValueError(f"{path}: offsets do not cut {total} tokens into {count} chains")
-    for i, name in enumerate(arrays["names"]):
-        values = {"name": str(name), "tokens": arrays["tokens"][offsets[i] : offsets[i + 1]].tolist()}
-        for key, field in (("chains", "chain"), ("sequences", "sequence"), ("tokenizer", "tokenizer")):
-            values[field] = str(arrays[key][i]) if key in arrays else None
-        values["numbers"] = str(arrays["numbers"][i]).split(",") if "numbers" in arrays else None
-        try:
-            yield _chain(values)
-        except ValueError as error:
-            raise ValueError(f"{path}, entry {i}: {error}") from error
+def _from_npz(path: Path) -> Iterator[TokenChain]:
+    """Chain by chain: what a few bytes inflate to is never held as a whole."""
+    with Npz(path) as file:
+        absent = [key for key in ("tokens", "offsets", "names") if key not in file.names]
+        if absent:
+            raise ValueError(f"{path}: no array {', '.join(absent)}")
+        for key in ("tokens", "offsets"):
+            header = file.header(key)
+            if len(header.shape) != 1 or header.dtype.kind not in "iu":
+                raise ValueError(f"{path}: {key} must be a row of integers, not {header}")
+            if header.shape[0] > MAX_RESIDUES + 1:
+                raise ValueError(f"{path}: {key} {header.shape}: more than {MAX_RESIDUES} residues in one file")
+        tokens, offsets = file.array("tokens"), file.array("offsets").astype(np.int64)
+        count = math.prod(file.header("names").shape)
+        ascends = offsets.shape == (count + 1,) and bool((np.diff(offsets) > 0).all())
+        if not ascends or offsets[0] != 0 or offsets[-1] != len(tokens):
+            raise ValueError(f"{path}: offsets do not cut {len(tokens)} tokens into {count} chains")
+        longest = int(np.diff(offsets).max()) if count else 0
+        if longest > MAX_LENGTH:
+            raise ValueError(f"{path}: a chain of {longest} residues; at most {MAX_LENGTH} are read")
+        columns = {field: _texts(file, key, count, longest) for key, field in _TEXTS.items() if key in file.names}
+        for i in range(count):
+            texts = {field: next(column) for field, column in columns.items()}
+            numbers = texts["numbers"].split(",") if texts.get("numbers") else None
+            try:
+                yield _chain(texts | {"numbers": numbers, "tokens": tokens[offsets[i] : offsets[i + 1]].tolist()})
+            except ValueError as error:
+                raise ValueError(f"{path}, entry {i}: {error}") from error
+
+
+def _texts(file: Npz, key: str, count: int, longest: int) -> Iterator[str]:
+    """The texts of one array, one at a time. ValueError: they are not `count`, or too long for chains of `longest`."""
+    header = file.header(key)
+    if header.shape != (count,) or header.dtype.kind != "U":
+        raise ValueError(f"{file.path}: {key} must be {count} texts, one for each name, not {header}")
+    if header.dtype.itemsize // 4 > max(MAX_NAME, len("-2147483648A,") * longest):
+        raise ValueError(f"{file.path}: {key} {header}: its texts are too long for chains of {longest} residues")
+    return _strings(file, key)
+
+
+def _strings(file: Npz, key: str) -> Iterator[str]:
+    for part in file.rows(key, 1):
+        with parsing(file.path, f"{key} is damaged"):
+            text = str(part[0])
+        yield text

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, TypeVar
 
 from tokenizer.provq import QUANTIZERS, VectorQuantizer, make_quantizer
+from tokenizer.runtime import config
 from tokenizer.runtime.config import arg, flag_name
+
+MAX_CODES = 2**31 - 1  # tokens are kept as int32
+MAX_WIDTH = 2**20      # channels: a matrix of so many rows and columns has 4 TB
+MAX_LAYERS = 1024
 
 Config = TypeVar("Config", bound="ModelConfig")
 
@@ -34,21 +40,26 @@ class ModelConfig(QuantizerConfig):
     LATER: ClassVar[Mapping[str, Any]] = {}  # fields that older files do not have -> the value that they had then
 
     @classmethod
-    def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
+    def from_dict(cls: type[Config], values: Mapping[str, Any], source: str = "tokenizer configuration") -> Config:
         """Pick this class's fields out of a larger configuration (a training config names them alike).
 
-        ValueError names the absent fields: a default could differ from what the weights were made with.
+        ValueError, starting with source: absent fields, values of another type or beyond sense.
         """
-        values = {**cls.LATER, **values}
-        names = [field.name for field in fields(cls)]
-        missing = [name for name in names if name not in values]
-        if missing:
-            raise ValueError(f"tokenizer configuration lacks {', '.join(missing)}")
-        return cls(**{name: values[name] for name in names})
+        return config.pick(cls, {**cls.LATER, **values} if isinstance(values, Mapping) else values, source)
 
     def to_dict(self) -> dict[str, str | int | float | bool]:
         """JSON-ready primitives; inverse of from_dict."""
         return asdict(self)
+
+
+def require_between(cfg: Any, low: float, high: float, names: str) -> None:
+    """ValueError, naming field and value, for a setting among names (separated by spaces) outside [low, high]."""
+    for name in names.split():
+        value = getattr(cfg, name)
+        if not value >= low:  # so that NaN is refused
+            raise ValueError(f"{name}={value!r} must be at least {low}")
+        if value > high:
+            raise ValueError(f"{name}={value!r} must be at most {high}")
 
 
 def check_quantizer(cfg: QuantizerConfig, *, flags: bool = False) -> None:
@@ -59,10 +70,13 @@ def check_quantizer(cfg: QuantizerConfig, *, flags: bool = False) -> None:
 
     if cfg.quantizer not in QUANTIZERS:
         raise ValueError(f"{said('quantizer')} is unknown; choose one of {', '.join(QUANTIZERS)}")
-    least = {"codebook_size": 1, "codebook_embed_dim": 1, "commit_loss_beta": 0, "codebook_restart_below": 0}
-    for name, low in least.items():
+    limits = {"codebook_size": (1, MAX_CODES), "codebook_embed_dim": (1, MAX_WIDTH),
+              "commit_loss_beta": (0, math.inf), "codebook_restart_below": (0, math.inf)}
+    for name, (low, high) in limits.items():
         if not getattr(cfg, name) >= low:  # so that NaN is refused
             raise ValueError(f"{said(name)} must be at least {low}")
+        if getattr(cfg, name) > high:
+            raise ValueError(f"{said(name)} must be at most {high}")
     if not 0 <= cfg.codebook_ema_decay < 1:
         raise ValueError(f"{said('codebook_ema_decay')} must lie in [0, 1)")
     for name in ("codebook_ema_decay", "codebook_restart_below"):

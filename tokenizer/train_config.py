@@ -15,11 +15,11 @@ import numpy as np
 from tokenizer.curriculum import CurriculumConfig, check_curriculum, kmeans_batches
 from tokenizer.data import AUGMENTATIONS, ImageSource, open_images, split_holdout, spread
 from tokenizer.losses import GENERATOR_LOSSES, RECONSTRUCTION_LOSSES
-from tokenizer.pretrained import CONFIG_FILE, read_checkpoint
 from tokenizer.runtime import config
 from tokenizer.runtime.config import arg, flag_name
 from tokenizer.runtime.run import RESUMABLE_RUN
 from tokenizer.vq_model import ARCHITECTURES
+from tokenizer.weights import CONFIG_FILE, read_checkpoint, require_keys
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,10 @@ def open_run_split(run: str | Path) -> DataSplit:
     path = Path(run) / CONFIG_FILE
     cfg = config.from_dict(TrainConfig, config.load(path), str(path))
     split = open_split(cfg)
-    recorded = read_checkpoint(Path(run))[1]["config"]
+    where, saved = read_checkpoint(Path(run))
+    require_keys(saved, ["config"], where)
+    recorded = saved["config"]
+    require_keys(recorded, [], where)
     for name, found in split.fingerprints().items():
         if recorded.get(name, found) != found:
             data = cfg.val_path if cfg.val_path and name == "val_fingerprint" else cfg.data_path

@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenizer.provq import AdaptiveWarmup, Curriculum, ProVQ, ProVQOutput
-from tokenizer.quantizer_config import ModelConfig, build_quantizer, check_quantizer
+from tokenizer.quantizer_config import MAX_WIDTH, ModelConfig, build_quantizer, check_quantizer, require_between
+from tokenizer.runtime.parsing import brief
+
+MAX_IMAGE_SIZE = 2**14  # pixels of a side; Pillow refuses larger images as well
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,9 @@ class VQModelConfig(ModelConfig):
     def __post_init__(self) -> None:
         check_quantizer(self)
         if self.vq_model not in ARCHITECTURES:
-            raise ValueError(f"vq_model={self.vq_model!r} is unknown; choose one of {', '.join(ARCHITECTURES)}")
-        for name in ("image_channels", "image_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+            raise ValueError(f"vq_model={brief(self.vq_model)} is unknown; choose one of {', '.join(ARCHITECTURES)}")
+        for name, most in (("image_channels", MAX_WIDTH), ("image_size", MAX_IMAGE_SIZE)):
+            require_between(self, 1, most, name)
         if not 0.0 <= self.dropout_p < 1.0:
             raise ValueError(f"dropout_p={self.dropout_p} must lie in [0, 1)")
 

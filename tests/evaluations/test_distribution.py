@@ -7,6 +7,7 @@ import pytest
 import torch
 from places import GOLDEN
 from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
 
 from evaluations import distribution
 from evaluations.distribution import (
@@ -174,6 +175,15 @@ def test_kid_is_the_unbiased_cubic_kernel_distance():
     mean, deviation = kid(a, b, subset_size=n)  # every subset is the whole set
     assert mean == pytest.approx(within - 2 * kab.mean(), rel=1e-6)
     assert deviation == pytest.approx(0, abs=1e-6)
+
+
+def test_kid_takes_the_samples_as_torch_fidelitys_first_input():
+    reference, samples = normal(700, 8, 0), normal(400, 8, 1, shift=0.3)
+    expected, other = (kid_features_to_metric(*pair, kid_subsets=100, kid_subset_size=300, rng_seed=2020, verbose=False)
+                       for pair in ((samples, reference), (reference, samples)))
+    name = "kernel_inception_distance_mean"
+    assert kid(reference, samples, subset_size=300)[0] == expected[name]
+    assert expected[name] != other[name]  # the subsets differ
 
 
 def test_kid_of_one_distribution_is_about_zero():

@@ -264,13 +264,43 @@ def header(path, _base):
         archive.writestr("arr_0.npy", b"no array at all")
 
 
+def test_a_single_image_costs_its_own_metrics_only(base, tmp_path):
+    """Before: the whole report, and the message named no side."""
+    np.savez(tmp_path / "one.npz", digits(0, 1))
+    words = flags(base, "reference.npz", str(tmp_path / "one.npz"), tmp_path / "r.json", "--no-cache")
+    with pytest.raises(SystemExit) as caught:  # none of its metrics can be had
+        generation.main(words)
+    assert caught.value.code == 1
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["unavailable"]["fid"] == "needs at least 2 images, or statistics, of: samples"
+    assert report["unavailable"]["precision"].startswith("needs more than 3 images")
+    assert (report["num_reference"], report["num_samples"]) == (N, 1)
+    other = report_of(base, str(tmp_path / "one.npz"), "samples.npz", tmp_path / "r.json")
+    assert other["inception_score"] > 1
+    assert other["unavailable"]["sfid"] == "needs at least 2 images, or statistics, of: reference"
+
+
+def test_arrays_in_fortrans_order_are_the_same_images(base, plain, tmp_path):
+    np.savez(tmp_path / "f.npz", np.asfortranarray(digits(N, M)))
+    report = report_of(base, "reference.npz", str(tmp_path / "f.npz"), tmp_path / "r.json")
+    same_numbers(report, plain)
+    assert report["protocol"]["samples"]["sha256"] == plain["protocol"]["samples"]["sha256"]
+
+
+def test_large_arrays_in_fortrans_order_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_sets, "MAX_FORTRAN", 1000)
+    np.savez(tmp_path / "f.npz", np.asfortranarray(digits(0, 2)))
+    with pytest.raises(ValueError, match=r"f.npz: arr_0 is stored in Fortran's order, .*ascontiguousarray\(arr_0\)"):
+        image_sets.NpzSet(tmp_path / "f.npz")
+
+
 BROKEN = {
-    "deflated": (deflated, r"deflated.npz: not a readable .npz file \(.*invalid block type"),
+    "deflated": (deflated, r"deflated.npz: arr_0 is no array of numpy's \(.*invalid block type"),
     "header": (header, r"header.npz: arr_0 is no array of numpy's"),
     "scalar": (lambda path, _: np.savez(path, mu=np.float64(3), sigma=np.eye(3)), r"scalar.npz: .* do not fit"),
     "nan": (lambda path, _: np.savez(path, mu=np.full(3, np.nan), sigma=np.eye(3)), r"nan.npz: mu has values that are"),
     "objects": (lambda path, _: np.savez(path, mu=np.array([None]), sigma=np.eye(1)), r"objects.npz: mu is no array"),
-    "cut": (cut, "not a readable .npz"),
+    "cut": (cut, r"cut.npz: damaged, or no .npz file"),
     "damaged": (damaged, "arr_0 ends before image 2"),
     "float": (lambda path, _: np.savez(path, np.zeros((5, 8, 8, 3))), r"arr_0 must be uint8 \(N, H, W, 3\)"),
     "grey": (lambda path, _: np.savez(path, np.zeros((5, 8, 8), np.uint8)), "arr_0 must be uint8"),

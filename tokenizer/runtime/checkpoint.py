@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 import torch
 
 from tokenizer.runtime import distributed
+from tokenizer.runtime.parsing import parsing, reason, require_file
 
 # LlamaGen checkpoints carry their command line as a Namespace: a bag of attributes that runs no code when it is built.
 # (Registered for the process: the scoped form, safe_globals, does not exist in torch 2.4.)
@@ -89,27 +90,35 @@ def require_writable(folder: str | Path, what: str) -> None:
 
 
 def load_file(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
-    """Read one checkpoint: ours, or a LlamaGen .pt. Executes nothing from the file.
+    """Read one checkpoint: ours, or a LlamaGen .pt. Executes nothing from the file, and takes about its size in memory.
 
-    Raises FileNotFoundError, and ValueError naming the file when it is truncated, damaged or no torch.save file, holds
-    objects other than tensors, primitives and argparse.Namespace, or holds something other than a dict.
+    Raises FileNotFoundError, and ValueError naming the file when it is no regular file, truncated, damaged or no
+    torch.save file, has compressed records, holds objects other than tensors, primitives and argparse.Namespace, or
+    holds something other than a dict.
     """
-    if not Path(path).exists():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
-    if not zipfile.is_zipfile(path):  # the archive's directory is at its end, so this also finds truncation
+    require_file(path, "checkpoint")
+    with parsing(path, "damaged, or not a checkpoint"):
+        whole = zipfile.is_zipfile(path)  # the archive's directory is at its end, so this also finds truncation
+    if not whole:
         raise ValueError(f"{path}: truncated, or not a file of torch.save (torch >= 1.6)")
-    try:
+    with parsing(path, "damaged, or not a checkpoint"):
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not compare checksums
-        if damaged is not None:
-            raise ValueError(f"{path}: damaged, the checksum of {damaged} is wrong")
+            records = archive.infolist()
+            stored = all(record.compress_type == zipfile.ZIP_STORED for record in records)
+            stored = stored and sum(record.file_size for record in records) <= os.path.getsize(path)
+            damaged = archive.testzip() if stored else None  # torch.load does not compare checksums
+    if not stored:  # a few megabytes could inflate to any size
+        raise ValueError(f"{path}: its records are compressed or overlap, which torch.save never does; save it again")
+    if damaged is not None:
+        raise ValueError(f"{path}: damaged, the checksum of {damaged} is wrong")
+    try:
         state = torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         untrusted = re.search(r"GLOBAL (\S+)", str(error))  # the rest of torch's message advises to load it anyway
-        reason = f"refused, it refers to {untrusted[1]}" if untrusted else "refused, its pickle is not a plain one"
-        raise ValueError(f"{path}: {reason}; a checkpoint holds tensors and primitives only") from error
-    except (RuntimeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: damaged, or not a checkpoint ({error})") from error
+        why = f"refused, it refers to {untrusted[1]}" if untrusted else "refused, its pickle is not a plain one"
+        raise ValueError(f"{path}: {why}; a checkpoint holds tensors and primitives only") from error
+    except Exception as error:  # a parser's, see parsing.py
+        raise ValueError(f"{path}: damaged, or not a checkpoint ({reason(error)})") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path}: holds a {type(state).__name__}, a checkpoint is a dict")
     return state

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from tokenizer.runtime.checkpoint import atomic_write_text
+from tokenizer.runtime.parsing import brief, read_json
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -133,13 +134,38 @@ def flag_name(field: str) -> str:
 
 
 def from_dict(cls: type[Config], values: Mapping[str, Any], source: str) -> Config:
-    """Rebuild a configuration, such as a checkpoint's. ValueError, starting with source, for a wrong key or value."""
+    """Rebuild a configuration, such as a run's. ValueError, starting with source, for a wrong key or value."""
     flags = _flags(cls)
-    checked = _checked(flags, values, source)
+    checked = _checked(flags, _mapping(values, source), source)
     missing = [name for name, flag in flags.items() if flag.default is REQUIRED and name not in checked]
     if missing:
         raise ValueError(f"{source}: no value for {', '.join(missing)}")
-    return cls(**checked)
+    return _built(cls, checked, source)
+
+
+def pick(cls: type[Config], values: Mapping[str, Any], source: str) -> Config:
+    """Rebuild a configuration out of a larger one, by all fields of this class, which need no arg().
+
+    ValueError, starting with source: a wrong value, or none; a default could differ from what weights were made with.
+    """
+    flags = _flags(cls, described=False)
+    missing = [name for name in flags if name not in _mapping(values, source)]
+    if missing:
+        raise ValueError(f"{source} lacks {', '.join(missing)}")
+    return _built(cls, _checked(flags, {name: values[name] for name in flags}, source), source)
+
+
+def _mapping(values: Any, source: str) -> Mapping[str, Any]:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{source} is a {type(values).__name__}, not values by name")
+    return values
+
+
+def _built(cls: type[Config], values: Mapping[str, Any], source: str) -> Config:
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
 
 
 def to_dict(cfg: "DataclassInstance") -> dict[str, Any]:
@@ -156,13 +182,9 @@ def save(cfg: "DataclassInstance", path: str | Path) -> None:
 def load(path: str | Path) -> dict[str, Any]:
     """Read a JSON object. ValueError naming the file, and the line where it is not JSON."""
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = read_json(path)
     except FileNotFoundError as error:
-        raise ValueError(f"{path}: no such file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
+        raise ValueError(str(error)) from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: holds a {type(values).__name__}, a configuration is an object {{...}}")
     return values
@@ -206,19 +228,19 @@ class _Flag:
         if not self.several:
             return self._check_one(value)
         if not isinstance(value, (list, tuple)):
-            raise ValueError(f"{value!r} is not a list")
+            raise ValueError(f"{brief(value)} is not a list")
         return tuple(self._check_one(item) for item in value)
 
     def _check_one(self, value: Any) -> Any:
         if value is None and self.optional:
             return None
-        if self.kind is float and type(value) is int:
+        if self.kind is float and type(value) is int and abs(value) < 2**53:  # larger ones are no float exactly
             value = float(value)
         if type(value) is not self.kind or (isinstance(value, float) and not math.isfinite(value)):
-            raise ValueError(f"{value!r} is not {_WORDS[self.kind]}")
+            raise ValueError(f"{brief(value)} is not {_WORDS[self.kind]}")
         if self.choices is not None and value not in self.choices:
             valid = ", ".join(map(str, self.choices))
-            raise ValueError(f"{value!r} is not one of {valid}{_nearest(str(value), map(str, self.choices))}")
+            raise ValueError(f"{brief(value)} is not one of {valid}{_nearest(str(value), map(str, self.choices))}")
         return value
 
     def read(self, text: str) -> Any:
@@ -235,12 +257,13 @@ class _Flag:
             raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def _flags(cls: type["DataclassInstance"]) -> dict[str, _Flag]:
+def _flags(cls: type["DataclassInstance"], *, described: bool = True) -> dict[str, _Flag]:
+    """By field name. described: every field must have its help, for a command line."""
     hints = typing.get_type_hints(cls)
-    return {field.name: _flag(field, hints[field.name]) for field in dataclasses.fields(cls)}
+    return {field.name: _flag(field, hints[field.name], described) for field in dataclasses.fields(cls)}
 
 
-def _flag(field: "dataclasses.Field[Any]", hint: Any) -> _Flag:
+def _flag(field: "dataclasses.Field[Any]", hint: Any, described: bool) -> _Flag:
     optional = several = False
     kind = hint
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
@@ -249,16 +272,17 @@ def _flag(field: "dataclasses.Field[Any]", hint: Any) -> _Flag:
         kind = members[0] if len(members) == 1 else None
     elif typing.get_origin(kind) is tuple and typing.get_args(kind)[1:] == (...,):
         several, kind = True, typing.get_args(kind)[0]
-    if kind not in _WORDS or (several and kind is bool) or field.name == "config" or "help" not in field.metadata:
+    unfit = kind not in _WORDS or (several and kind is bool) or field.name == "config"
+    if unfit or (described and "help" not in field.metadata):
         raise TypeError(f"config field {field.name}: {hint} without arg(), of an unsupported type, or called config")
     return _Flag(
         name=field.name,
         kind=kind,
         optional=optional,
         several=several,
-        choices=field.metadata["choices"],
+        choices=field.metadata.get("choices"),
         default=REQUIRED if field.default is dataclasses.MISSING else field.default,
-        help=field.metadata["help"],
+        help=field.metadata.get("help", ""),
     )
 
 
@@ -266,7 +290,7 @@ def _checked(flags: Mapping[str, _Flag], values: Mapping[str, Any], source: str)
     checked = {}
     for name, value in values.items():
         if name not in flags:
-            raise ValueError(f"{source}: unknown key {name!r}{_nearest(name, flags)}")
+            raise ValueError(f"{source}: unknown key {brief(name)}{_nearest(str(name)[:100], flags)}")
         try:
             checked[name] = flags[name].check(value)
         except ValueError as error:

@@ -23,6 +23,7 @@ from tokenizer.runtime.checkpoint import Checkpointer, atomic_write_text, load_f
 from tokenizer.runtime.command import USER_ERRORS, CannotContinue
 from tokenizer.runtime.config import arg
 from tokenizer.runtime.metrics import JsonlFile, MetricLogger
+from tokenizer.runtime.parsing import brief, parsing
 from tokenizer.runtime.seeding import StepSampler, seed_step
 
 
@@ -150,6 +151,7 @@ class Run:
                 raise ValueError(f"--results-dir {self.folder} holds the metrics.jsonl of something else; use another")
             self._require_nothing_lost()
             return
+        self._require_whole(state)
         changed = self._changed(state["config"])
         if changed:
             what = "; ".join(f"{name}: {old!r} there, {new!r} now" for name, old, new in changed)
@@ -163,12 +165,28 @@ class Run:
                              f"{self.cfg.max_steps}")
         for name, part in parts.items():
             if part is not None:
-                part.load_state_dict(state[name])
+                with parsing(f"--results-dir {self.folder}", f"the {name} of its newest checkpoint does not fit"):
+                    part.load_state_dict(state[name])
+                    _require_like_parameters(part)
         self.start = self.done = state["step"]
         self.best = state["best"] if math.isfinite(state["best"] or 0.0) else None  # before 0.3: infinite for none
         self.last_validation = state["last_validation"]
         self._resumed_metrics = state["metrics"]
         distributed.print0(f"resuming {self.folder} at step {self.start}")
+
+    def _require_whole(self, state: Mapping[str, Any]) -> None:
+        """ValueError: the checkpoint lacks an entry that `state` writes, or one is of another kind."""
+        kinds: dict[str, tuple[type, ...]] = {"step": (int,), "metrics": (dict,), "last_validation": (dict,),
+                                              "best": (int, float, type(None)), "config": (dict,)}
+        newest = f"--results-dir {self.folder}: its newest checkpoint"
+        parts = [name for name, part in self._parts.items() if part is not None]
+        missing = [name for name in (*kinds, *parts) if name not in state]
+        if missing:
+            raise ValueError(f"{newest} has no {', '.join(missing)}: it is not one of this program; use another folder")
+        for name, kind in kinds.items():
+            if type(state[name]) not in kind or (name == "step" and state[name] < 0):
+                raise ValueError(f"{newest} has {brief(state[name])} as its {name}: it is damaged; move it away to "
+                                 "resume from an older one")
 
     def _changed(self, recorded: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
         """(name, value there, value now) of settings that must not differ. One that is newer than the checkpoint had
@@ -187,7 +205,9 @@ class Run:
         lost = [self.folder / "summary.json"] if (self.folder / "summary.json").exists() else []
         if best.exists():
             state = load_file(best)
-            if self._changed(state["config"]) or state["step"] > state["config"]["ckpt_every"]:
+            if type(state.get("config")) is not dict or type(state.get("step")) is not int:
+                raise ValueError(f"{best} is not one of this program; move it away")
+            if self._changed(state["config"]) or state["step"] > state["config"].get("ckpt_every", 0):
                 lost.append(best)
         if lost:
             raise ValueError(f"--results-dir {self.folder} holds a run without a numbered checkpoint to resume, and "
@@ -222,7 +242,8 @@ class Run:
                                         resume_step=self.start)
             self.validations = JsonlFile(self.folder / "validation.jsonl", resume_step=self.start)
             if self._resumed_metrics is not None:
-                self.metrics.load_state_dict(self._resumed_metrics)
+                with parsing(f"--results-dir {self.folder}", "the metrics of its newest checkpoint are damaged"):
+                    self.metrics.load_state_dict(self._resumed_metrics)
             if distributed.is_main():
                 config.save(self.cfg, self.folder / "config.json")
                 if self.start < self.cfg.max_steps:
@@ -299,6 +320,15 @@ class Run:
     def micro_batch(self) -> int:
         """Samples of one forward on one rank."""
         return int(self.cfg.global_batch_size // (distributed.world_size() * self.cfg.gradient_accumulation_steps))
+
+
+def _require_like_parameters(part: Any) -> None:
+    """ValueError: an optimizer's averages have other shapes than its parameters, which torch notices in a step only."""
+    if isinstance(part, torch.optim.Optimizer):
+        for parameter, values in part.state.items():
+            for name, value in values.items():
+                if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
+                    raise ValueError(f"{name} {tuple(value.shape)} of a parameter {tuple(parameter.shape)}")
 
 
 class _StopSignal:

@@ -1,0 +1,310 @@
+"""Damaged and hostile files: whatever a parser throws becomes one line that names the file, and nothing hangs."""
+
+import gzip
+import io
+import json
+import os
+import tracemalloc
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+from evaluations.image_sets import NpzSet
+from protein import structure_io
+from protein.token_files import read_tokens
+from tokenizer.runtime import config
+from tokenizer.runtime.checkpoint import Checkpointer, load_file
+from tokenizer.runtime.npz import Npz
+from tokenizer.runtime.parsing import brief, parsing, read_json
+
+
+def one_line(caught, path):
+    """The message is a line, not too long, and starts with the file."""
+    said = str(caught.value)
+    assert said.startswith(str(path)), said
+    assert "\n" not in said
+    assert len(said) < 700
+
+
+# ------------------------------------------------------------------------------------------------------ the boundary
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RecursionError("too deep"), OSError(22, "Invalid argument"),
+                                   OverflowError("x\ny"), KeyError("a"), zipfile.BadZipFile("b"), AssertionError()])
+def test_whatever_a_parser_throws_names_the_file(error):
+    with pytest.raises(ValueError, match=r"^a/b\.npz: damaged \(") as caught, parsing("a/b.npz"):
+        raise error
+    one_line(caught, "a/b.npz")
+    assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_what_is_no_error_passes(error):
+    with pytest.raises(error), parsing("a/b.npz"):
+        raise error
+
+
+def test_values_are_shown_briefly():
+    deep = wide = []
+    for _ in range(10_000):
+        deep = [deep]
+    for _ in range(60):
+        wide = [wide, wide]  # 2^60 lists, if anybody went through them
+    values = ["x" * 10**6, 10**5000, deep, wide, {"a": [10**5000]}, [1, 2]]
+    assert all(len(brief(value)) < 300 for value in values)
+    assert brief([1, 2]) == "[1, 2]"
+    assert brief("abc") == "'abc'"
+
+
+# -------------------------------------------------------------------------------------------------------------- JSON
+
+
+@pytest.mark.parametrize("content", [
+    b"[" * 200_000, b'{"a":' * 200_000, b"\xff\xfe{", b"", b"{", b'{"a": ' + b"9" * 10_000 + b"}", b"nul", b"\0" * 100,
+    b"[1]",
+], ids=["lists", "objects", "no UTF-8", "empty", "cut", "digits", "word", "zeros", "no object"])
+def test_configurations_that_are_no_json(tmp_path, content):
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"config\.json") as caught:
+        config.load(path)
+    one_line(caught, path)
+
+
+def test_pipes_and_folders_are_no_configurations(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(ValueError, match=r"pipe.json: is a pipe, socket or device; name a file"):
+        config.load(tmp_path / "pipe.json")
+    with pytest.raises(ValueError, match="is a folder"):
+        config.load(tmp_path)
+    with pytest.raises(ValueError, match=r"none.json: no such file"):
+        config.load(tmp_path / "none.json")
+    with pytest.raises(FileNotFoundError):
+        read_json(tmp_path / "none.json")
+
+
+# ------------------------------------------------------------------------------------------------- files of torch.save
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    path = tmp_path / "0000001.pt"
+    torch.save({"step": 1, "model": {"w": torch.arange(2000.0)}}, path)
+    return path
+
+
+def test_a_checkpoint_damaged_in_the_middle_is_named_and_the_older_one_used(tmp_path, checkpoint, capsys):
+    whole = checkpoint.read_bytes()
+    newest = tmp_path / "0000002.pt"
+    newest.write_bytes(whole[:1000] + whole[1100:])  # zipfile seeks to before the start: OSError without a path
+    with pytest.raises(ValueError, match=r"0000002.pt: damaged, or not a checkpoint \(") as caught:
+        load_file(newest)
+    one_line(caught, newest)
+    assert Checkpointer(tmp_path).load_latest()["step"] == 1
+    assert "0000002.pt" in capsys.readouterr().out
+
+
+def test_records_that_inflate_are_refused(tmp_path, checkpoint):
+    with zipfile.ZipFile(checkpoint) as archive:
+        content = {info.filename: archive.read(info) for info in archive.infolist()}
+    packed = tmp_path / "packed.pt"
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in content.items():
+            archive.writestr(name, data)
+    with pytest.raises(ValueError, match=r"its records are compressed or overlap, .* save it again") as caught:
+        load_file(packed)
+    one_line(caught, packed)
+
+
+def test_pipes_are_no_checkpoints(tmp_path):
+    os.mkfifo(tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="is a pipe"):
+        load_file(tmp_path / "a.pt")
+
+
+def test_cuts_and_flips_of_a_checkpoint(tmp_path, checkpoint):
+    """Each gives one line, or what was saved: torch pads records, and not every byte means something."""
+    whole, draw, path = checkpoint.read_bytes(), np.random.default_rng(0), tmp_path / "x.pt"
+    refused = []
+    for _ in range(150):
+        data = bytearray(whole)
+        start, kind = int(draw.integers(len(data))), draw.integers(4)
+        if kind == 0:
+            del data[start : start + int(draw.integers(1, 200))]
+        elif kind == 1:
+            data[start] ^= 1 << int(draw.integers(8))
+        elif kind == 2:
+            data[start : start + 100] = bytes(len(data[start : start + 100]))
+        else:
+            data = data[:start]
+        path.write_bytes(data)
+        try:
+            state = load_file(path)
+        except ValueError as error:
+            refused.append(str(error))
+        else:
+            assert set(state) == {"step", "model"}
+    assert len(refused) > 100
+    assert all(said.startswith(str(path)) and "\n" not in said for said in refused)
+
+
+# -------------------------------------------------------------------------------------------------------- npz files
+
+
+def header(shape, descr="<f8", fortran=False, version=1):
+    file = io.BytesIO()
+    write = np.lib.format.write_array_header_1_0 if version == 1 else np.lib.format.write_array_header_2_0
+    write(file, {"descr": descr, "fortran_order": fortran, "shape": shape})
+    return file.getvalue()
+
+
+def npz(path, **members):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            archive.writestr(f"{name}.npy", data)
+    return path
+
+
+@pytest.mark.parametrize("data", [
+    b"", b"\x93NUMPY", b"\x93NUMPY\x01\x00\xff\xff{", b"\x93NUMPY\x01\x00\x10\x00{'descr': '<f8'(((",
+    b"\x93NUMPY\x09\x00", b"\x93NUMPY\x01\x00\x06\x00" + b"(" * 6, b"\x93NUMPY\x01\x00\x50\x00" + b"-" * 80,
+    header((3,), "|O"), header((3,), [("a", "<f8")]), header((-5, 8)),
+    header((10**30,)), header((3,), "<M8[s]"), header((2.5,)),
+], ids=["empty", "magic", "short", "tokens", "version", "nested", "signs", "objects", "fields", "negative", "huge",
+        "dates", "fraction"])
+def test_headers_that_lie(tmp_path, data):
+    path = npz(tmp_path / "a.npz", x=data)
+    with Npz(path) as file, pytest.raises(ValueError, match=r"a.npz: x is ") as caught:
+        file.array("x")
+    one_line(caught, path)
+
+
+def test_more_than_is_there_is_not_allocated(tmp_path):
+    path = npz(tmp_path / "a.npz", x=header((2**44,)) + bytes(80))
+    said = r"x is cut short: float64 \(17592186044416,\) has 140737488355328 bytes, 80 are there"
+    with Npz(path) as file, pytest.raises(ValueError, match=said):
+        file.array("x")
+
+
+def test_arrays_are_read_alone_and_as_they_were(tmp_path):
+    arrays = {"a": np.arange(24.0).reshape(2, 3, 4), "f": np.asfortranarray(np.arange(6).reshape(2, 3)),
+              "t": np.array(["x", "yz"]), "e": np.zeros((0, 3)), "s": np.float32(4)}
+    np.savez_compressed(tmp_path / "a.npz", broken=1, **arrays)
+    with Npz(tmp_path / "a.npz") as file:
+        assert file.names == {"broken", *arrays}
+        for name, array in arrays.items():
+            found = file.array(name)
+            assert (found.dtype, found.shape) == (array.dtype, array.shape)
+            assert np.array_equal(found, array)
+        assert [part.tolist() for part in file.rows("t", 1)] == [["x"], ["yz"]]
+
+
+@pytest.mark.parametrize(("members", "said"), [
+    ({"arr_0": header((-5, 8, 8, 3), "|u1")}, "arr_0 is no array of numpy's"),
+    ({"arr_0": header((5, 0, 8, 3), "|u1")}, "arr_0 must be uint8"),
+    ({"arr_0": header((1, 10**6, 10**6, 3), "|u1")}, "images of 1000000x1000000 pixels; at most 2048"),
+    ({"arr_0": header((10**9, 8, 8, 3), "|u1") + bytes(1000)}, "arr_0 ends before image 5"),
+    ({"arr_0": header((10**7, 64, 64, 3), "|u1", fortran=True)}, "arr_0 ends before image 0"),
+    ({"mu": header((10**9,)), "sigma": header((1, 1))}, r"mu \(1000000000,\) is no statistics of at most 8192"),
+    ({"mu": header((3,)) + bytes(24), "sigma": header((3, 10**6))}, r"sigma \(3, 1000000\) is no statistics"),
+    ({"mu": header((3,)) + bytes(24), "sigma": header((3, 3))}, "sigma is cut short"),
+    ({"mu": header((2,), "<c16") + bytes(32), "sigma": header((2, 2))}, "mu must hold floating-point numbers"),
+])
+def test_image_sets_that_lie(tmp_path, members, said):
+    path = npz(tmp_path / "a.npz", **members)
+    with pytest.raises(ValueError, match=said) as caught:
+        NpzSet(path)
+    one_line(caught, path)
+
+
+def test_what_nobody_asked_for_is_not_read(tmp_path):
+    """A damaged member beside the images, and one that would inflate to a terabyte."""
+    path = npz(tmp_path / "a.npz", arr_0=header((2, 8, 8, 3), "|u1") + bytes(384), other=header((2**37,)) + bytes(8),
+               more=b"junk")
+    assert NpzSet(path).count == 2
+    tokens = {"tokens": np.array([1, 2]), "offsets": np.array([0, 2]), "names": np.array(["x"])}
+    np.savez(tmp_path / "t.npz", **tokens)
+    with zipfile.ZipFile(tmp_path / "t.npz", "a") as archive:
+        archive.writestr("other.npy", header((2**37,)))
+    (chain,) = read_tokens(tmp_path / "t.npz")
+    assert chain.tokens.tolist() == [1, 2]
+
+
+# ------------------------------------------------------------------------------------------------- gzipped structures
+
+
+def test_structures_that_inflate_without_end(tmp_path, monkeypatch):
+    """Only as much is inflated as is read; before, 1.8 GB of a PDB file took 5.2 GB."""
+    path = tmp_path / "bomb.pdb.gz"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        for _ in range(64):
+            file.write(bytes(2**20))
+    monkeypatch.setattr(structure_io, "MAX_INFLATED", 2**20)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="inflates to more than 1048576 bytes; gunzip it yourself") as caught:
+        structure_io.read_structure(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    one_line(caught, path)
+    assert peak < 2**24
+    os.mkfifo(tmp_path / "pipe.pdb")
+    with pytest.raises(ValueError, match="is a pipe"):
+        structure_io.read_structure(tmp_path / "pipe.pdb")
+
+
+# -------------------------------------------------------------------------------------------------------- token files
+
+
+@pytest.mark.parametrize("change", [
+    {"chain": [1]}, {"chain": {"a": 1}}, {"sequence": 5}, {"numbers": {"a": 1}}, {"numbers": [[1], 2]},
+    {"tokenizer": 1}, {"tokens": [True, 1]}, {"tokens": [2**40, 1]}, {"tokens": [-(10**4000), 1]},
+    {"numbers": [10**4000, 1]}, {"tokens": None}, {"tokens": "12"}, {"name": ["x"]}, {"name": ""},
+    {"numbers": [1.5, 2]}, {"numbers": ["1" * 10**4, 2]},
+], ids=lambda change: str(change)[:30])
+def test_values_of_the_wrong_type(tmp_path, change):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"name": "x", "tokens": [1, 2]} | change) + "\n")
+    with pytest.raises(ValueError, match=r"a.jsonl, line 1: ") as caught:
+        read_tokens(path)
+    one_line(caught, path)
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, "3", "null", '"x"', "{", "[]", '{"tokens": ' + "9" * 10_000 + "}"])
+def test_lines_that_are_no_chain(tmp_path, line):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"name": "x", "tokens": [1, 2]}\n' + line + "\n")
+    with pytest.raises(ValueError, match=r"a.jsonl, line 2: ") as caught:
+        read_tokens(path)
+    one_line(caught, path)
+
+
+def test_only_ends_of_lines_end_lines(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"name": "x\u2028y\x85z", "tokens": [1]}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_tokens(path)[0].name == "x\u2028y\x85z"
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({"sequences": np.array(["A" * 5000])}, "sequences <U5000 .*: its texts are too long for chains of 2 residues"),
+    ({"names": header((1,), "<U1") + b"\xff\xff\xff\xff"}, "names is damaged"),
+    ({"names": header((1,), "<U100000000")}, "names <U100000000 .* too long"),
+    ({"tokens": header((2**40,), "<i4")}, "more than 268435456 residues"),
+    ({"tokens": header((2,), "<i4") + b"\0\0\0\0"}, "tokens is cut short"),
+    ({"tokens": np.array([2**63 + 1, 1], dtype=np.uint64)}, "entry 0: token 9223372036854775809 is no code"),
+    ({"offsets": np.array([0, 2**64 - 1], dtype=np.uint64)}, "offsets do not cut 2 tokens"),
+    ({"names": header((10**12,), "<U1")}, "offsets do not cut 2 tokens into 1000000000000 chains"),
+])
+def test_token_arrays_that_lie(tmp_path, change, said):
+    arrays = {"tokens": np.array([1, 2]), "offsets": np.array([0, 2]), "names": np.array(["x"])} | change
+    members = {}
+    for name, array in arrays.items():
+        file = io.BytesIO()
+        if isinstance(array, np.ndarray):
+            np.save(file, array)
+        members[name] = file.getvalue() or array
+    path = npz(tmp_path / "a.npz", **members)
+    with pytest.raises(ValueError, match=said) as caught:
+        read_tokens(path)
+    one_line(caught, path)
