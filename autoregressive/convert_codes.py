@@ -19,7 +19,7 @@ from tqdm import tqdm
 from autoregressive.code_shards import code_dtype, file_hash, read_folder, read_llamagen, shard_name, write_manifest
 from tokenizer.data import consecutive
 from tokenizer.runtime import config, distributed
-from tokenizer.runtime.checkpoint import atomic_write
+from tokenizer.runtime.checkpoint import atomic_write, located
 from tokenizer.runtime.command import CannotContinue
 
 SHARD = 65536  # images
@@ -70,7 +70,8 @@ def to_llamagen(args: argparse.Namespace) -> str:
     for i, label in enumerate(tqdm(files.labels.tolist(), unit="image", disable=None)):
         codes = np.stack([files.codes(i, view) for view in range(files.views)])[None]
         for folder, value in zip(folders, (codes, np.array([label])), strict=True):
-            np.save(folder / f"{i}.npy", value)
+            with located(folder):
+                np.save(folder / f"{i}.npy", value)
     return f"{len(files.labels)} images"
 
 

@@ -31,6 +31,7 @@ from autoregressive.train_config import TrainConfig, check, parse_config, resuma
 from tokenizer.data import make_loader, split_holdout, spread
 from tokenizer.pretrained import load_tokenizer, tokenizer_hash
 from tokenizer.runtime import distributed
+from tokenizer.runtime.checkpoint import atomic_write
 from tokenizer.runtime.ema import EMA
 from tokenizer.runtime.optim import (
     DTYPES,
@@ -231,7 +232,8 @@ class Trainer:
         self.raw.train()
         folder = self.run.folder / "samples"
         folder.mkdir(parents=True, exist_ok=True)
-        save_image((images.float() + 1) / 2, folder / f"{self.run.done:07d}.png", nrow=8)
+        pictures = (images.float() + 1) / 2
+        atomic_write(folder / f"{self.run.done:07d}.png", lambda file: save_image(pictures, file, format="png", nrow=8))
 
     def summary(self) -> dict[str, Any]:
         return {"parameters": self.gpt_config.num_parameters, "training_images": len(self.train_set),

@@ -14,6 +14,7 @@ from matplotlib import pyplot
 
 from evaluations.report_figures import color, draw_curve
 from evaluations.report_runs import Run, read_runs
+from tokenizer.runtime.checkpoint import atomic_write
 
 COLUMNS = {"steps": "step", "PSNR (dB)": "psnr", "SSIM": "ssim", "usage": "usage", "perplexity": "perplexity",
            "code distance": "code_distance", "effective rank": "effective_rank"}
@@ -47,7 +48,7 @@ def draw(runs: list[Run], path: Path) -> None:
         axis.set_title(f"{run.path.name}: originals above reconstructions", fontsize=9, color=color(i))
         axis.axis("off")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=110))
     print(f"wrote {path}")
 
 

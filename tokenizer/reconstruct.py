@@ -91,7 +91,8 @@ def reconstruct(model: VQModel, args: argparse.Namespace, device: torch.device) 
             if len(names) <= args.max_pictures:
                 pictures.mkdir(parents=True, exist_ok=True)
                 name = f"{i:06d}_{Path(source.name(i)).stem}.png"
-                save_image((torch.stack([original, decoded]) + 1) / 2, pictures / name, padding=0)
+                pair = (torch.stack([original, decoded]) + 1) / 2
+                atomic_write(pictures / name, lambda file, pair=pair: save_image(pair, file, format="png", padding=0))
     if not names:
         some = ", ".join(sorted(bad.names)[:20])
         raise ValueError(f"none of the {count} images of {args.images} can be read: {some}")

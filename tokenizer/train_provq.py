@@ -30,6 +30,7 @@ from tokenizer.data import BadImageCounter, ImageDataset, default_augment, make_
 from tokenizer.discriminator import NLayerDiscriminator
 from tokenizer.perceptual import LPIPS
 from tokenizer.runtime import config, distributed
+from tokenizer.runtime.checkpoint import atomic_write
 from tokenizer.runtime.ema import EMA
 from tokenizer.runtime.optim import accumulating, replicate, update
 from tokenizer.runtime.run import Run, launch, with_max_steps
@@ -230,7 +231,8 @@ class Trainer(CurriculumTrainer):
         x_hat = model(x)[0]
         folder = self.run.folder / "images"
         folder.mkdir(parents=True, exist_ok=True)
-        save_image((torch.cat([x, x_hat.float()]) + 1) / 2, folder / f"{stem}.png", nrow=len(x))
+        pictures = (torch.cat([x, x_hat.float()]) + 1) / 2
+        atomic_write(folder / f"{stem}.png", lambda file: save_image(pictures, file, format="png", nrow=len(x)))
 
     def summary(self) -> dict[str, Any]:
         return super().summary() | {

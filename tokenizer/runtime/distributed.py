@@ -24,6 +24,10 @@ _REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.R
 _TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
+class OtherRankFailed(RuntimeError):
+    """This rank has to stop because another one could not go on. That one says why."""
+
+
 def init(device: str = "auto") -> torch.device:
     """Pick this process's device and, under torchrun, join the process group.
 
