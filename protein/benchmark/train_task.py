@@ -53,7 +53,7 @@ from protein.benchmark.tasks import (
     task_identity,
 )
 from protein.structure_io import Chain
-from tokenizer.runtime import config, distributed
+from tokenizer.runtime import config, distributed, lock
 from tokenizer.runtime.checkpoint import atomic_write, atomic_write_text
 from tokenizer.runtime.config import REQUIRED, arg
 
@@ -288,6 +288,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         device = distributed.init(cfg.device)
         root = Path(cfg.results_dir)
+        lock.own(root, "--results-dir")
         tokenizers = [open_tokenizer(name, device) for name in cfg.tokenizer]
         labels = [tokenizer.label for tokenizer in tokenizers]
         names = open_tasks(cfg, root / "structures")  # all, so that a mistake in the last one does not cost a sweep

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tokenizer.runtime import distributed
+from tokenizer.runtime import distributed, lock
 from tokenizer.runtime.checkpoint import require_writable
 from tokenizer.runtime.config import flag_name
 
@@ -22,12 +22,15 @@ USER_ERRORS = (ValueError, OSError, ImportError, CannotContinue, FloatingPointEr
 def command(prog: str) -> Iterator[None]:
     """The body of a script's main: USER_ERRORS end it in the line "PROG: error: ..." and status 1, without a traceback.
 
-    On the normal way out it leaves the process group; after an error torchrun ends the other ranks.
+    On the normal way out it leaves the process group; after an error torchrun ends the other ranks. Folders that the
+    command has owned are free afterwards.
     """
     try:
         yield
     except USER_ERRORS as error:
         raise SystemExit(f"{prog}: error: {error}") from error
+    finally:
+        lock.release()
     distributed.finalize()
 
 
