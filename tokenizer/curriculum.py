@@ -214,6 +214,7 @@ class CurriculumTrainer(ABC):
         sizes[mine] = lengths
         sizes = distributed.all_reduce_(sizes.to(self.device)).cpu()
         starts = (sizes.cumsum(0) - sizes)[mine]
+            self.drift.restart(code=quantize.codebook)
         within = torch.arange(int(lengths.sum())) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
         return torch.cat(latents), (starts.repeat_interleave(lengths) + within).to(self.device)
 
