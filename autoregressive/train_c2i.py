@@ -204,7 +204,8 @@ class Trainer:
         distributed.all_reduce_(sums)
         self.raw.train()
         loss, accuracy = (sums[:2] / sums[2]).tolist()
-        self.run.record({"val_loss": loss, "val_perplexity": math.exp(loss), "val_accuracy": accuracy})
+        perplexity = math.exp(loss) if loss < 709 else math.inf  # beyond, exp raises; infinity ends the run as diverged
+        self.run.record({"val_loss": loss, "val_perplexity": perplexity, "val_accuracy": accuracy})
         self.run.keep_best(loss, higher_is_better=False)
 
     # -------------------------------------------------------------------------------------------------- outputs
