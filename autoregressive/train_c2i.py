@@ -259,13 +259,12 @@ def _require_intact(flag: str, folders: list[CodeFiles]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    def build() -> Trainer:
-        cfg = parse_config(argv, __doc__)
+    def build(cfg: TrainConfig) -> Trainer:
         device = distributed.init(cfg.device)
         check(cfg, distributed.world_size())
         return Trainer(cfg, device)
 
-    launch("train_c2i.py", build)
+    launch("train_c2i.py", lambda: parse_config(argv, __doc__), build)
 
 
 if __name__ == "__main__":

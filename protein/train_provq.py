@@ -252,13 +252,12 @@ def _write(path: Path, backbone: Tensor, residue_index: Tensor) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    def build() -> Trainer:
-        cfg = parse_config(argv, __doc__)
+    def build(cfg: TrainConfig) -> Trainer:
         device = distributed.init(cfg.device)
         check(cfg, distributed.world_size())
         return Trainer(cfg, device)
 
-    launch("protein/train_provq.py", build)
+    launch("protein/train_provq.py", lambda: parse_config(argv, __doc__), build)
 
 
 if __name__ == "__main__":

@@ -95,8 +95,7 @@ class Trainer(CurriculumTrainer):
         augment = cfg.augment
         if augment == "auto":
             augment = default_augment(split.source, cfg.image_size)
-            if not cfg.dry_run:  # which prints JSON
-                distributed.print0(f"--augment auto: {augment}")
+            distributed.print0(f"--augment auto: {augment}")
         self.train_set = ImageDataset(split.source, cfg.image_size, augment=augment, seed=cfg.global_seed,
                                       indices=split.train_indices)
         self.val_set = ImageDataset(split.val_source, cfg.image_size, indices=split.val_indices)
@@ -242,13 +241,12 @@ class Trainer(CurriculumTrainer):
 
 
 def main(argv: list[str] | None = None) -> None:
-    def build() -> Trainer:
-        cfg = parse_config(argv, __doc__)
+    def build(cfg: TrainConfig) -> Trainer:
         device = distributed.init(cfg.device)
         check(cfg, distributed.world_size())
         return Trainer(cfg, device)
 
-    launch("train_provq.py", build)
+    launch("train_provq.py", lambda: parse_config(argv, __doc__), build)
 
 
 if __name__ == "__main__":

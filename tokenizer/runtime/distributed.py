@@ -84,6 +84,11 @@ def _resolve_device(device: str, local_rank: int | None) -> torch.device:
     return torch.device("cuda", index)
 
 
+def launched() -> bool:
+    """Whether torchrun started this process."""
+    return all(name in os.environ for name in _TORCHRUN_VARIABLES)
+
+
 def finalize() -> None:
     """Leave the process group. For the normal end of a program; after an exception just let the process exit."""
     if dist.is_initialized():
