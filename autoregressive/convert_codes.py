@@ -20,7 +20,7 @@ from tqdm import tqdm
 from autoregressive.code_shards import code_dtype, file_hash, read_folder, read_llamagen, shard_name, write_manifest
 from tokenizer.data import consecutive
 from tokenizer.runtime import distributed
-from tokenizer.runtime.checkpoint import atomic_write
+from tokenizer.runtime.checkpoint import atomic_write, located
 from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_folder
 
 PROG = "autoregressive/convert_codes.py"
@@ -68,7 +68,8 @@ def to_llamagen(args: argparse.Namespace) -> str:
     for i, label in enumerate(tqdm(files.labels.tolist(), unit="image", disable=None)):
         codes = np.stack([files.codes(i, view) for view in range(files.views)])[None]
         for folder, value in zip(folders, (codes, np.array([label])), strict=True):
-            np.save(folder / f"{i}.npy", value)
+            with located(folder):
+                np.save(folder / f"{i}.npy", value)
     return f"{len(files.labels)} images"
 
 

@@ -31,7 +31,7 @@ from autoregressive.extraction import default_batch_size, extract_shard
 from tokenizer.data import BadImageCounter, ImageDataset, consecutive
 from tokenizer.image_sources import ImageSource, open_images
 from tokenizer.pretrained import load_tokenizer, tokenizer_hash
-from tokenizer.runtime import config, distributed
+from tokenizer.runtime import config, distributed, lock
 from tokenizer.runtime.checkpoint import atomic_write, atomic_write_json, atomic_write_text
 from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_folder
 from tokenizer.vq_model import VQModel
@@ -115,7 +115,7 @@ def prepare_folder(folder: Path, description: dict[str, Any]) -> bool:
     """Whether there is work to do. ValueError: the folder holds something else. Changes nothing that is there."""
     known = next((folder / name for name in (MANIFEST, SETTINGS) if (folder / name).is_file()), None)
     if known is None:
-        if folder.exists() and any(folder.iterdir()):
+        if not lock.is_unused(folder):
             raise ValueError(f"--code-path {folder} holds other files; name a new folder")
         return True
     there = config.load(known)
@@ -195,13 +195,19 @@ def extract(args: argparse.Namespace, device: torch.device) -> None:
     folder = args.code_path
     shards = consecutive(len(source), min(max(-(-len(source) // SHARDS), LEAST), MOST))
     good: list[dict[str, Any]] = []
-    if not prepare_folder(folder, description):
+    finished = not prepare_folder(folder, description)
+    if finished:
         good, damaged = inspect(folder, source, shards)
         if not damaged:
             distributed.print0(f"{folder} is complete")
             return
         distributed.print0(f"{folder}: missing or damaged, made again: {', '.join(damaged)}")
     distributed.barrier()  # all ranks have looked before rank 0 writes
+    lock.own(folder, "--code-path")
+    if not finished and not prepare_folder(folder, description):  # by another process in the meantime
+        distributed.print0(f"{folder} is complete")
+        return
+    distributed.barrier()
     parts = folder / PARTS
     if distributed.is_main():
         parts.mkdir(parents=True, exist_ok=True)

@@ -37,7 +37,7 @@ from autoregressive.pretrained import LoadedGPT, export_gpt, load_gpt
 from autoregressive.sampling import SCHEDULES, SamplingConfig, compile_decoding, generate
 from tokenizer.pixels import to_uint8
 from tokenizer.pretrained import load_tokenizer, tokenizer_hash
-from tokenizer.runtime import config, distributed
+from tokenizer.runtime import config, distributed, lock
 from tokenizer.runtime.checkpoint import atomic_write, atomic_write_json
 from tokenizer.runtime.command import (
     as_flag_errors,
@@ -177,7 +177,7 @@ def check_folder(args: argparse.Namespace, settings: dict[str, Any]) -> None:
         if changed:
             raise ValueError(f"--out {args.out} holds samples made otherwise ({'; '.join(changed)}); name another "
                              "folder")
-    elif args.out.exists() and any(args.out.iterdir()):
+    elif not lock.is_unused(args.out):
         raise ValueError(f"--out {args.out} holds other files; name a new folder")
 
 
@@ -226,8 +226,11 @@ def sample(args: argparse.Namespace, device: torch.device) -> None:
                 "gpt_sha256": _weights_hash(model), "tokenizer_sha256": tokenizer_hash(vq),
                 "image_size_eval": args.image_size_eval, "batch_size": args.batch_size}
     check_folder(args, settings)
-    model.cast(DTYPES[precision])
     distributed.barrier()  # all ranks have looked before rank 0 writes
+    lock.own(args.out, "--out")
+    check_folder(args, settings)  # again, now that nobody else writes
+    model.cast(DTYPES[precision])
+    distributed.barrier()
     images = args.out / "images"
     labels = [classes[i % len(classes)] for i in range(args.num_samples)]
     if distributed.is_main():

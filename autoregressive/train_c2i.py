@@ -31,6 +31,7 @@ from autoregressive.train_config import TrainConfig, check, parse_config, resuma
 from tokenizer.data import make_loader, split_holdout, spread
 from tokenizer.pretrained import load_tokenizer, tokenizer_hash
 from tokenizer.runtime import distributed
+from tokenizer.runtime.checkpoint import atomic_write
 from tokenizer.runtime.ema import EMA
 from tokenizer.runtime.optim import (
     DTYPES,
@@ -203,7 +204,8 @@ class Trainer:
         distributed.all_reduce_(sums)
         self.raw.train()
         loss, accuracy = (sums[:2] / sums[2]).tolist()
-        self.run.record({"val_loss": loss, "val_perplexity": math.exp(loss), "val_accuracy": accuracy})
+        perplexity = math.exp(loss) if loss < 709 else math.inf  # beyond, exp raises; infinity ends the run as diverged
+        self.run.record({"val_loss": loss, "val_perplexity": perplexity, "val_accuracy": accuracy})
         self.run.keep_best(loss, higher_is_better=False)
 
     # -------------------------------------------------------------------------------------------------- outputs
@@ -231,7 +233,8 @@ class Trainer:
         self.raw.train()
         folder = self.run.folder / "samples"
         folder.mkdir(parents=True, exist_ok=True)
-        save_image((images.float() + 1) / 2, folder / f"{self.run.done:07d}.png", nrow=8)
+        pictures = (images.float() + 1) / 2
+        atomic_write(folder / f"{self.run.done:07d}.png", lambda file: save_image(pictures, file, format="png", nrow=8))
 
     def summary(self) -> dict[str, Any]:
         return {"parameters": self.gpt_config.num_parameters, "training_images": len(self.train_set),
@@ -256,13 +259,12 @@ def _require_intact(flag: str, folders: list[CodeFiles]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    def build() -> Trainer:
-        cfg = parse_config(argv, __doc__)
+    def build(cfg: TrainConfig) -> Trainer:
         device = distributed.init(cfg.device)
         check(cfg, distributed.world_size())
         return Trainer(cfg, device)
 
-    launch("train_c2i.py", build)
+    launch("train_c2i.py", lambda: parse_config(argv, __doc__), build)
 
 
 if __name__ == "__main__":

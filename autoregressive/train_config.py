@@ -110,6 +110,8 @@ def check(cfg: TrainConfig, world_size: int) -> None:
     check_optimizer(cfg)
     config.require_at_least(cfg, 0, "val_size num_workers sample_every")
     config.require_at_least(cfg, 1, "sample_cfg_scale codebook_size")
+    config.require_at_most(cfg, 2**24, "codebook_size")
+    config.require_at_most(cfg, 2**10, "num_workers")
     config.require_fraction(cfg, "class_dropout_prob dropout_p token_dropout_p drop_path_rate")
     if not cfg.code_path:
         raise ValueError("--preset c2i needs --code-path: the folder that autoregressive/extract_codes.py wrote")

@@ -33,8 +33,8 @@ from torch.utils.data import Dataset
 
 from protein.losses import PADDING, sequence_ids
 from protein.structure_io import ATOMS, Chain, Failure, iterate_folder
-from tokenizer.runtime import config, distributed
-from tokenizer.runtime.checkpoint import atomic_write, atomic_write_json, atomic_write_text, sync_folder
+from tokenizer.runtime import config, distributed, lock
+from tokenizer.runtime.checkpoint import atomic_write, atomic_write_text, located, sync_folder
 from tokenizer.runtime.mapped import map_array
 from tokenizer.runtime.seeding import StepSampler, fold
 
@@ -184,49 +184,58 @@ def write_cache(folder: str | Path, chains: Iterable[Chain], description: Mappin
     """Write chains to a new folder, one by one, and open it. The folder appears when it is complete.
 
     description: what else the manifest should say; read when the chains are through.
-    ValueError: the folder exists, or there are no chains.
+    ValueError: the folder exists, another process is writing it, or there are no chains. OSError names the folder.
     """
     folder = Path(folder)
     if folder.exists():
         raise ValueError(f"{folder} exists already; name a new folder")
     temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
-    temporary.mkdir(parents=True)
+    lock.own(temporary, f"{folder}: its unfinished folder")
     try:
-        names, chain_ids, offsets, observed, content = [], [], [0], [], _Hash()
-        with ExitStack() as stack:
-            files = [stack.enter_context(open(temporary / f"{name}.npy", "wb")) for name in _ROWS]
-            for file in files:
-                file.write(bytes(_HEADER))
-            for chain in chains:
-                arrays = _arrays(chain)
-                for file, array in zip(files, arrays, strict=True):
-                    file.write(array.tobytes())
-                content.add(chain, arrays)
-                names.append(chain.name)
-                chain_ids.append(chain.chain_id)
-                offsets.append(offsets[-1] + len(chain))
-                observed.append(arrays.mask.sum())
-            if not names:
-                raise ValueError("no chains")
-            for file, (kind, row) in zip(files, _ROWS.values(), strict=True):
-                file.seek(0)
-                np.lib.format.write_array_header_1_0(
-                    file, {"descr": kind, "fortran_order": False, "shape": (offsets[-1], *row)})
-                assert file.tell() == _HEADER, (kind, file.tell())
-                file.flush()
-                os.fsync(file.fileno())
-        atomic_write(temporary / OFFSETS, lambda file: np.save(file, np.array(offsets, dtype=np.int64)))
-        atomic_write(temporary / OBSERVED, lambda file: np.save(file, np.array(observed, dtype=np.int32)))
-        atomic_write_text(temporary / NAMES, json.dumps({"names": names, "chain_ids": chain_ids}))
-        manifest = {"format": FORMAT, "chains": len(names), "residues": offsets[-1], "fingerprint": content.result()}
-        atomic_write_json(temporary / MANIFEST, {**manifest, **description})
-        os.replace(temporary, folder)
+        with located(folder):
+            _write_arrays(temporary, chains, description)
+            os.rename(temporary, folder)  # fails where another process has finished one in the meantime
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    finally:
+        lock.release(temporary)
     sync_folder(folder.parent)
     return read_cache(folder)
+
+
+def _write_arrays(folder: Path, chains: Iterable[Chain], description: Mapping[str, Any]) -> None:
+    for left in folder.iterdir():  # by a process that was killed
+        if left.name != lock.LOCK_FILE:
+            left.unlink()
+    names, chain_ids, offsets, observed, content = [], [], [0], [], _Hash()
+    with ExitStack() as stack:
+        files = [stack.enter_context(open(folder / f"{name}.npy", "wb")) for name in _ROWS]
+        for file in files:
+            file.write(bytes(_HEADER))
+        for chain in chains:
+            arrays = _arrays(chain)
+            for file, array in zip(files, arrays, strict=True):
+                file.write(array.tobytes())
+            content.add(chain, arrays)
+            names.append(chain.name)
+            chain_ids.append(chain.chain_id)
+            offsets.append(offsets[-1] + len(chain))
+            observed.append(arrays.mask.sum())
+        if not names:
+            raise ValueError("no chains")
+        for file, (kind, row) in zip(files, _ROWS.values(), strict=True):
+            file.seek(0)
+            np.lib.format.write_array_header_1_0(
+                file, {"descr": kind, "fortran_order": False, "shape": (offsets[-1], *row)})
+            assert file.tell() == _HEADER, (kind, file.tell())
+            file.flush()
+            os.fsync(file.fileno())
+    atomic_write(folder / OFFSETS, lambda file: np.save(file, np.array(offsets, dtype=np.int64)))
+    atomic_write(folder / OBSERVED, lambda file: np.save(file, np.array(observed, dtype=np.int32)))
+    atomic_write_text(folder / NAMES, json.dumps({"names": names, "chain_ids": chain_ids}))
+    manifest = {"format": FORMAT, "chains": len(names), "residues": offsets[-1], "fingerprint": content.result()}
+    atomic_write_json(folder / MANIFEST, {**manifest, **description})
 
 
 def read_cache(folder: Path) -> StructureSet:

@@ -85,7 +85,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 # Data may move: the sets' fingerprints are compared, not their paths.
-RESUMABLE = RESUMABLE_RUN | {"preset", "data_path", "val_path", "num_workers", "max_bad_structures"}
+RESUMABLE = RESUMABLE_RUN | {"preset", "data_path", "val_path", "num_workers", "max_bad_structures",
+                             "stop_after"}
 
 
 def pick_preset(given: dict[str, Any]) -> str:
@@ -115,10 +116,17 @@ def check(cfg: TrainConfig, world_size: int) -> None:
     check_optimizer(cfg)
     config.require_at_least(cfg, 0, "val_size num_workers max_bad_structures distance_weight direction_weight "
                             "binned_distance_weight binned_direction_weight inverse_folding_weight")
-    config.require_at_least(cfg, 1, "ideal_chains min_length")
+    config.require_at_least(cfg, 1, "ideal_chains min_length encoder_width encoder_heads encoder_layers neighbours "
+                            "decoder_width decoder_heads decoder_layers")
+    config.require_at_most(cfg, 2**24, "ideal_chains")
+    config.require_at_most(cfg, 2**16, "encoder_width encoder_heads neighbours decoder_width decoder_heads max_length")
+    config.require_at_most(cfg, 2**10, "encoder_layers decoder_layers num_workers")
     config.require_fraction(cfg, "val_fraction")
     if cfg.max_length < cfg.min_length:
         raise ValueError(f"--max-length {cfg.max_length} is below --min-length {cfg.min_length}")
+    if cfg.decoder_width % (2 * cfg.decoder_heads):
+        raise ValueError(f"--decoder-width {cfg.decoder_width} must be an even multiple of --decoder-heads "
+                         f"{cfg.decoder_heads}")
     if not any(loss_weights(cfg).values()):
         flags = ", ".join(flag_name(f"{name}_weight") for name in loss_weights(cfg))
         raise ValueError(f"{flags} are all 0: nothing would be learned")

@@ -37,12 +37,12 @@ from protein.structure_model import StructureModelConfig, StructureVQModel
 from protein.train_config import RESUMABLE, TrainConfig, check, loss_weights, parse_config
 from protein.validation import StructureMeter
 from tokenizer.code_meter import DriftMeter
-from tokenizer.curriculum import CurriculumTrainer, build_curriculum, code_usage, kmeans_batches, note_early_end
+from tokenizer.curriculum import CurriculumTrainer, build_curriculum, code_usage, kmeans_batches, with_length
 from tokenizer.data import consecutive, make_loader, spread
 from tokenizer.runtime import config, distributed
 from tokenizer.runtime.ema import EMA
 from tokenizer.runtime.optim import accumulating, build_adamw, learning_rate, replicate, set_learning_rate, update
-from tokenizer.runtime.run import Run, launch, with_max_steps
+from tokenizer.runtime.run import Run, launch
 
 PROBED, EXAMPLES = 16, 4  # validation chains whose drift is watched, and that are written at each stage's end
 
@@ -62,7 +62,7 @@ class Trainer(CurriculumTrainer):
 
     def __init__(self, cfg: TrainConfig, device: torch.device):
         fingerprints = self._open_data(cfg)
-        cfg = with_max_steps(cfg, len(self.train_set))
+        cfg = with_length(cfg, len(self.train_set))
         self.cfg, self.device = cfg, device
         self.run = Run(cfg, device, resumable=RESUMABLE, inputs=fingerprints)
         self.raw = build_model(cfg).to(device)
@@ -109,7 +109,6 @@ class Trainer(CurriculumTrainer):
     def train(self) -> None:
         """The curriculum of the paper, one optimizer step after another."""
         cfg, run, quantize = self.cfg, self.run, self.quantize
-        note_early_end(quantize.curriculum, cfg.max_steps)
         self.raw.train()
         batches = self.batches(run.start, cfg.max_steps)
         for step in run.steps():                    # seeds what the step draws; after it a checkpoint, where one is due
@@ -252,13 +251,12 @@ def _write(path: Path, backbone: Tensor, residue_index: Tensor) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    def build() -> Trainer:
-        cfg = parse_config(argv, __doc__)
+    def build(cfg: TrainConfig) -> Trainer:
         device = distributed.init(cfg.device)
         check(cfg, distributed.world_size())
         return Trainer(cfg, device)
 
-    launch("protein/train_provq.py", build)
+    launch("protein/train_provq.py", lambda: parse_config(argv, __doc__), build)
 
 
 if __name__ == "__main__":

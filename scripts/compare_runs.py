@@ -13,6 +13,7 @@ from matplotlib import pyplot
 
 from evaluations.report_figures import color, draw_curve
 from evaluations.report_runs import Run, read_runs
+from tokenizer.runtime.checkpoint import atomic_write
 from tokenizer.runtime.command import command, make_parser, require_out_file
 
 PROG = "compare_runs.py"
@@ -45,7 +46,7 @@ def draw(runs: list[Run], path: Path) -> None:
         axis.set_title(f"{run.path.name}: originals above reconstructions", fontsize=9, color=color(i))
         axis.axis("off")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=110))
     print(f"wrote {path}")
 
 

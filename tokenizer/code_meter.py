@@ -101,7 +101,8 @@ class DriftMeter:
     """How far the codes, and the latents of a few fixed samples, moved since the last call (see `drift`).
 
     The paper's deadlock (section 3) is codes that stand still while latents crowd around them. The points of the last
-    call are state, so that a resumed run reports the same numbers.
+    call are state, so that a resumed run reports the same numbers. Points that all coincide, such as a single code,
+    have no spread: their drift is in units of their distance to the origin.
     """
 
     def __init__(self) -> None:
@@ -109,13 +110,24 @@ class DriftMeter:
 
     def update(self, **points: Tensor) -> dict[str, float]:
         """points: name -> (N, D). Returns name_drift each; 0 at the first call for a name."""
-        points = {k: v.detach().float().cpu().clone() for k, v in points.items()}
-        out = {f"{k}_drift": drift(self.before[k], v) if k in self.before else 0.0 for k, v in points.items()}
-        self.before = points
-        return out
+        before = self.before
+        self.restart(**points)
+        return {f"{k}_drift": _drift(before[k], self.before[k]) if k in before else 0.0 for k in points}
+
+    def restart(self, **points: Tensor) -> None:
+        """The next drift of these names counts from here: their points have been set to others, they did not move."""
+        self.before = self.before | {k: v.detach().float().cpu().clone() for k, v in points.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.before
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.before = dict(state)
+
+
+def _drift(before: Tensor, after: Tensor) -> float:
+    size = before.double().square().sum(1).mean().sqrt()
+    spread = (before - before.mean(0)).double().square().sum(1).mean().sqrt()
+    if spread > 1e-6 * size:
+        return drift(before, after)
+    return ((after.double() - before).square().sum(1).mean().sqrt() / size.clamp_min(1e-12)).item()

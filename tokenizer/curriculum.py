@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +21,7 @@ from tokenizer.runtime import config, distributed
 from tokenizer.runtime.config import arg
 from tokenizer.runtime.ema import EMA
 from tokenizer.runtime.optim import autocast
-from tokenizer.runtime.run import Run, RunConfig, check_run
+from tokenizer.runtime.run import Run, RunConfig, check_run, with_max_steps
 from tokenizer.snapshots import save_snapshot
 
 MORE_BATCHES = 8  # times as many at most, when those for the codebook's start hold fewer latents than codes
@@ -36,6 +36,8 @@ class CurriculumConfig(QuantizerConfig, RunConfig):
     transition_steps: int = arg(20_000, "stage 2, soft transition, in optimizer steps; paper: 20000")
     transition: str = arg("cosine", "schedule of alpha in stage 2; paper: cosine", choices=tuple(SCHEDULES))
     loss_lambda: float = arg(0.5, "weight of the quantization loss when stage 2 begins, lambda; paper: 0.5")
+    stop_after: str | None = arg(None, "stage that the run ends with, without a discrete tokenizer; none: it reaches "
+                                       "stage 3, or is refused", choices=("warmup", "transition"))
     adaptive_warmup_patience: int = arg(0, "end stage 1 after this many validations without a lower error, at "
                                            "--warmup-steps at the latest; 0: there; paper: 0")
     adaptive_warmup_min_steps: int = arg(0, "adaptive warm-up: never end before this step")
@@ -54,6 +56,9 @@ def check_curriculum(cfg: CurriculumConfig, world_size: int) -> None:
     check_quantizer(cfg, flags=True)
     config.require_at_least(cfg, 0, "kmeans_batches kmeans_iters adaptive_warmup_patience adaptive_warmup_min_steps "
                             "warmup_steps transition_steps")
+    config.require_at_most(cfg, 2**24, "codebook_size")
+    config.require_at_most(cfg, 2**20, "kmeans_batches")
+    config.require_at_most(cfg, 2**16, "codebook_embed_dim")
     if not 0 <= cfg.loss_lambda <= 1:
         raise ValueError(f"--loss-lambda is {cfg.loss_lambda}; it must lie in [0, 1]")
     if cfg.adaptive_warmup_patience and cfg.adaptive_warmup_min_steps > cfg.warmup_steps:
@@ -61,6 +66,41 @@ def check_curriculum(cfg: CurriculumConfig, world_size: int) -> None:
                          f"{cfg.warmup_steps}, the latest end")
     if not cfg.adaptive_warmup_patience and cfg.adaptive_warmup_min_steps:
         raise ValueError("--adaptive-warmup-min-steps needs --adaptive-warmup-patience above 0")
+    if cfg.stop_after and cfg.adaptive_warmup_patience:
+        raise ValueError(f"--stop-after {cfg.stop_after} needs to know where stages end; with "
+                         "--adaptive-warmup-patience nobody does")
+    if cfg.stop_after and not getattr(cfg, f"{cfg.stop_after}_steps"):
+        raise ValueError(f"--stop-after {cfg.stop_after}: there is no such stage with --{cfg.stop_after}-steps 0")
+    if cfg.max_steps is not None:
+        _require_all_stages(cfg, cfg.max_steps, f"--max-steps {cfg.max_steps}")
+
+
+def with_length(cfg: Any, samples: int) -> Any:
+    """cfg with max_steps decided: of --epochs over so many training samples, and at most up to what --stop-after says.
+
+    ValueError: the run ends before stage 3, which nobody said.
+    """
+    planned = with_max_steps(cfg, samples)
+    if cfg.stop_after:
+        ends = {"warmup": cfg.warmup_steps, "transition": cfg.warmup_steps + cfg.transition_steps}
+        return replace(planned, max_steps=min(planned.max_steps, ends[cfg.stop_after]))
+    _require_all_stages(cfg, planned.max_steps, f"--epochs {cfg.epochs} of {samples} samples")
+    if planned.max_steps < cfg.warmup_steps + cfg.transition_steps:
+        distributed.print0(f"note: these {planned.max_steps} steps reach stage 3 only if the adaptive warm-up ends "
+                           f"before step {planned.max_steps - cfg.transition_steps}")
+    return planned
+
+
+def _require_all_stages(cfg: Any, steps: int, what: str) -> None:
+    warmup, transition = cfg.warmup_steps, cfg.transition_steps
+    if cfg.adaptive_warmup_patience:  # it may end early
+        warmup = min(warmup, max(1, cfg.adaptive_warmup_min_steps))
+    least = warmup + max(transition, 1)  # the codebook starts with the first step after the warm-up
+    if cfg.stop_after is None and steps < least:
+        stage = "warmup" if steps <= warmup else "transition"
+        raise ValueError(f"{what}: the run would end after {steps} steps, before stage 3, with no discrete tokenizer. "
+                         f"Give at least {least} steps (--warmup-steps {warmup} + --transition-steps {transition}), "
+                         f"shorten these, or say --stop-after {stage}")
 
 
 def build_curriculum(cfg: CurriculumConfig) -> tuple[Curriculum, AdaptiveWarmup | None]:
@@ -174,6 +214,7 @@ class CurriculumTrainer(ABC):
             iters, start = (cfg.kmeans_iters, cfg.kmeans_start) if init == "kmeans" else (0, "random")
             info = quantize.init_codebook(latents, iters=iters, start=start, seed=cfg.global_seed, order=order,
                                           optimizers=[self.optimizer])
+            self.drift.restart(code=quantize.codebook)
             if self.ema:
                 self.ema.copy_(self.raw, "quantize.")  # an average with codes from before k-means would mean nothing
             distributed.print0(f"codebook initialised at step {step}: {info or 'kept as it was'}")
@@ -273,12 +314,3 @@ class CurriculumTrainer(ABC):
 def code_usage(row: dict[str, Any]) -> dict[str, float]:
     """usage and perplexity of the codes looked up since the last log row, by all ranks; 0 in stage 1: none are."""
     return code_statistics(row["code_counts"])
-
-
-def note_early_end(curriculum: Curriculum, max_steps: int) -> None:
-    """Say so if the run ends before the discrete stage."""
-    last = curriculum.stage(max_steps - 1)
-    if last < 3:
-        distributed.print0(f"note: these {max_steps} steps end in stage {last}; stage 3 would begin at step "
-                           f"{curriculum.warmup_steps + curriculum.transition_steps} (--warmup-steps + "
-                           "--transition-steps)")

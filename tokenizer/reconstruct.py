@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 if not __package__:
@@ -91,7 +92,8 @@ def reconstruct(model: VQModel, args: argparse.Namespace, device: torch.device) 
             if len(names) <= args.max_pictures:
                 pictures.mkdir(parents=True, exist_ok=True)
                 name = f"{i:06d}_{Path(source.name(i)).stem}.png"
-                save_image((torch.stack([original, decoded]) + 1) / 2, pictures / name, padding=0)
+                pair = (torch.stack([original, decoded]) + 1) / 2
+                atomic_write(pictures / name, partial(save_image, pair, format="png", padding=0))
     if not names:
         some = ", ".join(sorted(bad.names)[:20])
         raise ValueError(f"none of the {count} images of {args.images} can be read: {some}")

@@ -80,7 +80,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 # What may differ when a run is resumed: its length, its cadence, its machine. Anything else would be another
 # experiment. Data may move: the sources' fingerprints are compared, not their paths.
 RESUMABLE = RESUMABLE_RUN | {"preset", "data_path", "val_path", "num_workers", "compile", "max_bad_images",
-                             "lpips_vgg_weights"}
+                             "lpips_vgg_weights", "stop_after"}
 
 
 def pick_preset(given: dict[str, Any]) -> str:
@@ -103,6 +103,8 @@ def check(cfg: TrainConfig, world_size: int) -> None:
     check_curriculum(cfg, world_size)
     config.require_at_least(cfg, 0, "val_size max_bad_images num_workers reconstruction_weight perceptual_weight "
                             "disc_weight disc_start")
+    config.require_at_most(cfg, 2**14, "image_size")
+    config.require_at_most(cfg, 2**10, "num_workers")
     config.require_fraction(cfg, "beta1 beta2 dropout_p")
     if cfg.lr <= 0:
         raise ValueError(f"--lr is {cfg.lr}; it must be positive")
@@ -150,7 +152,10 @@ def open_split(cfg: TrainConfig) -> DataSplit:
         val: Indices = spread(len(val_source), cfg.val_size or len(val_source))
     else:
         size = min(cfg.val_size, max(1, len(source) // 10)) if cfg.data_path else cfg.val_size
-        val_source, (train, val) = source, split_holdout(len(source), size, cfg.global_seed)
+        try:
+            val_source, (train, val) = source, split_holdout(len(source), size, cfg.global_seed)
+        except ValueError as error:
+            raise ValueError(f"--val-size {cfg.val_size}: {error}") from error
     if not len(val):
         raise ValueError("no image is held out for validation: give --val-path, or --val-size above 0")
     return DataSplit(source, train, val_source, val)

@@ -25,14 +25,15 @@ from torchvision.utils import save_image
 
 from tokenizer import losses
 from tokenizer.code_meter import DriftMeter
-from tokenizer.curriculum import CurriculumTrainer, build_curriculum, code_usage, kmeans_batches, note_early_end
+from tokenizer.curriculum import CurriculumTrainer, build_curriculum, code_usage, kmeans_batches, with_length
 from tokenizer.data import BadImageCounter, ImageDataset, default_augment, make_loader, spread
 from tokenizer.discriminator import NLayerDiscriminator
 from tokenizer.perceptual import LPIPS
 from tokenizer.runtime import config, distributed
+from tokenizer.runtime.checkpoint import atomic_write
 from tokenizer.runtime.ema import EMA
 from tokenizer.runtime.optim import accumulating, replicate, update
-from tokenizer.runtime.run import Run, launch, with_max_steps
+from tokenizer.runtime.run import Run, launch
 from tokenizer.train_config import RESUMABLE, TrainConfig, check, open_split, parse_config, tokens_per_batch
 from tokenizer.validation import channels_last, validate
 from tokenizer.vq_model import VQModel, VQModelConfig
@@ -67,7 +68,7 @@ class Trainer(CurriculumTrainer):
         torch.backends.cudnn.benchmark = True  # training batches have one shape
         self.lpips = _open_lpips(cfg).to(device) if cfg.perceptual_weight else None  # fails first
         fingerprints = self._open_data(cfg)
-        cfg = with_max_steps(cfg, len(self.train_set))
+        cfg = with_length(cfg, len(self.train_set))
         self.cfg, self.device = cfg, device
         self.run = Run(cfg, device, resumable=RESUMABLE, inputs=fingerprints)
         self.raw = build_model(cfg).to(device)
@@ -94,8 +95,7 @@ class Trainer(CurriculumTrainer):
         augment = cfg.augment
         if augment == "auto":
             augment = default_augment(split.source, cfg.image_size)
-            if not cfg.dry_run:  # which prints JSON
-                distributed.print0(f"--augment auto: {augment}")
+            distributed.print0(f"--augment auto: {augment}")
         self.train_set = ImageDataset(split.source, cfg.image_size, augment=augment, seed=cfg.global_seed,
                                       indices=split.train_indices)
         self.val_set = ImageDataset(split.val_source, cfg.image_size, indices=split.val_indices)
@@ -107,7 +107,6 @@ class Trainer(CurriculumTrainer):
     def train(self) -> None:
         """The curriculum of the paper, one optimizer step after another."""
         cfg, run, quantize = self.cfg, self.run, self.quantize
-        note_early_end(quantize.curriculum, cfg.max_steps)
         self.raw.train()
         batches = self.batches(run.start, cfg.max_steps)
         for step in run.steps():                    # seeds what the step draws; after it a checkpoint, where one is due
@@ -230,7 +229,8 @@ class Trainer(CurriculumTrainer):
         x_hat = model(x)[0]
         folder = self.run.folder / "images"
         folder.mkdir(parents=True, exist_ok=True)
-        save_image((torch.cat([x, x_hat.float()]) + 1) / 2, folder / f"{stem}.png", nrow=len(x))
+        pictures = (torch.cat([x, x_hat.float()]) + 1) / 2
+        atomic_write(folder / f"{stem}.png", lambda file: save_image(pictures, file, format="png", nrow=len(x)))
 
     def summary(self) -> dict[str, Any]:
         return super().summary() | {
@@ -240,13 +240,12 @@ class Trainer(CurriculumTrainer):
 
 
 def main(argv: list[str] | None = None) -> None:
-    def build() -> Trainer:
-        cfg = parse_config(argv, __doc__)
+    def build(cfg: TrainConfig) -> Trainer:
         device = distributed.init(cfg.device)
         check(cfg, distributed.world_size())
         return Trainer(cfg, device)
 
-    launch("train_provq.py", build)
+    launch("train_provq.py", lambda: parse_config(argv, __doc__), build)
 
 
 if __name__ == "__main__":

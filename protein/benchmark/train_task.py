@@ -52,7 +52,7 @@ from protein.benchmark.tasks import (
     task_identity,
 )
 from protein.structure_io import Chain
-from tokenizer.runtime import config, distributed
+from tokenizer.runtime import config, distributed, lock
 from tokenizer.runtime.checkpoint import atomic_write, atomic_write_json
 from tokenizer.runtime.command import command, require_out_folder
 from tokenizer.runtime.config import REQUIRED, arg
@@ -288,6 +288,7 @@ def main(argv: list[str] | None = None) -> None:
         device = distributed.init(cfg.device)
         root = Path(cfg.results_dir)
         require_out_folder(root, "--results-dir")
+        lock.own(root, "--results-dir")
         tokenizers = [open_tokenizer(name, device) for name in cfg.tokenizer]
         labels = [tokenizer.label for tokenizer in tokenizers]
         names = open_tasks(cfg, root / "structures")  # all, so that a mistake in the last one does not cost a sweep

@@ -134,9 +134,10 @@ def test_options_train_to_the_end(tmp_path, changes):
 
 def test_training_learns(tmp_path):
     train_provq.main(flags(tmp_path, max_steps=40, warmup_steps=40, transition_steps=0, log_every=40, val_every=40,
-                           ckpt_every=40, lr=3e-3))
+                           ckpt_every=40, lr=3e-3, stop_after="warmup"))
     first = rows(tmp_path, "validation.jsonl")[0]
-    train_provq.main(flags(tmp_path / "none", max_steps=1, warmup_steps=1, transition_steps=0, lr=1e-9, min_lr=0))
+    train_provq.main(flags(tmp_path / "none", max_steps=1, warmup_steps=1, transition_steps=0, lr=1e-9, min_lr=0,
+                           stop_after="warmup"))
     assert first["lddt"] > rows(tmp_path / "none", "validation.jsonl")[0]["lddt"] + 0.05
 
 
@@ -166,7 +167,7 @@ def fails(words, capsys):
     ({"val_path": "/no/such/place"}, "--val-path needs --data-path"),
     ({"val_fraction": 0}, "--val-fraction above 0"),
     ({"codebook_size": 4096}, "raise --kmeans-batches"),
-    ({"decoder_heads": 3}, "decoder_heads=3"),
+    ({"decoder_heads": 3}, "--decoder-heads 3"),
     ({"quantizer": "vqq"}, "'vqq' is not one of"),
     ({"lr": 0}, "--lr is 0.0"),
     ({"min_length": 400, "max_length": 500}, "none of 24 chains is left"),

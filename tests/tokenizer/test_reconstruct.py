@@ -120,7 +120,8 @@ def test_the_output_folder_is_tried_first(trained, tmp_path, monkeypatch):
 
 def test_a_tokenizer_in_its_warmup_is_refused(trained, tmp_path):
     words = ["--image-size", "16", "--codebook-size", "16", "--global-batch-size", "16", "--val-size", "16"]
-    train_provq.main([*words, "--max-steps", "1", "--device", "cpu", "--results-dir", str(tmp_path / "early")])
+    words += ["--max-steps", "1", "--stop-after", "warmup", "--device", "cpu"]
+    train_provq.main([*words, "--results-dir", str(tmp_path / "early")])
     with pytest.raises(SystemExit, match="warm-up"):
         reconstruct.main([str(tmp_path / "early"), str(trained / "pictures"), "--out", str(tmp_path / "out")])
 

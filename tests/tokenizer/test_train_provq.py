@@ -276,8 +276,8 @@ def test_a_finished_run_can_be_run_again_and_extended(straight, tmp_path):
     before = rows(tmp_path)
     train_provq.main(flags(tmp_path, ema=True, max_steps=10))
     assert rows(tmp_path) == before
-    with pytest.raises(SystemExit, match="is at step 10, beyond --max-steps 5"):
-        train_provq.main(flags(tmp_path, ema=True, max_steps=5))
+    with pytest.raises(SystemExit, match="is at step 10, beyond --max-steps 9"):
+        train_provq.main(flags(tmp_path, ema=True, max_steps=9))
     train_provq.main(flags(tmp_path, ema=True))
     assert rows(tmp_path) == rows(straight)
 
@@ -340,7 +340,8 @@ def test_changed_data_are_noticed(tmp_path, capsys):
     folder.mkdir()
     for i in range(40):
         Image.new("RGB", (16, 16), (i * 6, 0, 0)).save(folder / f"{i:02d}.png")
-    words = flags(tmp_path / "run", data_path=folder, preset="cifar10", val_size=4, max_steps=1)
+    words = flags(tmp_path / "run", data_path=folder, preset="cifar10", val_size=4, max_steps=1,
+                  stop_after="warmup")
     train_provq.main(words)
     assert "--augment auto: flip" in capsys.readouterr().out
     split = open_run_split(tmp_path / "run")

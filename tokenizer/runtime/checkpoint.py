@@ -6,14 +6,18 @@ the disk itself failed. Files hold tensors and Python primitives: nothing is exe
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import pickle
 import re
+import secrets
+import socket
 import tempfile
+import time
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,25 +33,87 @@ torch.serialization.add_safe_globals([argparse.Namespace])
 _NUMBERED = re.compile(r"(\d{7,})\.pt")
 _PRIMITIVES = (int, float, bool, str, type(None))
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
+_TEMPORARY = re.compile(r"\..*\.([^.]+)-(\d+)-[0-9a-f]{8}\.tmp")  # host and process
+_HOST = re.sub(r"[^\w-]", "_", socket.gethostname())[:64]
+_FORGOTTEN_AFTER = 3600  # seconds: a temporary file of another host, whose processes cannot be asked for
+_ATTEMPTS = 20           # while other processes try the same folder
 
 
 def atomic_write(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
     """Create or replace `path` with what write(file) writes; a reader sees the old bytes or all of the new ones.
 
-    The temporary file `.NAME.tmp` is in the same folder (a rename is atomic only within one file system).
+    The temporary file is in the same folder (a rename is atomic only within one file system), under a name that no
+    other process uses. OSError: see `located`.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+    begin = os.fsdecode(os.fsencode(path.name)[:100])  # names have at most 255 bytes
+    temporary = path.with_name(f".{begin}.{_HOST}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with located(path):
+            with open(temporary, "xb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def located(path: str | Path) -> Iterator[None]:
+    """An OSError inside that names no file, or a temporary one, names path; on a full disk also the free space.
+
+    So does one that a library has buried under a RuntimeError of its own, as torch.save does.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        found: BaseException | None = error
+        while found is not None and not isinstance(found, OSError):
+            found = found.__cause__ or found.__context__
+        if found is None or (found.filename is not None and not is_temporary(Path(os.fsdecode(found.filename)).name)):
+            raise
+        if found.errno is None:  # NumPy's "100 requested and 3 written"
+            raise OSError(f"{path}: {found}{_free_space(Path(path).parent)}") from error
+        full = found.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = f"{found.strerror}{_free_space(Path(path).parent) if full else ''}"
+        raise OSError(found.errno, reason, str(path)) from error
+
+
+def _free_space(folder: Path) -> str:
+    try:
+        disk = os.statvfs(folder)
+    except OSError:  # gone: then its space is the smaller problem
+        return ""
+    files = ", no more files" if disk.f_files and not disk.f_favail else ""
+    return f" ({disk.f_bavail * disk.f_frsize / 1e6:.1f} MB free{files})"
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file has a name that `atomic_write` gives to unfinished ones."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
+def remove_temporaries(folder: Path, names: Iterable[str]) -> None:
+    """Remove those among the names in folder that `atomic_write` began in a process that is no more."""
+    for name in names:
+        match = _TEMPORARY.fullmatch(name)
+        with contextlib.suppress(FileNotFoundError):
+            if match and (_is_dead(int(match[2])) if match[1] == _HOST else
+                          time.time() - (folder / name).stat().st_mtime > _FORGOTTEN_AFTER):
+                (folder / name).unlink()
+
+
+def _is_dead(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # another user's
+        return False
+    return False
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
@@ -75,18 +141,22 @@ def require_writable(folder: str | Path, what: str) -> None:
     The folder and its parents need not exist. Tried, not asked: root may write where the file system takes nothing.
     """
     folder = Path(folder)
-    created: list[Path] = []
-    try:
-        created = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"{what} {folder}: no files can be written there ({error}); name another folder") from error
-    finally:
-        for parent in created:
-            with contextlib.suppress(OSError):  # never made, or in use by now
-                parent.rmdir()
+    for attempt in range(_ATTEMPTS):
+        created: list[Path] = []
+        try:
+            created = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                return
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and attempt < _ATTEMPTS - 1:
+                continue  # another process that tries the same has just removed the folder
+            fix = "name another folder"
+            raise ValueError(f"{what} {folder}: no files can be written there ({error}); {fix}") from error
+        finally:
+            for parent in created:
+                with contextlib.suppress(OSError):  # never made, or in use by now
+                    parent.rmdir()
 
 
 def load_file(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
@@ -148,8 +218,8 @@ class Checkpointer:
     def save(self, step: int, state: dict[str, Any]) -> Path:
         """Write the numbered file, then remove those beyond keep_last. Rank 0's state is what is written.
 
-        Raises TypeError, naming the entry, for anything but tensors, primitives, dicts, lists and tuples; on the
-        other ranks RuntimeError when rank 0 could not write.
+        Raises TypeError, naming the entry, for anything but tensors, primitives, dicts, lists and tuples, OSError as
+        `atomic_write`; on the other ranks OtherRankFailed when rank 0 could not write.
         """
         path = self._numbered(step)
         self._write(path, state, prune_to=step)
@@ -165,8 +235,9 @@ class Checkpointer:
     def load_latest(self, map_location: str | torch.device = "cpu") -> dict[str, Any] | None:
         """State of the newest readable numbered file; None when there is no file.
 
-        An unreadable file is skipped with a message. Raises ValueError when files exist and none can be read
-        (starting over would overwrite the run), RuntimeError when the ranks do not find the same file.
+        An unreadable file (damaged, a link to nothing, a failing disk, another user's) is skipped with a message that
+        names it. Raises ValueError when files exist and none can be read (starting over would overwrite the run),
+        RuntimeError when the ranks do not find the same file.
         """
         steps = self.steps()
         state, found = None, -1
@@ -174,8 +245,10 @@ class Checkpointer:
             try:
                 state, found = load_file(self._numbered(step), map_location), step
                 break
-            except ValueError as error:
-                distributed.print0(f"skipping a checkpoint that cannot be read: {error}")
+            except (ValueError, OSError) as error:
+                path = self._numbered(step)
+                reason = str(error) if str(path) in str(error) else f"{path}: {error}"
+                distributed.print0(f"skipping a checkpoint that cannot be read: {reason}")
         if steps and state is None:
             found = -2
         # The ranks agree before anyone raises: one that left alone would keep the others waiting.
@@ -202,18 +275,19 @@ class Checkpointer:
             if distributed.is_main():
                 _check_plain(state, "state")
                 self.folder.mkdir(parents=True, exist_ok=True)
-                for stale in self.folder.glob(".*.tmp"):  # left by a killed process
-                    stale.unlink()
+                for stale in self.folder.glob(".*.tmp"):  # left by a killed process; the run is this one's
+                    stale.unlink(missing_ok=True)
                 atomic_write(path, lambda file: torch.save(state, file))
                 if prune_to is not None:
-                    self._prune(prune_to)
+                    self.prune(prune_to)
             failed = False
         finally:
             any_failed = distributed.any_rank(failed)  # doubles as the barrier: afterwards every rank sees the file
         if any_failed:
-            raise RuntimeError(f"{path}: rank 0 could not write this checkpoint; its own error says why")
+            raise distributed.OtherRankFailed(f"{path}: rank 0 could not write this checkpoint; its own error says why")
 
-    def _prune(self, step: int) -> None:
+    def prune(self, step: int) -> None:
+        """Remove what `save` of this step would: for a start after a kill just before it could. Only on rank 0."""
         # Newer files do not count: they were unreadable when this run resumed, and must not displace readable ones.
         older = [other for other in self.steps() if other <= step]
         for other in older[: -self.keep_last]:

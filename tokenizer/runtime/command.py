@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tokenizer.runtime import config, distributed
+from tokenizer.runtime import config, distributed, lock
 from tokenizer.runtime.checkpoint import require_writable
 
 
@@ -23,7 +23,8 @@ def command(prog: str, *, one_process: bool = False) -> Iterator[None]:
     """The body of a script's main: USER_ERRORS end it in the line "PROG: error: ..." and status 1, without a traceback.
 
     one_process: the script does not share its work, and refuses to start on several processes. On the normal way out
-    it leaves the process group; after an error torchrun ends the other ranks.
+    it leaves the process group; after an error torchrun ends the other ranks. Folders that the command has owned are
+    free afterwards.
     """
     try:
         if one_process:
@@ -31,6 +32,8 @@ def command(prog: str, *, one_process: bool = False) -> Iterator[None]:
         yield
     except USER_ERRORS as error:
         raise SystemExit(f"{prog}: error: {error}") from error
+    finally:
+        lock.release()
     distributed.finalize()
 
 

@@ -128,6 +128,14 @@ def require_fraction(cfg: "DataclassInstance", names: str) -> None:
             raise ValueError(f"{flag_name(name)} is {getattr(cfg, name)}; it must lie in [0, 1)")
 
 
+def require_at_most(cfg: "DataclassInstance", high: float, names: str) -> None:
+    """ValueError, naming flag and value, for a setting among names above high, where memory ends. None passes."""
+    for name in names.split():
+        value = getattr(cfg, name)
+        if value is not None and value > high:
+            raise ValueError(f"{flag_name(name)} is {value}; it must be at most {high}")
+
+
 def flag_name(field: str) -> str:
     """max_steps -> --max-steps"""
     return "--" + field.replace("_", "-")
@@ -238,6 +246,10 @@ class _Flag:
             value = float(value)
         if type(value) is not self.kind or (isinstance(value, float) and not math.isfinite(value)):
             raise ValueError(f"{brief(value)} is not {_WORDS[self.kind]}")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError(f"{brief(value)} does not fit into 64 bits")
+        if self.optional and value == "":  # a path: it would mean the current folder
+            raise ValueError("the text is empty; leave the setting out, or give none")
         if self.choices is not None and value not in self.choices:
             valid = ", ".join(map(str, self.choices))
             raise ValueError(f"{brief(value)} is not one of {valid}{_nearest(str(value), map(str, self.choices))}")

@@ -24,6 +24,10 @@ _REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.R
 _TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
+class OtherRankFailed(RuntimeError):
+    """This rank has to stop because another one could not go on. That one says why."""
+
+
 def init(device: str = "auto") -> torch.device:
     """Pick this process's device and, under torchrun, join the process group.
 
@@ -78,6 +82,11 @@ def _resolve_device(device: str, local_rank: int | None) -> torch.device:
         asked = f"LOCAL_RANK {index}" if local_rank is not None else f"--device {device}"
         raise ValueError(f"{asked}: only {count} CUDA device(s) visible; launch at most {count} process(es) per node")
     return torch.device("cuda", index)
+
+
+def launched() -> bool:
+    """Whether torchrun started this process."""
+    return all(name in os.environ for name in _TORCHRUN_VARIABLES)
 
 
 def finalize() -> None:

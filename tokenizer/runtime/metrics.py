@@ -9,6 +9,7 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from tokenizer.runtime import distributed
-from tokenizer.runtime.checkpoint import atomic_write, sync_folder
+from tokenizer.runtime.checkpoint import atomic_write, located, sync_folder
 
 TIMING_FIELDS = ("samples_per_second", "elapsed_seconds")  # the only fields of a row that two equal runs may differ in
 _BAR_FIELDS = ("stage", "alpha", "loss")  # what fits beside a progress bar
@@ -66,13 +67,13 @@ class JsonlFile:
         """Append one row and wait until it is on disk.
 
         Raises FloatingPointError naming the entry and the step for NaN or infinity, TypeError for an entry that
-        JSON has no word for; nothing is written then.
+        JSON has no word for; nothing is written then. OSError names the file, and the free space when there is none.
         """
         _check_row(row)
         if not distributed.is_main():
             return
         created = not self.path.exists()
-        with open(self.path, "ab") as file:
+        with located(self.path), open(self.path, "ab") as file:
             file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
@@ -140,7 +141,9 @@ class MetricLogger:
 
                 # Hides the events of steps that are about to be done again, as JsonlFile removes their rows.
                 purge_step = resume_step + 1 if resume_step else 0
-                self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
+                threading.excepthook = _said_elsewhere(threading.excepthook)
+                with located(run_dir / "tensorboard"):
+                    self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
         now = time.perf_counter()
         self._run_start = now  # of the whole run, as if it had never been interrupted
         self._reset(window_start=now)
@@ -223,10 +226,11 @@ class MetricLogger:
         """Append a row to metrics.jsonl and TensorBoard. Errors as in JsonlFile.write."""
         self._file.write(row)
         if self._board is not None:
-            for name, value in row.items():
-                if name != "step" and isinstance(value, (int, float)):
-                    self._board.add_scalar(name, value, row["step"])
-            self._board.flush()
+            with located(self._board.log_dir):
+                for name, value in row.items():
+                    if name != "step" and isinstance(value, (int, float)):
+                        self._board.add_scalar(name, value, row["step"])
+                self._board.flush()
 
     @contextmanager
     def untimed(self) -> Iterator[None]:
@@ -301,6 +305,15 @@ class MetricLogger:
         self._samples, self._weights, sums = self._unpack(mine)
         for name, tensor in sums.items():
             self._sums[name].copy_(tensor)
+
+
+def _said_elsewhere(hook: Callable[[threading.ExceptHookArgs], object]) -> Callable[[threading.ExceptHookArgs], object]:
+    """hook, but silent for TensorBoard's thread: it keeps a full disk's OSError and raises it at the next call here."""
+    def quiet(args: threading.ExceptHookArgs) -> object:
+        known = isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith("tensorboard.")
+        return None if known else hook(args)
+
+    return quiet
 
 
 class _Console:

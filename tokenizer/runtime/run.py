@@ -7,10 +7,12 @@ done.
 
 import json
 import math
+import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,13 +20,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tokenizer.runtime import config, distributed
+from tokenizer.runtime import config, distributed, lock
 from tokenizer.runtime.checkpoint import Checkpointer, atomic_write_text, load_file, require_writable
 from tokenizer.runtime.command import USER_ERRORS, CannotContinue
 from tokenizer.runtime.config import arg
 from tokenizer.runtime.metrics import JsonlFile, MetricLogger
 from tokenizer.runtime.parsing import brief, parsing
 from tokenizer.runtime.seeding import StepSampler, seed_step
+
+_INTERRUPTED = 128 + signal.SIGINT  # the exit status of shells
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ def check_run(cfg: Any, world_size: int) -> None:
     config.require_at_least(cfg, 1, "log_every ckpt_every val_every keep_checkpoints gradient_accumulation_steps "
                             "max_steps epochs global_batch_size")
     config.require_at_least(cfg, 0, "global_seed max_grad_norm")
+    config.require_at_most(cfg, 2**20, "gradient_accumulation_steps global_batch_size")
     config.require_fraction(cfg, "ema_decay")
     if (cfg.max_steps is None) == (cfg.epochs is None):
         raise ValueError(f"give one of --max-steps and --epochs; got {cfg.max_steps} and {cfg.epochs}")
@@ -119,6 +124,7 @@ class Run:
         self.start = 0  # steps done when this process began
         self.done = 0   # steps done when the body of the current one ends
         self.best: float | None = None  # score of checkpoints/best.pt
+        self.interrupted = False        # by Ctrl-C
         self.last_validation: dict[str, Any] = {}
         self._resumable, self._inputs, self._describe = resumable, dict(inputs), dict(describe or {})
         self._parts: Mapping[str, Stateful | None] = {}
@@ -138,13 +144,17 @@ class Run:
                 **self._describe, "config": self.identity()}
 
     def resume(self, parts: Mapping[str, Stateful | None]) -> None:
-        """Load the newest checkpoint, if there is one, into parts, and set `start`. Writes nothing.
+        """Load the newest checkpoint, if there is one, into parts, and set `start`. Writes nothing but a lock: the
+        folder is this process's from here on (see lock.py), but for --dry-run.
 
         parts: name in checkpoints -> what saves and loads itself; None for one that this run does without.
 
-        ValueError: the folder holds a run with other settings, one that is further than max_steps, or something else.
+        ValueError: the folder is in use by another process, or holds a run with other settings, one that is further
+        than max_steps, or something else.
         """
         self._parts = parts
+        if not self.cfg.dry_run:
+            lock.own(self.folder, "--results-dir")
         state = self.checkpoints.load_latest()  # on the CPU: there Adam's step counts stay, and cost no device sync
         if state is None:
             if (self.folder / "metrics.jsonl").exists() and not (self.folder / "config.json").exists():
@@ -219,24 +229,28 @@ class Run:
     def steps(self) -> Iterator[int]:
         """The steps that are left, from `start` to max_steps. A signal ends them early, after a checkpoint."""
         cfg = self.cfg
-        signals = _StopSignal()
         self._open_logs()
         self._began = time.monotonic()
-        for step in range(self.start, cfg.max_steps):
-            seed_step(cfg.global_seed, distributed.rank(), step)  # what is drawn in a step depends on the step alone
-            self.done = step + 1
-            yield step
-            stopping = distributed.any_rank(signals.asked)
-            if self.due(cfg.ckpt_every) or stopping:
-                with self.untimed():
-                    self.checkpoints.save(self.done, self.state())
-            if stopping and self.done < cfg.max_steps:
-                distributed.print0(f"stopped by a signal at step {self.done}; the same command resumes")
-                break
+        with _StopSignals() as signals:
+            for step in range(self.start, cfg.max_steps):
+                seed_step(cfg.global_seed, distributed.rank(), step)  # what a step draws depends on the step alone
+                self.done = step + 1
+                yield step
+                stopping = distributed.any_rank(signals.received is not None)
+                if self.due(cfg.ckpt_every) or stopping:
+                    with self.untimed():
+                        self.checkpoints.save(self.done, self.state())
+                if stopping:
+                    self.interrupted = signals.received == signal.SIGINT
+                    if self.done < cfg.max_steps:
+                        distributed.print0(f"stopped by a signal at step {self.done}; the same command resumes")
+                    break
         self.metrics.close()
 
     def _open_logs(self) -> None:
-        """Rows of steps that will be done again go; sums since the last row come back."""
+        """Rows of steps that will be done again go, and checkpoints that a kill left too many; sums since the last row
+        come back.
+        """
         try:
             self.metrics = MetricLogger(self.folder, total_steps=self.cfg.max_steps, device=self.device,
                                         resume_step=self.start)
@@ -246,6 +260,7 @@ class Run:
                     self.metrics.load_state_dict(self._resumed_metrics)
             if distributed.is_main():
                 config.save(self.cfg, self.folder / "config.json")
+                self.checkpoints.prune(self.start)
                 if self.start < self.cfg.max_steps:
                     (self.folder / "summary.json").unlink(missing_ok=True)  # of a shorter run that is now extended
         except (ValueError, OSError) as error:  # a damaged log, a full disk
@@ -331,43 +346,110 @@ def _require_like_parameters(part: Any) -> None:
                     raise ValueError(f"{name} {tuple(value.shape)} of a parameter {tuple(parameter.shape)}")
 
 
-class _StopSignal:
-    """SIGTERM (a scheduler's warning, torchrun's shutdown) asks for a checkpoint at the end of the step."""
+class _StopSignals:
+    """SIGTERM (a scheduler's warning, torchrun's shutdown), SIGINT (Ctrl-C) and SIGHUP (a terminal that closes) ask for
+    a checkpoint at the end of the step. Those that are ignored, as under nohup, stay so. Another Ctrl-C ends at once.
+    """
+
+    ECHO = 0.5  # seconds; torchrun sends its processes what a terminal may have sent them already
 
     def __init__(self) -> None:
-        self.asked = False
-        signal.signal(signal.SIGTERM, self._note)
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+        self._process, self._when = os.getpid(), 0.0
 
-    def _note(self, *_: Any) -> None:
-        self.asked = True
+    def __enter__(self) -> "_StopSignals":
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, before in self._before.items():
+            if signal.getsignal(number) in (self._note, signal.SIG_DFL):  # else a later run has taken over
+                signal.signal(number, before or signal.SIG_DFL)
+
+    def _note(self, number: int, *_: Any) -> None:
+        if os.getpid() != self._process:  # one that loads data: it ends with this one, which needs it until then
+            return
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self._when = number, now
+            if number != signal.SIGINT:
+                return
+            if distributed.is_main():  # not print, which may be what was interrupted
+                os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again ends at once\n")
+            if not distributed.launched():
+                signal.signal(signal.SIGINT, signal.SIG_DFL)  # needs no Python: also ends what hangs
+        elif self.received == signal.SIGINT and now - self._when > self.ECHO:  # of torchrun the second may be a SIGTERM
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(self._process, number)
 
 
 class Trainer(Protocol):
     """What `launch` starts."""
 
     cfg: Any
+    run: Run
 
     def train(self) -> None: ...
 
 
-def launch(prog: str, build: Callable[[], Trainer]) -> None:
-    """The main of a training script: build the trainer, then train, or with --dry-run print its configuration.
+def launch(prog: str, parse: Callable[[], Any], build: Callable[[Any], Trainer]) -> None:
+    """The main of a training script: parse the flags, build the trainer, then train, or with --dry-run print its
+    configuration as JSON; what else there is to say goes to stderr then.
 
     USER_ERRORS while building are mistakes in flags, files or data: rank 0 says so in one line, without a traceback,
-    and all ranks exit with a failure. So are CannotContinue and divergence while training.
+    and all ranks exit with a failure. So are CannotContinue, divergence, a disk that fails or is full, and too little
+    memory while training. Ctrl-C ends with status 130, after a checkpoint once training has begun.
     """
+    interrupted = False
     try:
-        trainer = build()
-    except USER_ERRORS as error:
-        raise SystemExit(f"{prog}: error: {error}" if distributed.is_main() else 2) from error
-    if trainer.cfg.dry_run:
-        distributed.print0(json.dumps(config.to_dict(trainer.cfg), indent=1))
-    else:
         try:
-            trainer.train()
-        except CannotContinue as error:
-            raise SystemExit(f"{prog}: error: {error}") from error
-        except FloatingPointError as error:  # on all ranks at once
-            fix = f"lower --lr (it is {trainer.cfg.lr}), in another --results-dir"
-            raise SystemExit(f"{prog}: error: {error}: {fix}" if distributed.is_main() else 2) from error
+            cfg = parse()
+            with redirect_stdout(sys.stderr) if cfg.dry_run else nullcontext():
+                trainer = build(cfg)
+        except USER_ERRORS as error:
+            raise SystemExit(f"{prog}: error: {error}" if distributed.is_main() else 2) from error
+        if trainer.cfg.dry_run:
+            distributed.print0(json.dumps(config.to_dict(trainer.cfg), indent=1))
+        else:
+            _train(prog, trainer)
+            interrupted = trainer.run.interrupted
+    except KeyboardInterrupt as error:
+        raise SystemExit(_INTERRUPTED) from error
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        what = str(error).partition("\n")[0] or type(error).__name__
+        raise SystemExit(f"{prog}: error: out of memory ({what}): give smaller sizes, or raise "
+                         "--gradient-accumulation-steps") from error
+    finally:
+        lock.release()
     distributed.finalize()  # after an exception just exit: torchrun then ends the other ranks
+    if interrupted:  # so that a script that called this one goes no further
+        raise SystemExit(_INTERRUPTED)
+
+
+def _train(prog: str, trainer: Trainer) -> None:
+    try:
+        trainer.train()
+    except distributed.OtherRankFailed as error:
+        raise SystemExit(2) from error
+    except RuntimeError as error:
+        if isinstance(error, CannotContinue):
+            raise SystemExit(f"{prog}: error: {error}") from error
+        if "gloo/transport" in str(error):  # a connection to a process that is no more
+            raise SystemExit(f"{prog}: stopped, because another rank has ended") from error
+        raise
+    except OSError as error:
+        if error.errno is None:  # not of the system
+            raise
+        raise SystemExit(f"{prog}: error: {error}; the same command resumes") from error
+    except FloatingPointError as error:  # on all ranks at once
+        fix = f"lower --lr (it is {trainer.cfg.lr}), in another --results-dir"
+        raise SystemExit(f"{prog}: error: {error}: {fix}" if distributed.is_main() else 2) from error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "can't allocate memory" in str(error)
