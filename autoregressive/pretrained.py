@@ -36,6 +36,7 @@ class LoadedGPT:
     model: GPT
     tokenizer_hash: str
     name: str  # of file and weight set, for messages and folder names
+    trained_classes: list[int] | None = None  # those with training images, ascending; None: not recorded
 
 
 def load_gpt(
@@ -78,7 +79,8 @@ def export_gpt(loaded: LoadedGPT, folder: str | Path) -> Path:
     if folder.exists() and any(p.name not in (CONFIG_FILE, WEIGHTS_FILE) for p in folder.iterdir()):
         raise ValueError(f"{folder} holds other files; name a new folder for the export")
     state = {key: value.detach().cpu().contiguous() for key, value in loaded.model.state_dict().items()}
-    description = {"format": EXPORT_FORMAT, "tokenizer_hash": loaded.tokenizer_hash, "gpt": asdict(loaded.model.config)}
+    description = {"format": EXPORT_FORMAT, "tokenizer_hash": loaded.tokenizer_hash, "gpt": asdict(loaded.model.config),
+                   "trained_classes": loaded.trained_classes}
     return write_export(folder, description, state)
 
 
@@ -87,6 +89,16 @@ def _build(gpt_config: GPTConfig, state: Mapping[str, Tensor], source: str, toke
     check_state_dict(state, model.state_dict(), source)
     model.load_state_dict({key: value.float() for key, value in state.items()})
     return LoadedGPT(model, tokenizer_hash, source)
+
+
+def _with_classes(loaded: LoadedGPT, description: Mapping[str, Any]) -> LoadedGPT:
+    """With the trained_classes of a checkpoint or export. ValueError: they are no classes of the model."""
+    found, count = description.get("trained_classes"), loaded.model.config.num_classes
+    if found is not None and not (
+        isinstance(found, list) and found and all(type(c) is int and 0 <= c < count for c in found)
+    ):
+        raise ValueError(f"{loaded.name}: trained_classes must be numbers from 0 to {count - 1}")
+    return replace(loaded, trained_classes=found)
 
 
 def _config(values: Mapping[str, Any], source: str) -> GPTConfig:
@@ -99,14 +111,16 @@ def _config(values: Mapping[str, Any], source: str) -> GPTConfig:
 def _from_export(path: Path, weights: str) -> LoadedGPT:
     description, state = read_export(path, weights, EXPORT_FORMAT, ["gpt", "tokenizer_hash"])
     gpt_config = _config(description["gpt"], str(path / CONFIG_FILE))
-    return _build(gpt_config, state, str(path / WEIGHTS_FILE), description["tokenizer_hash"])
+    loaded = _build(gpt_config, state, str(path / WEIGHTS_FILE), description["tokenizer_hash"])
+    return _with_classes(loaded, description)
 
 
 def _from_checkpoint(path: Path, saved: Mapping[str, Any], weights: str) -> LoadedGPT:
     state, source = choose_weights(path, saved, weights)
     require_keys(saved, ("config",), path)
     require_keys(saved["config"], ("tokenizer_hash",), path)
-    return _build(_config(saved["gpt"], source), state, source, saved["config"]["tokenizer_hash"])
+    loaded = _build(_config(saved["gpt"], source), state, source, saved["config"]["tokenizer_hash"])
+    return _with_classes(loaded, saved)
 
 
 def _from_llamagen(path: Path, saved: Mapping[str, Any], num_codes: int | None) -> LoadedGPT:
