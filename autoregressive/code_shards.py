@@ -3,7 +3,7 @@
     CODES/manifest.json                sizes, classes, the tokenizer's hash, how images were cropped, the shards
     CODES/codes-00000-of-00008.npy     (images, views, tokens) in the smallest unsigned type that holds the codebook
     CODES/labels.npy                   (images,) int32
-    CODES/names.txt                    the images' names in their source, a line each
+    CODES/names.txt                    the images' names in their source, a line each (tokenizer/image_names.py)
 
 Views are crops and mirror images of one image; training draws one of them anew in every epoch.
 """
@@ -21,10 +21,12 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
+from tokenizer.image_names import write_names
 from tokenizer.runtime import config
-from tokenizer.runtime.checkpoint import atomic_write, atomic_write_json, atomic_write_text
+from tokenizer.runtime.checkpoint import atomic_write, atomic_write_json
 from tokenizer.runtime.command import CannotContinue
 from tokenizer.runtime.mapped import map_array
+from tokenizer.runtime.parsing import parsing, require_file
 from tokenizer.runtime.seeding import fold
 
 FORMAT = "provq-codes-1"
@@ -61,7 +63,7 @@ def write_manifest(
     description: COMMON, views, and whatever else a reader should know. shards: file, images and sha256 of each.
     """
     atomic_write(folder / LABELS, lambda file: np.save(file, np.asarray(labels, dtype=np.int32)))
-    atomic_write_text(folder / NAMES, "".join(f"{name}\n" for name in names))
+    write_names(folder / NAMES, names)
     manifest = {"format": FORMAT, "num_images": len(labels), **description, "shards": list(shards)}
     atomic_write_json(folder / MANIFEST, manifest)
 
@@ -136,6 +138,16 @@ def read_folder(path: Path) -> CodeFiles:
         raise ValueError(f"{path / MANIFEST}: {error} is missing or of another kind") from error
 
 
+def load_array(path: Path) -> np.ndarray:
+    """A small .npy file. ValueError: it is none, or damaged."""
+    require_file(path)
+    with parsing(path, "damaged or cut short"):
+        array = np.load(path, allow_pickle=False)
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{path} is an archive of arrays, not one array")
+    return array
+
+
 def is_llamagen(path: Path) -> bool:
     """Whether a folder is LlamaGen's: NAME_codes and NAME_labels inside, or itself NAME_codes."""
     return bool(_llamagen_pair(path))
@@ -151,13 +163,13 @@ def read_llamagen(path: Path, codebook_size: int) -> CodeFiles:
     if pair is None:
         raise ValueError(f"{path} holds no pair of folders NAME_codes and NAME_labels")
     codes, labels = pair
-    numbers = sorted(int(p.stem) for p in codes.glob("*.npy") if p.stem.isdigit())
+    numbers = sorted(int(p.stem) for p in codes.glob("*.npy") if re.fullmatch("[0-9]+", p.stem))
     if not numbers or numbers != list(range(len(numbers))):
         raise ValueError(f"{codes} must hold 0.npy, 1.npy and so on; it holds {len(numbers)} numbered files")
     rows: list[np.ndarray] = []
     classes: list[int] = []
     for number in numbers:
-        row, label = (_load_small(folder / f"{number}.npy") for folder in (codes, labels))
+        row, label = (load_array(folder / f"{number}.npy") for folder in (codes, labels))
         if row.ndim != 3 or len(row) != 1 or label.shape != (1,) or (rows and row.shape[1:] != rows[0].shape):
             raise ValueError(f"{codes / f'{number}.npy'} has shape {row.shape} and its label {label.shape}; expected "
                              "(1, views, tokens) alike for all images, and (1,)")
@@ -175,13 +187,6 @@ def read_llamagen(path: Path, codebook_size: int) -> CodeFiles:
     fingerprint = hashlib.sha256(array.tobytes() + classes_array.tobytes()).hexdigest()
     return CodeFiles(path, [array], classes_array, array.shape[1], array.shape[2], codebook_size,
                      int(classes_array.max()) + 1, "", fingerprint)
-
-
-def _load_small(path: Path) -> np.ndarray:
-    try:
-        return np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is missing or damaged ({error})") from error
 
 
 def _llamagen_pair(path: Path) -> tuple[Path, Path] | None:
@@ -256,6 +261,8 @@ def open_codes(paths: str, codebook_size: int = 16384) -> CodeDataset:
     """
     files = []
     for part in paths.split(","):
+        if not part.strip():
+            raise ValueError(f"{paths!r}: an empty path; for the current folder write a dot")
         path = Path(part.strip())
         manifest = (path / MANIFEST).is_file()
         files.append(read_llamagen(path, codebook_size) if not manifest and is_llamagen(path) else read_folder(path))

@@ -26,14 +26,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from autoregressive.code_shards import LABELS, MANIFEST, NAMES, file_hash, shard_name, write_manifest
+from autoregressive.code_shards import LABELS, MANIFEST, NAMES, file_hash, load_array, shard_name, write_manifest
 from autoregressive.extraction import default_batch_size, extract_shard
-from tokenizer.data import BadImageCounter, ImageDataset, consecutive
-from tokenizer.image_sources import ImageSource, open_images
+from tokenizer.data import BadImageCounter, ImageDataset, consecutive, describe_source
+from tokenizer.image_classes import require_no_empty_class
+from tokenizer.image_names import read_names, to_line
+from tokenizer.image_readers import ImageOptions
+from tokenizer.image_sources import ImageSource, add_image_flags, open_images
 from tokenizer.pretrained import load_tokenizer, tokenizer_hash
 from tokenizer.runtime import config, distributed, lock
 from tokenizer.runtime.checkpoint import atomic_write, atomic_write_json, atomic_write_text
 from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_folder
+from tokenizer.train_config import recorded_settings
 from tokenizer.vq_model import VQModel
 
 PROG = "autoregressive/extract_codes.py"
@@ -47,6 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--vq-ckpt", type=Path, required=True, metavar="PATH",
         help="run folder, checkpoint, LlamaGen .pt, or folder with config.json and model.safetensors")
     add("--data-path", help="any source of the tokenizer trainer, or digits (default: what the run was trained on)")
+    add_image_flags(parser, remap_labels=True)
     add("--code-path", type=Path, metavar="FOLDER", help="folder to write (default: codes in the run's folder)")
     add("--image-size", type=int, help="side in pixels, 384 for 24 x 24 codes (default: the size of training)")
     add("--flip", action=argparse.BooleanOptionalAction, default=None,
@@ -78,14 +83,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def open_data(args: argparse.Namespace, channels: int) -> ImageSource:
-    """--data-path, or the training images of the run. ValueError, FileNotFoundError: nothing there."""
-    path = args.data_path
+    """--data-path, or the training images of the run, read as there but for what flags say.
+
+    ValueError, FileNotFoundError: nothing there.
+    """
+    path, options = args.data_path, ImageOptions.of(args)
     if path is None:
         if not (args.vq_ckpt / "checkpoints").is_dir():
             raise ValueError(f"--vq-ckpt {args.vq_ckpt} is no run's folder, so its images are unknown: give "
                              "--data-path")
-        path = config.load(args.vq_ckpt / "config.json")["data_path"]
-    return open_images(None if path == "digits" else path, channels=channels)
+        recorded = recorded_settings(args.vq_ckpt)
+        given = {name: value for name, value in vars(args).items() if value is not None}
+        path, options = recorded.get("data_path"), ImageOptions.of(argparse.Namespace(**recorded | given))
+    source = open_images(None if path == "digits" else path, channels=channels, options=options)
+    for line in describe_source(source) if distributed.is_main() else ():
+        distributed.print0(f"images: {line}")
+    return source
 
 
 def describe(model: VQModel, source: ImageSource, args: argparse.Namespace) -> dict[str, Any]:
@@ -135,11 +148,10 @@ def inspect(folder: Path, source: ImageSource, chunks: list[list[int]]) -> tuple
     listed = config.load(folder / MANIFEST)["shards"]
     if [shard["file"] for shard in listed] != [shard_name(i, len(chunks)) for i in range(len(chunks))]:
         raise ValueError(f"--code-path {folder} has {len(listed)} shards, expected {len(chunks)}; delete the folder")
-    names = folder / NAMES
-    lines = names.read_bytes().decode(errors="replace").split("\n")[:-1] if names.is_file() else []
+    names = read_names(folder / NAMES) if (folder / NAMES).is_file() else []
     mine, first, rank, world = {}, 0, distributed.rank(), distributed.world_size()
     for number, (shard, places) in enumerate(zip(listed, chunks, strict=True)):
-        path, wanted = folder / shard["file"], lines[first : first + shard["images"]]
+        path, wanted = folder / shard["file"], names[first : first + shard["images"]]
         first += shard["images"]
         if len(places) > shard["images"]:  # some could not be read
             places = _subsequence(source, places, wanted)
@@ -151,7 +163,7 @@ def inspect(folder: Path, source: ImageSource, chunks: list[list[int]]) -> tuple
     damaged = [listed[number]["file"] for number, part in found if part is None]
     if not damaged:
         kept = [place for part in good for place in part["places"]]
-        damaged += [NAMES] if lines != [source.name(i) for i in kept] else []
+        damaged += [NAMES] if names != [source.name(i) for i in kept] else []
         damaged += [LABELS] if not _holds(folder / LABELS, [source.label(i) for i in kept]) else []
     return good, damaged
 
@@ -167,8 +179,8 @@ def _subsequence(source: ImageSource, places: list[int], names: list[str]) -> li
 
 def _holds(path: Path, labels: list[int]) -> bool:
     try:
-        return np.array_equal(np.load(path, allow_pickle=False), labels)
-    except (OSError, ValueError, EOFError):
+        return np.array_equal(load_array(path), labels)
+    except ValueError:
         return False
 
 
@@ -195,6 +207,8 @@ def extract(args: argparse.Namespace, device: torch.device) -> None:
     folder = args.code_path
     shards = consecutive(len(source), min(max(-(-len(source) // SHARDS), LEAST), MOST))
     good: list[dict[str, Any]] = []
+    if not any((folder / name).is_file() for name in (MANIFEST, SETTINGS)):  # what is begun is finished as it was
+        require_no_empty_class(source.labels, source.classes, "the images")
     finished = not prepare_folder(folder, description)
     if finished:
         good, damaged = inspect(folder, source, shards)
@@ -219,6 +233,7 @@ def extract(args: argparse.Namespace, device: torch.device) -> None:
     dataset = ImageDataset(source, enlarged(args))
     rank, world = distributed.rank(), distributed.world_size()
     bad = BadImageCounter(args.max_bad_images)
+    bad.add(source.damaged)
     encode = torch.compile(model.encode_latents) if args.compile else None
     with tqdm(total=len(source), unit="image", disable=None if distributed.is_main() else True) as shown:
         for number, places in enumerate(shards):
@@ -251,7 +266,7 @@ def _finish(folder: Path, description: dict[str, Any], source: ImageSource, file
     places = [place for part in parts for place in part.pop("places")]
     names = [source.name(i) for i in places]
     for i in sorted(set(range(len(source))) - set(places)):
-        distributed.print0(f"left out an image that cannot be read: {source.name(i)}")
+        distributed.print0(f"left out an image that cannot be read: {to_line(source.name(i))}")
     write_manifest(folder, description, parts, [source.label(i) for i in places], names)
     shutil.rmtree(folder / PARTS)
     (folder / SETTINGS).unlink()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -38,6 +38,7 @@ class LoadedGPT:
     model: GPT
     tokenizer_hash: str
     name: str  # of file and weight set, for messages and folder names
+    trained_classes: list[int] | None = None  # those with training images, ascending; None: not recorded
 
 
 def load_gpt(
@@ -64,6 +65,7 @@ def load_gpt(
     else:
         state, source = saved.choose(weights, _IGNORED)
         loaded = _build(infer_llamagen_config(state, num_codes, source), state, source, "")
+    loaded = _with_classes(loaded, saved.description)
     if num_codes is not None and num_codes != loaded.model.config.block_size:
         raise ValueError(f"{path} is for {loaded.model.config.block_size} codes per image, not {num_codes}")
     loaded.model.to(device).eval()
@@ -79,7 +81,8 @@ def export_gpt(loaded: LoadedGPT, folder: str | Path) -> Path:
     if folder.exists() and any(p.name not in (CONFIG_FILE, WEIGHTS_FILE) for p in folder.iterdir()):
         raise ValueError(f"{folder} holds other files; name a new folder for the export")
     state = {key: value.detach().cpu().contiguous() for key, value in loaded.model.state_dict().items()}
-    description = {"format": EXPORT_FORMAT, "tokenizer_hash": loaded.tokenizer_hash, "gpt": asdict(loaded.model.config)}
+    description = {"format": EXPORT_FORMAT, "tokenizer_hash": loaded.tokenizer_hash, "gpt": asdict(loaded.model.config),
+                   "trained_classes": loaded.trained_classes}
     return write_export(folder, description, state)
 
 
@@ -106,6 +109,16 @@ def _from_checkpoint(saved: Saved, weights: str) -> LoadedGPT:
     gpt_config = GPTConfig.from_dict(saved.description["gpt"], f"{saved.source}: its gpt")
     state, source = saved.choose(weights)
     return _build(gpt_config, state, source, saved.description["config"]["tokenizer_hash"])
+
+
+def _with_classes(loaded: LoadedGPT, description: Mapping[str, object]) -> LoadedGPT:
+    """With the trained_classes of a checkpoint or export. ValueError: they are no classes of the model."""
+    found, count = description.get("trained_classes"), loaded.model.config.num_classes
+    if found is not None and not (
+        isinstance(found, list) and found and all(type(c) is int and 0 <= c < count for c in found)
+    ):
+        raise ValueError(f"{loaded.name}: trained_classes must be numbers from 0 to {count - 1}")
+    return replace(loaded, trained_classes=found)
 
 
 def infer_llamagen_config(state: Mapping[str, Tensor], num_codes: int | None, source: str) -> GPTConfig:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import math
+import re
 import sys
 import zipfile
 from collections.abc import Callable
@@ -65,8 +66,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--vq-ckpt", type=Path, metavar="PATH", help="its tokenizer (default: the --vq-ckpt of the GPT's run)")
     add("--other-tokenizer", action="store_true", help="go on although the GPT was trained on another one's codes")
     add("--out", type=Path, metavar="FOLDER", help="to write (default: in the run's samples/, named by the settings)")
-    add("--num-samples", type=int, default=100, help="images; LlamaGen's tables: 50000 (default: 100)")
-    add("--classes", help="comma-separated class numbers (default: all); image i has class i mod their number")
+    add("--num-samples", type=int, default=100, help="images; LlamaGen's tables: 50000; more than before in the same "
+                                                     "folder adds to them (default: 100)")
+    add("--classes", help="comma-separated class numbers (default: all that were trained); image i has class i mod "
+                          "their number")
     add("--image-size", type=int, help="of a LlamaGen GPT, which does not record it: 256, 384 (default: as trained)")
     add("--image-size-eval", type=int, help="resize pictures to it, bicubic, as LlamaGen (default: --image-size)")
     add("--cfg-scale", type=float, default=d.cfg_scale, help="guidance; 1: none; LlamaGen: 1.5 to 2 (1.5)")
@@ -146,14 +149,27 @@ def open_models(args: argparse.Namespace, device: torch.device) -> tuple[LoadedG
     return loaded, vq
 
 
-def class_list(args: argparse.Namespace, num_classes: int) -> list[int]:
-    """ValueError: a class that the model does not have."""
-    if not args.classes:
-        return list(range(num_classes))
-    words = args.classes.split(",")
-    if not all(w.strip().isdigit() and int(w) < num_classes for w in words):
+def class_list(args: argparse.Namespace, loaded: LoadedGPT) -> list[int]:
+    """ValueError: a class that the model does not have, or that had no training image."""
+    num_classes = loaded.model.config.num_classes
+    trained = list(range(num_classes)) if loaded.trained_classes is None else loaded.trained_classes
+    if args.classes is None:
+        return trained
+    words = [word.strip() for word in args.classes.split(",")]
+    if not all(re.fullmatch("[0-9]{1,9}", word) and int(word) < num_classes for word in words):
         raise ValueError(f"--classes {args.classes}: give numbers from 0 to {num_classes - 1}, comma-separated")
-    return [int(w) for w in words]
+    unknown = sorted({int(word) for word in words} - set(trained))
+    if unknown:
+        raise ValueError(f"--classes {args.classes}: {loaded.name} had no training image of class "
+                         f"{', '.join(map(str, unknown[:20]))}; it was trained on {len(trained)} of {num_classes}")
+    return [int(word) for word in words]
+
+
+def require_guidance(loaded: LoadedGPT, sampling: SamplingConfig) -> None:
+    """ValueError: guidance compares with "no class", which the model has never seen."""
+    if sampling.cfg_scale > 1 and loaded.model.config.class_dropout_prob == 0:
+        raise ValueError(f"--cfg-scale {sampling.cfg_scale:g}: {loaded.name} was trained with --class-dropout-prob 0, "
+                         "so without the class \"none\" that guidance compares with; pass --cfg-scale 1")
 
 
 def folder_name(args: argparse.Namespace) -> str:
@@ -168,17 +184,25 @@ def folder_name(args: argparse.Namespace) -> str:
     return "_".join(parts)
 
 
-def check_folder(args: argparse.Namespace, settings: dict[str, Any]) -> None:
-    """ValueError: the folder holds something else, or samples made otherwise."""
+def check_folder(args: argparse.Namespace, settings: dict[str, Any]) -> bool:
+    """Whether the folder holds fewer samples of the same kind, to be added to.
+
+    ValueError: it holds something else, or samples made otherwise.
+    """
     known = args.out / SETTINGS
-    if known.is_file():
-        there = config.load(known)
-        changed = [f"{k}: {there.get(k)!r} there, {v!r} now" for k, v in settings.items() if there.get(k) != v]
-        if changed:
-            raise ValueError(f"--out {args.out} holds samples made otherwise ({'; '.join(changed)}); name another "
-                             "folder")
-    elif not lock.is_unused(args.out):
-        raise ValueError(f"--out {args.out} holds other files; name a new folder")
+    if not known.is_file():
+        if not lock.is_unused(args.out):
+            raise ValueError(f"--out {args.out} holds other files; name a new folder")
+        return False
+    there = config.load(known)
+    before = there.get("num_samples")
+    grows = type(before) is int and before < args.num_samples
+    there |= {"num_samples": args.num_samples} if grows else {}
+    changed = [f"{k}: {there.get(k)!r} there, {v!r} now" for k, v in settings.items() if there.get(k) != v]
+    if changed:
+        raise ValueError(f"--out {args.out} holds samples made otherwise ({'; '.join(changed)}); name another "
+                         "folder")
+    return grows
 
 
 @torch.inference_mode()
@@ -220,7 +244,8 @@ def sample(args: argparse.Namespace, device: torch.device) -> None:
     if args.export_hf:
         distributed.print0(f"wrote {export_gpt(loaded, args.export_hf)}")
         return
-    classes = class_list(args, model.config.num_classes)
+    require_guidance(loaded, args.sampling)
+    classes = class_list(args, loaded)
     settings = {**asdict(args.sampling), "num_samples": args.num_samples, "classes": classes,
                 "global_seed": args.global_seed, "mixed_precision": precision, "gpt": loaded.name,
                 "gpt_sha256": _weights_hash(model), "tokenizer_sha256": tokenizer_hash(vq),
@@ -228,13 +253,15 @@ def sample(args: argparse.Namespace, device: torch.device) -> None:
     check_folder(args, settings)
     distributed.barrier()  # all ranks have looked before rank 0 writes
     lock.own(args.out, "--out")
-    check_folder(args, settings)  # again, now that nobody else writes
+    grows = check_folder(args, settings)  # again, now that nobody else writes
     model.cast(DTYPES[precision])
     distributed.barrier()
     images = args.out / "images"
     labels = [classes[i % len(classes)] for i in range(args.num_samples)]
     if distributed.is_main():
         images.mkdir(parents=True, exist_ok=True)
+        for name in ("samples.npz", "grid.png") if grows else ():  # they are of fewer samples, until all are there
+            (args.out / name).unlink(missing_ok=True)
         atomic_write_json(args.out / SETTINGS, settings)
         atomic_write(args.out / "labels.npy", lambda file: np.save(file, np.array(labels)))
     distributed.barrier()

@@ -18,6 +18,7 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from autoregressive.gpt import GPT, GPTConfig
 from autoregressive.sampling import SamplingConfig, generate
 from autoregressive.train_config import TrainConfig, check, parse_config, resumable, shards
 from tokenizer.data import make_loader, split_holdout, spread
+from tokenizer.image_classes import describe_classes
 from tokenizer.pretrained import load_tokenizer, tokenizer_hash
 from tokenizer.runtime import distributed
 from tokenizer.runtime.checkpoint import atomic_write
@@ -54,17 +56,24 @@ class Trainer:
     """Everything that one run holds. Built from a checked configuration; `train` trains it to the end."""
 
     def __init__(self, cfg: TrainConfig, device: torch.device):
+        self.cfg = cfg
         codes = self._open_codes(cfg)
         cfg = with_max_steps(cfg, len(self.train_set))
         self.cfg, self.device = cfg, device
         self.tokenizer = self._open_tokenizer(codes)
+        self.sample_cfg_scale = cfg.sample_cfg_scale
+        if self.tokenizer is not None and cfg.class_dropout_prob == 0 and cfg.sample_cfg_scale > 1:
+            self._say("note: --class-dropout-prob 0 trains no \"none\" for guidance to compare with: pictures are "
+                      "drawn as with --sample-cfg-scale 1")
+            self.sample_cfg_scale = 1.0
         self.gpt_config = GPTConfig.preset(
             cfg.gpt_model, vocab_size=codes.codebook_size, block_size=codes.num_tokens, num_classes=codes.num_classes,
             class_dropout_prob=cfg.class_dropout_prob, token_dropout_p=cfg.token_dropout_p,
             resid_dropout_p=cfg.dropout_p, ffn_dropout_p=cfg.dropout_p, drop_path_rate=cfg.drop_path_rate,
         )
         inputs = {"code_fingerprint": codes.fingerprint, "tokenizer_hash": codes.tokenizer_hash}
-        self.run = Run(cfg, device, resumable=resumable(cfg), inputs=inputs, describe={"gpt": asdict(self.gpt_config)})
+        describe = {"gpt": asdict(self.gpt_config), "trained_classes": self.trained_classes}
+        self.run = Run(cfg, device, resumable=resumable(cfg), inputs=inputs, describe=describe)
         self.sharded = shards(cfg, distributed.world_size())
         self.raw = self._build()
         average = self._build() if cfg.ema and self.sharded else None
@@ -92,12 +101,21 @@ class Trainer:
         if not len(held_out):
             raise ValueError("no image is held out for validation: give --val-code-path, or --val-size above 0")
         self.train_set = codes.subset(train, seed=cfg.global_seed)
+        # A class whose images are all held out, or that the codes never had, is not to be sampled.
+        self.trained_classes = np.unique(codes.labels[self.train_set.indices]).tolist()
+        names = [str(c) for c in range(codes.num_classes)]
+        self._say(f"training images: {describe_classes(codes.labels[self.train_set.indices], names)}")
         self.val_set = val.subset(held_out, seed=None)
         if not list(Path(cfg.results_dir or ".").glob("checkpoints/*.pt")):  # once in a run: it may be many gigabytes
             _require_intact("--code-path", codes.files)
             if val is not codes:
                 _require_intact("--val-code-path", val.files)
         return codes
+
+    def _say(self, line: str) -> None:
+        """With --dry-run, which prints JSON, beside it."""
+        if distributed.is_main():
+            print(line, file=sys.stderr if self.cfg.dry_run else sys.stdout, flush=True)
 
     def _open_tokenizer(self, codes: CodeDataset) -> VQModel | None:
         """The decoder of pictures. ValueError: it is not the one that the codes were made with."""
@@ -109,7 +127,7 @@ class Trainer:
             raise ValueError(f"--vq-ckpt {path} has {model.quantize.num_codes} codes, --code-path {codes.path} has "
                              f"{codes.codebook_size}")
         if codes.tokenizer_hash == "":
-            distributed.print0(f"note: {codes.path} does not say which tokenizer made it; --vq-ckpt is taken on trust")
+            self._say(f"note: {codes.path} does not say which tokenizer made it; --vq-ckpt is taken on trust")
         elif tokenizer_hash(model) != codes.tokenizer_hash and not self.cfg.other_tokenizer:
             raise ValueError(f"--vq-ckpt {path} is not the tokenizer that made the codes in {codes.path} (another "
                              "training step, or other weights of it, count as another): extract the codes again, name "
@@ -222,11 +240,12 @@ class Trainer:
         if not distributed.is_main():
             return
         model.eval()
-        classes = self.gpt_config.num_classes
-        labels = [i * classes // SAMPLES if classes > SAMPLES else i % classes for i in range(SAMPLES)]
+        classes = self.trained_classes
+        spaced = spread(len(classes), SAMPLES)
+        labels = [classes[spaced[i % len(spaced)]] for i in range(SAMPLES)]
         seeds = [fold(self.cfg.global_seed, i) for i in range(SAMPLES)]
         codes = generate(model, torch.tensor(labels), seeds=seeds,
-                         config=SamplingConfig(cfg_scale=self.cfg.sample_cfg_scale))
+                         config=SamplingConfig(cfg_scale=self.sample_cfg_scale))
         side = math.isqrt(self.gpt_config.block_size)
         with torch.no_grad():
             images = tokenizer.decode_code(codes.view(-1, side, side).clone())

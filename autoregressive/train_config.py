@@ -36,7 +36,8 @@ class TrainConfig(RunConfig):
     num_workers: int = arg(0, "data-loading processes per rank; codes are memory-mapped, 0 is fast enough")
     # pictures
     sample_every: int = arg(5000, "steps between pictures of samples, with --vq-ckpt; 0: none")
-    sample_cfg_scale: float = arg(2.0, "guidance of these samples; LlamaGen-B and -L: 2")
+    sample_cfg_scale: float = arg(2.0, "guidance of these samples; LlamaGen-B and -L: 2; 1 if "
+                                         "--class-dropout-prob is 0")
     # model
     gpt_model: str = arg("GPT-B", "architecture; paper: GPT-B and GPT-L", choices=tuple(GPT_PRESETS))
     class_dropout_prob: float = arg(0.1, "chance to replace the class by none, for guidance; LlamaGen: 0.1")

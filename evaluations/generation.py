@@ -40,6 +40,8 @@ from evaluations.image_sets import (
     open_set,
 )
 from evaluations.protocol import protocol_id
+from tokenizer.image_readers import ImageOptions
+from tokenizer.image_sources import add_image_flags
 from tokenizer.runtime import distributed
 from tokenizer.runtime.checkpoint import atomic_write_json
 from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_file
@@ -57,6 +59,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("reference", metavar="REF", help=".npz, or images: folder, .tar, .zip, list, digits")
     add("samples", metavar="SAMPLES", help="the same kinds")
     add("--out", type=Path, default=Path("metrics.json"), help="report to write (default: metrics.json)")
+    add_image_flags(parser)
     add("--image-size", type=int, help="center-crop images of folders and archives (default: all have one size)")
     add_extractor_flags(parser)
     add("--num-workers", type=int, default=0, help="image-reading processes per rank (default: 0)")
@@ -132,7 +135,8 @@ def _content_hash(side: ImageSet, found: SetFeatures | None) -> str:
 
 def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """The whole report. ValueError, FileNotFoundError: inputs that cannot be scored, before anything is computed."""
-    reference, samples = (open_set(path, args.image_size, args.num_workers) for path in (args.reference, args.samples))
+    reference, samples = (open_set(path, args.image_size, args.num_workers, ImageOptions.of(args))
+                          for path in (args.reference, args.samples))
     for name, side in (("reference", reference), ("samples", samples)):
         for kind, gaussian in side.statistics.items():
             if gaussian.mu.dim() != 1 or gaussian.sigma.shape != (len(gaussian.mu),) * 2:

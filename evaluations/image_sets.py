@@ -25,8 +25,9 @@ from tqdm import tqdm
 
 from evaluations.distribution import Gaussian, gaussian_statistics
 from evaluations.features import INCEPTION_FILE, Extractor, Features, open_extractor
-from tokenizer.data import ImageDataset, consecutive, make_loader
-from tokenizer.image_readers import ImageSource, UnreadableImage
+from tokenizer.data import ImageDataset, consecutive, describe_source, make_loader
+from tokenizer.image_names import to_line
+from tokenizer.image_readers import DEFAULTS, ImageOptions, ImageSource, UnreadableImage
 from tokenizer.image_sources import open_images
 from tokenizer.runtime import distributed
 from tokenizer.runtime.checkpoint import atomic_write
@@ -134,8 +135,8 @@ class SourceSet(ImageSet):
         loader = make_loader(self.dataset, [rows for _, rows in chunks], num_workers=self.num_workers)
         for (number, _), batch in zip(chunks, loader, strict=True):
             if batch["bad"]:
-                raise ValueError(f"{self.name}: {batch['bad'][0]} cannot be read; all images are scored, so replace or "
-                                 "remove it")
+                raise ValueError(f"{self.name}: {to_line(batch['bad'][0])} cannot be read; all images are scored, so "
+                                 "replace or remove it")
             yield number, as_bytes(batch["image"])
 
 
@@ -146,8 +147,8 @@ class _UncroppedImages(ImageDataset):
         except UnreadableImage as error:
             raise ValueError(f"{name}: {error}") from error
         if width != height:
-            raise ValueError(f"{name}: {source.name(0)} has {width}x{height} pixels, not a square; give --image-size "
-                             "to crop all images")
+            raise ValueError(f"{name}: {to_line(source.name(0))} has {width}x{height} pixels, not a square; give "
+                             "--image-size to crop all images")
         super().__init__(source, width)
         self.where = name
 
@@ -168,11 +169,14 @@ def pixel_hash(images: Tensor) -> str:
     return hashlib.sha256(repr(tuple(images.shape)).encode() + images.numpy().tobytes()).hexdigest()
 
 
-def open_set(path: str, image_size: int | None = None, num_workers: int = 0) -> ImageSet:
+def open_set(
+    path: str, image_size: int | None = None, num_workers: int = 0, options: ImageOptions = DEFAULTS
+) -> ImageSet:
     """An ADM .npz, or whatever tokenizer.image_sources.open_images takes ("digits": scikit-learn's).
 
-    image_size: center-crop to it (not for .npz files, whose images are final). ValueError and FileNotFoundError name
-    the path and what is wrong; so do folders of sample_c2i.py, whose grid.png is no sample.
+    image_size: center-crop to it (not for .npz files, whose images are final). options: how images are read.
+    ValueError and FileNotFoundError name the path and what is wrong; so do folders of sample_c2i.py, whose grid.png is
+    no sample.
     """
     folder = Path(path).expanduser()
     for settings in sorted([*folder.glob("settings.json"), *folder.glob("*/settings.json")]):
@@ -183,7 +187,9 @@ def open_set(path: str, image_size: int | None = None, num_workers: int = 0) -> 
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: no such file")
         return NpzSet(Path(path))
-    source = open_images(None if path == "digits" else path)
+    source = open_images(None if path == "digits" else path, options=options)
+    for line in describe_source(source):
+        distributed.print0(f"{Path(path).name}: {line}")
     return SourceSet(source, Path(path).name, image_size, num_workers)
 
 

@@ -39,8 +39,10 @@ from evaluations.image_sets import (
 )
 from evaluations.protocol import protocol_id
 from tokenizer import pixels, pretrained
-from tokenizer.data import BadImageCounter, ImageDataset, consecutive, make_loader, spread
-from tokenizer.image_sources import ImageSource, open_images
+from tokenizer.data import BadImageCounter, ImageDataset, consecutive, describe_source, make_loader, spread
+from tokenizer.image_names import to_line
+from tokenizer.image_readers import ImageOptions
+from tokenizer.image_sources import ImageSource, add_image_flags, open_images
 from tokenizer.perceptual import LPIPS, MIN_IMAGE_SIZE
 from tokenizer.runtime import distributed
 from tokenizer.runtime.checkpoint import atomic_write_json
@@ -60,6 +62,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="run folder, checkpoint, LlamaGen .pt, or folder with config.json and model.safetensors")
     add("--data-path", help="folder, .tar, .zip, shard pattern or list of images, or digits (default: the images that "
                             "the run at --vq-ckpt validates on)")
+    add_image_flags(parser)
     add("--image-size", type=int, help="center crop that is encoded, in pixels (default: the size of training)")
     add("--image-size-eval", type=int, help="size at which images are compared (default: --image-size)")
     add("--batch-size", type=int, default=32, help="images encoded at a time (default: 32)")
@@ -95,8 +98,9 @@ class Images(NamedTuple):
 
 def open_data(args: argparse.Namespace, channels: int) -> Images:
     """--data-path, or the run's held-out images. ValueError, FileNotFoundError name the flag or file."""
-    if args.data_path:
-        source = open_images(None if args.data_path == "digits" else args.data_path, channels=channels)
+    if args.data_path is not None:
+        source = open_images(None if args.data_path == "digits" else args.data_path, channels=channels,
+                             options=ImageOptions.of(args))
         images = Images(source, list(range(len(source))), Path(args.data_path).name)
     else:
         if not (args.vq_ckpt / "checkpoints").is_dir():
@@ -104,6 +108,8 @@ def open_data(args: argparse.Namespace, channels: int) -> Images:
                              "--data-path")
         split = open_run_split(args.vq_ckpt)
         images = Images(split.val_source, [int(i) for i in split.val_indices], "images that the run validates on")
+    for line in describe_source(images.source):
+        distributed.print0(f"images: {line}")
     if args.max_images:
         images = images._replace(places=[images.places[i] for i in spread(len(images.places), args.max_images)])
     if len(images.places) < 2:
@@ -138,6 +144,7 @@ def score(
     seen, compared = args.image_size, args.image_size_eval
     meter = ReconstructionMeter(model.quantize.num_codes, model.quantize.dim, device, lpips)
     bad = BadImageCounter(args.max_bad_images)
+    bad.add(images.source.damaged)
     cache, no_cache = cache_of_flags(args), FeatureCache(None)
     hashes: dict[int, str] = {}
     found: dict[str, dict[int, Any]] = {"reference": {}, "samples": {}}
@@ -235,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             atomic_write_json(args.out, report)
         for name in report["unreadable_images"]:
-            distributed.print0(f"left out an image that cannot be read: {name}")
+            distributed.print0(f"left out an image that cannot be read: {to_line(name)}")
         for metric, reason in report["unavailable"].items():
             distributed.print0(f"not measured: {metric} ({reason})")
         distributed.print0(" ".join(f"{m} {report[m]:.6g}" for m in METRICS if report[m] is not None))

@@ -25,8 +25,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evaluations.image_sets import as_bytes
-from tokenizer.data import BadImageCounter, ImageDataset, consecutive, default_augment, make_loader, split_holdout
-from tokenizer.image_sources import open_images
+from tokenizer.data import (
+    BadImageCounter,
+    ImageDataset,
+    consecutive,
+    default_augment,
+    describe_source,
+    make_loader,
+    split_holdout,
+)
+from tokenizer.image_classes import require_no_empty_class
+from tokenizer.image_readers import ImageOptions
+from tokenizer.image_sources import add_image_flags, open_images
 from tokenizer.runtime import distributed
 from tokenizer.runtime.checkpoint import atomic_write
 from tokenizer.runtime.command import (
@@ -80,6 +90,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(PROG, __doc__)
     add = parser.add_argument
     add("--data-path", help="labelled images, any source of the tokenizer trainer (default: scikit-learn's digits)")
+    add_image_flags(parser, remap_labels=True)
     add("--out", type=Path, required=True, help="TorchScript file to write")
     add("--image-size", type=int, default=32, help="side in pixels, a multiple of 8 (default: 32)")
     add("--max-steps", type=int, default=400, help="optimizer steps (default: 400)")
@@ -101,7 +112,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def train(args: argparse.Namespace, device: torch.device) -> tuple[Extractor, float]:
     """-> the trained network in eval mode, and its accuracy on held-out images in [0, 1]."""
-    source = open_images(args.data_path)
+    source = open_images(args.data_path, options=ImageOptions.of(args))
+    for line in describe_source(source):
+        distributed.print0(f"images: {line}")
+    require_no_empty_class(source.labels, source.classes, f"--data-path {args.data_path}")
     if len(source.classes) < 2:
         raise ValueError(f"--data-path {args.data_path}: one class only; a classifier needs labelled images")
     if len(source) < 10:
@@ -115,6 +129,7 @@ def train(args: argparse.Namespace, device: torch.device) -> tuple[Extractor, fl
     model = Extractor(args.image_size, len(source.classes)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.05)
     bad = BadImageCounter(args.max_bad_images)
+    bad.add(source.damaged)
     sampler = StepSampler(len(train_set), args.batch_size, seed=args.seed, end_step=args.max_steps)
     for step, batch in enumerate(make_loader(train_set, sampler, num_workers=args.num_workers)):
         bad.add(batch["bad"])

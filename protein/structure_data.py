@@ -34,7 +34,7 @@ from torch.utils.data import Dataset
 from protein.losses import PADDING, sequence_ids
 from protein.structure_io import ATOMS, Chain, Failure, iterate_folder
 from tokenizer.runtime import config, distributed, lock
-from tokenizer.runtime.checkpoint import atomic_write, atomic_write_text, located, sync_folder
+from tokenizer.runtime.checkpoint import atomic_write, atomic_write_json, atomic_write_text, located, sync_folder
 from tokenizer.runtime.mapped import map_array
 from tokenizer.runtime.seeding import StepSampler, fold
 

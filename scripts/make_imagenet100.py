@@ -5,8 +5,8 @@ for a stable FID. Here each class gives the same number (150 of 100 classes), ch
 so that the split depends on the seed and the names only. The paper does not say whether they are also trained
 on; by default they are not (--keep-in-train leaves them in).
 
-A list has one `path<TAB>label` per line, paths relative to the list; labels count the sorted WordNet ids, as
-torchvision's ImageFolder would on the 100 folders.
+A list has one `path<TAB>label` per line, paths relative to the list (written as in tokenizer/image_names.py); labels
+count the sorted WordNet ids, as torchvision's ImageFolder would on the 100 folders.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from tokenizer.image_sources import EXTENSIONS
+from tokenizer.image_classes import EXTENSIONS
+from tokenizer.image_names import to_line
 from tokenizer.runtime.checkpoint import atomic_write_json, atomic_write_text
 from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_folder
 
@@ -30,6 +31,8 @@ PROG = "scripts/make_imagenet100.sh"
 
 def read_classes(path: Path) -> list[str]:
     """WordNet ids of a class list, the first words of its lines, sorted. ValueError: none, repeated, no names."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"--classes {path} is no file")
     lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
     names = [words[0] for words in lines if words and not words[0].startswith("#")]
     repeated = sorted({name for name in names if names.count(name) > 1})
@@ -58,7 +61,7 @@ def list_images(folder: Path, classes: list[str], flag: str) -> dict[str, list[P
 
 def _is_image(path: Path) -> bool:
     # A Mac leaves a ._NAME beside each NAME on foreign disks.
-    return path.suffix.lower() in EXTENSIONS and not path.name.startswith("._")
+    return path.suffix.lower() in EXTENSIONS and not path.name.startswith("._") and path.is_file()
 
 
 def hold_out(images: dict[str, list[Path]], total: int, seed: int) -> dict[str, set[Path]]:
@@ -73,7 +76,7 @@ def hold_out(images: dict[str, list[Path]], total: int, seed: int) -> dict[str, 
     if small:
         raise ValueError(f"--test-images {total}: {each} per class, but {small[0]} has {len(images[small[0]])} images")
     return {
-        name: set(sorted(files, key=lambda p: hashlib.sha256(f"{seed}/{name}/{p.name}".encode()).digest())[:each])
+        name: set(sorted(files, key=lambda p: hashlib.sha256(os.fsencode(f"{seed}/{name}/{p.name}")).digest())[:each])
         for name, files in images.items()
     }
 
@@ -102,7 +105,7 @@ def write_lists(args: argparse.Namespace) -> None:
 
     def lines(images: dict[str, list[Path]], keep: Callable[[str, Path], bool]) -> list[str]:
         return [
-            f"{os.path.relpath(path, out)}\t{label}\n"
+            f"{to_line(os.path.relpath(path, out))}\t{label}\n"
             for label, name in enumerate(classes) for path in images[name] if keep(name, path)
         ]
 

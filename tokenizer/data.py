@@ -22,6 +22,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from tokenizer.image_classes import describe_classes
+from tokenizer.image_names import to_line
 from tokenizer.image_readers import ImageSource, UnreadableImage
 from tokenizer.image_sources import open_images
 from tokenizer.runtime import distributed
@@ -38,6 +40,7 @@ __all__ = [
     "collate",
     "consecutive",
     "default_augment",
+    "describe_source",
     "image_to_tensor",
     "make_loader",
     "open_images",
@@ -53,6 +56,7 @@ AUGMENTATIONS = {
 }
 _MAX_RESIZED_PIXELS = 2**27  # a 1 x 20,000 picture at 256 would grow to 1.3 gigapixels before it is cropped
 _MAX_BAD_IN_A_ROW = 1000  # then the disk is gone, not the picture
+_PROBED = 16  # images whose range of values is looked at
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,8 +128,24 @@ def default_augment(source: ImageSource, image_size: int) -> str:
         except UnreadableImage:
             continue  # training will meet and report it
     if not small:
-        raise ValueError(f"none of {min(len(source), 64)} images can be read, from {source.name(0)} on")
+        raise ValueError(f"none of {min(len(source), 64)} images can be read, from {to_line(source.name(0))} on")
     return "flip" if 2 * sum(small) >= len(small) else "crop-flip"
+
+
+def describe_source(source: ImageSource) -> list[str]:
+    """Lines to print when work on a source begins: its classes, what was left out of it, and pictures that would come
+    out nearly black.
+    """
+    lines = [describe_classes(source.labels, source.classes), *(f"note: {note}" for note in source.notes)]
+    lines += [f"left out a damaged shard: {line}" for line in source.damaged]
+    deep = [value for i in spread(len(source), _PROBED) if (value := source.largest_value(i)) is not None]
+    top, depth = max(deep, default=0), source.options.bit_depth
+    bits = max(8, top.bit_length())
+    if deep and bits <= depth - 2:  # less than a quarter of the scale
+        lines.append(f"note: {len(deep)} of {min(len(source), _PROBED)} images that were looked at have 16 bits per "
+                     f"channel and values up to {top}; on the scale of --bit-depth {depth}, up to {2**depth - 1}, they "
+                     f"are nearly black. If that is their brightest, pass --bit-depth {bits}")
+    return lines
 
 
 class ImageDataset(Dataset):
@@ -187,7 +207,8 @@ class ImageDataset(Dataset):
                 bad.append(self.source.name(used))
                 continue
             return {"image": image_to_tensor(image), "label": self.source.label(used), "index": asked, "bad": bad}
-        raise TooManyBadImages(f"{len(bad)} images in a row cannot be read, from {bad[0]} to {bad[-1]}")
+        raise TooManyBadImages(f"{len(bad)} images in a row cannot be read, from {to_line(bad[0])} to "
+                               f"{to_line(bad[-1])}")
 
     def _transform(self, image: Image.Image, rng: random.Random) -> Image.Image:
         if self.augment == "crop-flip":
@@ -275,7 +296,7 @@ class BadImageCounter:
         """Count names (repeats count once). TooManyBadImages lists up to 20 of them when they exceed the limit."""
         self.names.update(names)
         if len(self.names) > self.limit:
-            shown = sorted(self.names)[:20]
+            shown = [to_line(name) for name in sorted(self.names)[:20]]
             more = f" and {len(self.names) - len(shown)} more" if len(self.names) > len(shown) else ""
             raise TooManyBadImages(
                 f"{len(self.names)} unreadable images, {self.limit} are tolerated: {', '.join(shown)}{more}. Replace "

@@ -6,110 +6,33 @@ unpacked: members of archives are read at their byte offset. Opening reads names
 
 from __future__ import annotations
 
-import itertools
-import json
+import argparse
 import os
 import posixpath
-import re
-import tarfile
+import stat
 import zipfile
-from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from tokenizer.image_readers import (
-    MODES,
-    ArrayImages,
-    FileImages,
-    ImageSource,
-    Member,
-    PackedFiles,
-    TarImages,
-    ZipImages,
+from tokenizer.image_classes import (
+    ACCEPTED,
+    OF_FILE_SYSTEMS,
+    empty_classes,
+    is_hidden,
+    is_image,
+    sort_into_classes,
+    strip_outer_folder,
 )
+from tokenizer.image_lists import open_list
+from tokenizer.image_names import to_line
+from tokenizer.image_readers import DEFAULTS, MODES, ArrayImages, FileImages, ImageOptions, ImageSource, ZipImages
+from tokenizer.image_shards import expand_braces, notes_on_folders, open_shards, open_tar
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
-SHARD_EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # of a WebDataset sample; the first one present is the image
-ACCEPTED = (
-    "a folder of images or of class folders, a .tar or .zip of such a folder, WebDataset shards "
-    "('shards/train-{000000..000146}.tar' or a folder of .tar files), a folder with cifar-10-batches-py, "
-    "'cifar10' (downloaded into data/), a .txt/.csv list of image paths, or nothing (scikit-learn's digits); "
-    f"images: {' '.join(EXTENSIONS)}"
-)
 _COMPRESSED_SUFFIXES = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst")
-_UNDO_COMPRESSION = {  # first bytes of the file -> command; a compressed archive may well be named .tar
-    b"\x1f\x8b": "gunzip -k",
-    b"BZh": "bunzip2 -k",
-    b"\xfd7zXZ\x00": "unxz -k",
-    b"\x28\xb5\x2f\xfd": "unzstd",
-}
-_MAX_LABEL = 1_000_000
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# names -> order and classes
-
-
-def _is_image(name: str) -> bool:
-    """Image extension and no hidden part (macOS archives carry `._x.jpg` and `__MACOSX/`, which are no images)."""
-    return name.lower().endswith(EXTENSIONS) and not any(p[:1] == "." or p == "__MACOSX" for p in name.split("/"))
-
-
-def _sort_into_classes(names: list[str], where: str) -> tuple[list[int], np.ndarray, list[str]]:
-    """Order, labels and class names as torchvision's ImageFolder gives them; flat names are one class with label 0.
-
-    names: posix, relative. Returns (positions into names, (N,) int64 labels in that order, class names).
-    Raises ValueError when there is no image, or images lie both inside and beside class folders.
-    """
-    if not names:
-        raise ValueError(f"data path {where}: no images in it. Accepted: {ACCEPTED}")
-    flat = [name for name in names if "/" not in name]
-    if flat and len(flat) < len(names):
-        raise ValueError(
-            f"data path {where}: {len(flat)} images (such as {flat[0]}) lie beside {len(names) - len(flat)} images in "
-            "sub-folders, so their class is unclear; move them into a folder or out of it"
-        )
-
-    def key(i: int) -> tuple[str, str, str]:
-        folder, _, base = names[i].rpartition("/")
-        return folder.split("/", 1)[0], folder, base
-
-    order = sorted(range(len(names)), key=key)
-    if flat:
-        return order, np.zeros(len(names), dtype=np.int64), ["all"]
-    of_image = [names[i].split("/", 1)[0] for i in order]
-    classes = sorted(set(of_image))
-    number = {name: label for label, name in enumerate(classes)}
-    return order, np.array([number[name] for name in of_image], dtype=np.int64), classes
-
-
-def _strip_outer_folder(names: list[str]) -> list[str]:
-    """Drop leading folders that hold everything, as long as some folder level is left to be the class."""
-    while names and all(name.count("/") >= 1 for name in names) and any(name.count("/") >= 2 for name in names):
-        if len({name.split("/", 1)[0] for name in names}) > 1:
-            break
-        names = [name.split("/", 1)[1] for name in names]
-    return names
-
-
-def _numbered_classes(labels: list[int | None], describe: Callable[[int], str]) -> tuple[np.ndarray, list[str]]:
-    """Labels given as numbers -> ((N,) int64, class names '0'...). All absent: zeros. `describe(i)` names item i.
-
-    Raises ValueError when only some are given, or one is outside [0, 1000000).
-    """
-    missing = [i for i, label in enumerate(labels) if label is None]
-    if missing and len(missing) < len(labels):
-        raise ValueError(f"{describe(missing[0])}: no label, though others have one; give all images a label or none")
-    numbers = [label or 0 for label in labels]
-    for i, label in enumerate(numbers):
-        if not 0 <= label < _MAX_LABEL:
-            raise ValueError(f"{describe(i)}: label {label} is not in [0, {_MAX_LABEL})")
-    return np.array(numbers, dtype=np.int64), [str(c) for c in range(max(numbers) + 1)]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# opening
+_SHOWN = 5  # names in a note
+_MOST = 2**62  # bytes that a zip's directory may speak of; much more does not fit an int64
 
 
 def _open_digits(channels: int) -> ImageSource:
@@ -124,6 +47,9 @@ def _open_digits(channels: int) -> ImageSource:
 def _open_cifar10(folder: Path, channels: int, *, download: bool = False) -> ImageSource:
     from torchvision.datasets import CIFAR10
 
+    odd = [p for p in sorted(folder.glob("cifar-10-batches-py/*")) if not p.is_file()]
+    if odd:
+        raise ValueError(f"data path {folder}: {odd[0]} is no regular file, so cifar-10-batches-py is incomplete")
     try:
         cifar = CIFAR10(str(folder), train=True, download=download)
     except (OSError, RuntimeError) as error:
@@ -147,245 +73,229 @@ def _download_cifar10(channels: int) -> ImageSource:
         return _open_cifar10(folder, channels, download=True)
 
 
-def _open_folder(folder: Path, channels: int) -> ImageSource:
-    names = []
-    for path, _, files in os.walk(folder, followlinks=True):
-        prefix = Path(path).relative_to(folder).as_posix()
-        names += [f if prefix == "." else f"{prefix}/{f}" for f in files]
-    names = [name for name in names if _is_image(name)]
-    order, labels, classes = _sort_into_classes(names, str(folder))
-    folders = {e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith(".")}
-    if "/" in names[0] and (empty := sorted(folders - set(classes))):
-        # Leaving such a class out would shift the labels of all that follow.
-        raise ValueError(f"data path {folder}: no images in the class folder {empty[0]!r}; remove it or fill it")
-    return FileImages(folder, [names[i] for i in order], labels, classes, channels)
+class _Tree(NamedTuple):
+    """What a folder holds."""
+
+    images: list[str]        # names relative to it, posix
+    top_folders: set[str]    # right in it, but for links that are not followed
+    notes: list[str]         # on what was left out
 
 
-def _tar_members(path: Path) -> list[Member]:
-    """Regular files of an uncompressed tar in stored order, without leading './'; links give the data they point to.
-
-    A name stored twice counts once, with the later content, as when unpacking. Raises ValueError naming the file.
+def _walk(root: Path) -> _Tree:
+    """Links to folders are followed, but each real folder is visited once: a link may lead back up, or twice to one
+    place. ValueError: a folder that cannot be listed.
     """
-    with open(path, "rb") as file:
-        head = file.read(8)
-    for magic, command in _UNDO_COMPRESSION.items():
-        if head.startswith(magic):
-            raise ValueError(
-                f"data path {path}: a compressed tar cannot be read in place; decompress it once with "
-                f"`{command} {path}` and give the .tar (the images inside are compressed already)"
-            )
-    found: dict[str, Member] = {}
+    images: list[str] = []
+    top_folders: set[str] = set()
+    special: list[str] = []   # pipes, sockets, devices
+    repeated: list[str] = []  # folders that are visited under another name
+    labels = 0
+    real_root = os.path.realpath(root)
+    visited: set[str] = set()
+
+    def is_above(real: str) -> bool:
+        return real_root.startswith(real.rstrip("/") + "/")
+
+    # Real folders first: which of several names a folder is visited under does not depend on the order on disk.
+    waiting = [("", real_root)]
+    while waiting:
+        links: list[tuple[str, str]] = []
+        while waiting:
+            prefix, real = waiting.pop()
+            if real in visited or (prefix and is_above(real)):
+                repeated.append(prefix)
+                continue
+            visited.add(real)
+            top_folders |= {prefix} if prefix and "/" not in prefix else set()
+            for entry in _entries(root, prefix):
+                name = f"{prefix}/{entry.name}" if prefix else entry.name
+                kind = _kind(entry)
+                if kind == "folder" and not is_hidden(entry.name):
+                    here = os.path.join(real, entry.name)
+                    (links if entry.is_symlink() else waiting).append((name, here))
+                elif kind != "folder" and is_image(name):
+                    (images if kind == "file" else special).append(name)
+                elif kind == "file" and name.endswith(".cls"):
+                    labels += 1
+        waiting = [(name, os.path.realpath(here)) for name, here in sorted(links, reverse=True)]
+    notes = [f"{len(names)} {what}: {_some(names)}" for names, what in (
+        (special, "pipes, sockets or devices are left out"),
+        (repeated, "links to folders that are read under another name, or that hold the data path, are not followed"),
+    ) if names]
+    if labels:
+        notes.append(f"{labels} .cls files are not read; labels come from class folders, lists, or .tar shards")
+    return _Tree(images, top_folders, notes)
+
+
+def _entries(root: Path, prefix: str) -> list[os.DirEntry[str]]:
     try:
-        with tarfile.open(path, "r:") as archive:
-            for info in archive:
-                name = posixpath.normpath(info.name)
-                if info.issparse():
-                    raise ValueError(f"data path {path}: {name} is stored sparse; pack again without --sparse")
-                if info.isreg():
-                    found[name] = Member(name, info.offset_data, info.size)
-                elif info.islnk() or info.issym():
-                    base = posixpath.dirname(name) if info.issym() else ""
-                    target = found.get(posixpath.normpath(posixpath.join(base, info.linkname)))
-                    if target is not None:
-                        found[name] = target._replace(name=name)
-                    elif _is_image(name):
-                        raise ValueError(
-                            f"data path {path}: {name} is a link to {info.linkname}, which does not come before it in "
-                            "the archive; pack again with --dereference --hard-dereference"
-                        )
-    except tarfile.TarError as error:
-        raise ValueError(f"data path {path}: not a readable tar archive ({error})") from error
-    return list(found.values())
+        with os.scandir(root / prefix) as entries:
+            return list(entries)
+    except OSError as error:
+        if prefix in OF_FILE_SYSTEMS:  # root's own
+            return []
+        raise ValueError(f"data path {root}: the folder {to_line(prefix or '.')} cannot be listed ({error.strerror})"
+                         ) from error
 
 
-def _split_stem(name: str) -> tuple[str, str]:
-    """WebDataset's rule: the stem ends at the first dot of the file name. 'a/b.c.jpg' -> ('a/b', 'c.jpg')."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    return folder + slash + stem, extension.lower()
+def _kind(entry: os.DirEntry[str]) -> str:
+    """folder, file or special, of what a link points to. A link to nothing counts as a file that cannot be read."""
+    try:
+        if entry.is_dir():
+            return "folder"
+        return "file" if entry.is_file() or not os.path.exists(entry.path) else "special"
+    except OSError:  # a link to itself
+        return "file"
 
 
-def _samples(members: list[Member]) -> list[dict[str, Member]]:
-    """Images with the .cls and .json of the same stem, as WebDataset groups them: {extension: member} of each."""
-    samples: dict[str, dict[str, Member]] = {}
-    for member in members:
-        stem, extension = _split_stem(member.name)
-        if extension in SHARD_EXTENSIONS or extension in ("cls", "json"):
-            samples.setdefault(stem, {})[extension] = member
-    return [parts for parts in samples.values() if parts.keys() & set(SHARD_EXTENSIONS)]
+def _some(names: list[str]) -> str:
+    return ", ".join(map(to_line, sorted(names)[:_SHOWN])) + (", ..." if len(names) > _SHOWN else "")
 
 
-def _is_shard(path: Path, members: list[Member]) -> bool:
-    """Whether a tar is one shard of a WebDataset: files beside its images label them, or could and no folder does."""
-    samples = [parts for parts in _samples(members) if parts.keys() & {"cls", "json"}]
-    names = _strip_outer_folder([m.name for m in members if _is_image(m.name)])
-    if not samples or len({name.split("/", 1)[0] for name in names if "/" in name}) < 2:
-        return bool(samples)
-    reader = PackedFiles([path])  # class folders may well hold a .json that is no label
-    return any(_shard_label(reader, 0, parts) is not None for parts in samples)
+def _open_folder(folder: Path, channels: int, options: ImageOptions) -> ImageSource:
+    tree = _walk(folder)
+    order, labels, classes = sort_into_classes(tree.images, str(folder))
+    empty = empty_classes(tree.images, tree.top_folders)
+    if empty and not options.remap_labels:
+        # Leaving such a class out would shift the labels of all that follow.
+        raise ValueError(f"data path {folder}: no images in the class folder {to_line(empty[0])!r}; remove it or fill "
+                         "it")
+    source = FileImages(folder, [tree.images[i] for i in order], labels, classes, channels)
+    source.notes += tree.notes
+    return source
 
 
-def _open_tar(path: Path, channels: int) -> ImageSource:
-    members = _tar_members(path)
-    if _is_shard(path, members):
-        return _open_shards([path], channels)
-    members = [m for m in members if _is_image(m.name)]
-    names = _strip_outer_folder([m.name for m in members])
-    order, labels, classes = _sort_into_classes(names, str(path))
-    members = [members[i]._replace(name=names[i]) for i in order]
-    return TarImages([path], [0] * len(members), members, labels, classes, channels)
+class _Zipped(NamedTuple):
+    """What a zip holds: its files by name, and its folders."""
+
+    files: dict[str, zipfile.ZipInfo]
+    folders: set[str]
+
+
+def _read_zip(path: Path) -> _Zipped:
+    """Names with backslashes, as some programs on Windows write them, are paths like others. ValueError: no zip."""
+    files: dict[str, zipfile.ZipInfo] = {}
+    folders: set[str] = set()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for info in archive.infolist():
+                stored = info.filename.replace("\\", "/")
+                name = posixpath.normpath(stored)
+                if max(info.header_offset, info.compress_size, info.file_size) > _MOST:
+                    raise ValueError(f"{to_line(name)} has more bytes than there can be")
+                if stored.endswith("/"):
+                    folders.add(name)
+                else:
+                    files[name] = info
+    except Exception as error:  # zipfile's own, and whatever a damaged directory makes it raise
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        raise ValueError(f"data path {path}: not a readable zip archive ({error or type(error).__name__})") from error
+    return _Zipped(files, folders)
 
 
 def _open_zip(path: Path, channels: int) -> ImageSource:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            infos = {posixpath.normpath(info.filename): info for info in archive.infolist() if not info.is_dir()}
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"data path {path}: not a readable zip archive ({error})") from error
-    entries = {name: info for name, info in infos.items() if _is_image(name)}
-    for info in entries.values():
+    infos, folders = _read_zip(path)
+    entries = {name: info for name, info in infos.items() if is_image(name)}
+    for name, info in entries.items():
         if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ValueError(
-                f"data path {path}: {info.filename} is encrypted or uses a method other than store and deflate; pack "
+                f"data path {path}: {to_line(name)} is encrypted or uses a method other than store and deflate; pack "
                 "again with `zip -0 -r`"
             )
-    names = _strip_outer_folder(list(entries))
-    order, labels, classes = _sort_into_classes(names, str(path))
+    stored = list(entries)
+    names = strip_outer_folder(stored)
+    order, labels, classes = sort_into_classes(names, str(path))
     rows = [(e.header_offset, e.compress_size, e.file_size, e.compress_type, e.CRC) for e in entries.values()]
     where = np.array(rows, dtype=np.int64)[order]  # (N, 5)
-    return ZipImages(path, [names[i] for i in order], where, labels, classes, channels)
+    source = ZipImages(path, [names[i] for i in order], where, labels, classes, channels)
+    source.notes += notes_on_folders(stored, names, folders)
+    labels_beside = sum(name.endswith(".cls") for name in infos)
+    if labels_beside:
+        source.notes.append(f"{labels_beside} .cls files are not read; pack a WebDataset as .tar")
+    return source
 
 
-def expand_braces(pattern: str) -> list[str]:
-    """Shell brace expansion of '{000..146}' (zero padding kept) and '{a,b}', not nested; several groups multiply."""
-    parts: list[list[str]] = []
-    for part in re.split(r"(\{[^{}]*\})", pattern):
-        numbers = re.fullmatch(r"\{(\d+)\.\.(\d+)\}", part)
-        if numbers:
-            first, last = numbers.groups()
-            if int(last) < int(first):
-                raise ValueError(f"data path {pattern}: the range {part} runs backwards")
-            parts.append([f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)])
-        elif part.startswith("{") and "," in part:
-            parts.append(part[1:-1].split(","))
-        else:
-            parts.append([part])
-    return ["".join(choice) for choice in itertools.product(*parts)]
-
-
-def _shard_label(reader: PackedFiles, file: int, parts: dict[str, Member]) -> int | None:
-    """Label of one WebDataset sample: its .cls, else "cls" or "label" of its .json, else None."""
-    if "cls" in parts:
-        member = parts["cls"]
-        text = reader.read(file, member.offset, member.size)
-        try:
-            return int(text.decode("ascii"))
-        except ValueError as error:
-            raise ValueError(
-                f"data path {reader.paths[file]}: {member.name} holds {text[:40]!r}, no integer"
-            ) from error
-    if "json" in parts:
-        member = parts["json"]
-        try:
-            fields = json.loads(reader.read(file, member.offset, member.size))
-        except ValueError as error:
-            raise ValueError(f"data path {reader.paths[file]}: {member.name} is not JSON ({error})") from error
-        label = next((fields[k] for k in ("cls", "label") if k in fields), None) if isinstance(fields, dict) else None
-        if label is not None and type(label) is not int:
-            raise ValueError(f"data path {reader.paths[file]}: {member.name} has the label {label!r}, no integer")
-        return label
-    return None
-
-
-def _open_shards(paths: Sequence[Path], channels: int) -> ImageSource:
-    absent = [str(p) for p in paths if not p.is_file()]
-    if absent:
-        raise FileNotFoundError(
-            f"data path: {len(absent)} of {len(paths)} shards do not exist, the first is {absent[0]}"
-        )
-    reader = PackedFiles(paths)
-    files: list[int] = []
-    images: list[Member] = []
-    labels: list[int | None] = []
-    for file, path in enumerate(paths):
-        for parts in _samples(_tar_members(path)):
-            image = next((parts[e] for e in SHARD_EXTENSIONS if e in parts and _is_image(parts[e].name)), None)
-            if image is not None:
-                files.append(file)
-                images.append(image._replace(name=f"{path.name}/{image.name}"))
-                labels.append(_shard_label(reader, file, parts))
-    if not images:
-        raise ValueError(f"data path: no images ({' '.join(SHARD_EXTENSIONS)}) in {paths[0]} and {len(paths) - 1} more")
-    numbers, classes = _numbered_classes(labels, lambda i: f"data path {paths[files[i]]}: {images[i].name}")
-    return TarImages(paths, files, images, numbers, classes, channels)
-
-
-def _open_manifest(path: Path, channels: int) -> ImageSource:
-    names: list[str] = []
-    labels: list[int | None] = []
-    lines: list[int] = []
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"data path {path}: a list of images must be UTF-8 text ({error})") from error
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        parts = re.fullmatch(r"(.*?)\s*(?:[\t,]\s*(-?\d+))?", line.strip())
-        assert parts, line  # both groups may be empty
-        name, label = parts.groups()
-        file = path.parent / name
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"data path {path}, line {number}: no file {file} (paths count from the list's folder)"
-            )
-        if not name.lower().endswith(EXTENSIONS):
-            raise ValueError(f"data path {path}, line {number}: {name} is none of {' '.join(EXTENSIONS)}")
-        # An absolute path in the list becomes relative, so that moving list and images together changes nothing.
-        names.append(Path(os.path.relpath(file, path.parent) if os.path.isabs(name) else name).as_posix())
-        labels.append(None if label is None else int(label))
-        lines.append(number)
-    if not names:
-        raise ValueError(f"data path {path}: the list is empty; write one image path per line")
-    numbers, classes = _numbered_classes(labels, lambda i: f"data path {path}, line {lines[i]}")
-    return FileImages(path.parent, names, numbers, classes, channels)
-
-
-def _open_directory(path: Path, channels: int) -> ImageSource:
+def _open_directory(path: Path, channels: int, options: ImageOptions) -> ImageSource:
     if (path / "cifar-10-batches-py").is_dir():
         return _open_cifar10(path, channels)
-    entries = [e for e in os.scandir(path) if not e.name.startswith(".")]
+    entries = [e for e in _entries(path, "") if not e.name.startswith(".")]
     shards = sorted(e.name for e in entries if e.name.lower().endswith(".tar"))
-    if shards and not any(e.is_dir() or _is_image(e.name) for e in entries):
-        return _open_shards([path / name for name in shards], channels)
-    return _open_folder(path, channels)
+    others = (e for e in entries if e.name not in OF_FILE_SYSTEMS)
+    if shards and not any(_kind(e) == "folder" or is_image(e.name) for e in others):
+        return open_shards([path / name for name in shards], channels, options)
+    return _open_folder(path, channels, options)
 
 
-def open_images(data_path: str | None, *, channels: int = 3) -> ImageSource:
+def open_images(data_path: str | None, *, channels: int = 3, options: ImageOptions = DEFAULTS) -> ImageSource:
     """Open any accepted image source for random access, in place.
 
     data_path: None = scikit-learn's 1,797 digits (8x8 grey); else see ACCEPTED. A folder or archive is ordered as by
-    torchvision's ImageFolder; shards and lists keep their own order. channels: 1 (L), 3 (RGB) or 4 (RGBA).
+    torchvision's ImageFolder; shards and lists keep their own order. channels: 1 (L), 3 (RGB) or 4 (RGBA). options: how
+    images are read; the result's notes say what was left out.
     Raises FileNotFoundError or ValueError naming the path, what is wrong and what is accepted.
     """
     if channels not in MODES:
         raise ValueError(f"channels {channels} is none of {sorted(MODES)}")
-    if data_path is None:
-        return _open_digits(channels)
-    path = Path(data_path).expanduser()
-    if not path.exists():
-        if str(data_path) == "cifar10":
+    source = _open_digits(channels) if data_path is None else _open_path(data_path, channels, options)
+    source.options = options
+    if options.image_key is not None and not source.has_samples:
+        source.notes.append(f"--image-key {options.image_key} is about WebDataset shards, which these are not")
+    return source
+
+
+def _open_path(data_path: str, channels: int, options: ImageOptions) -> ImageSource:
+    if not data_path.strip():
+        raise ValueError(f"the data path is empty ({data_path!r}); for the current folder write a dot")
+    path = Path(os.path.expanduser(data_path))
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:  # the second: a null byte
+        if data_path == "cifar10":
             return _download_cifar10(channels)
-        if "{" in str(data_path):
-            return _open_shards([Path(p) for p in expand_braces(str(path))], channels)
-        raise FileNotFoundError(f"data path {data_path}: no such file or folder. Accepted: {ACCEPTED}")
-    if path.is_dir():
-        return _open_directory(path, channels)
+        if "{" in data_path:
+            return open_shards([Path(p) for p in expand_braces(str(path))], channels, options)
+        if isinstance(error, PermissionError):
+            raise
+        raise FileNotFoundError(f"data path {to_line(data_path)}: no such file or folder. Accepted: {ACCEPTED}"
+                                ) from error
+    if stat.S_ISDIR(mode):
+        return _open_directory(path, channels, options)
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"data path {data_path} is a pipe, socket or device, not a file or folder")
     suffix = path.suffix.lower()
     if suffix == ".tar" or suffix in _COMPRESSED_SUFFIXES:
-        return _open_tar(path, channels)
+        return open_tar(path, channels, options)
     if suffix == ".zip":
         return _open_zip(path, channels)
     if suffix in (".txt", ".csv"):
-        return _open_manifest(path, channels)
+        return open_list(path, channels, options)
     raise ValueError(f"data path {data_path}: the extension {suffix or '(none)'} is not known. Accepted: {ACCEPTED}")
+
+
+def absolute_path(data_path: str | None) -> str | None:
+    """A data path as a run records it: the same from any folder. The word cifar10 and no path stay."""
+    if not data_path or (data_path == "cifar10" and not Path(data_path).exists()):
+        return data_path
+    return os.path.abspath(os.path.expanduser(data_path))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# flags
+
+
+def add_image_flags(parser: argparse.ArgumentParser, *, remap_labels: bool = False) -> None:
+    """--image-key, --bit-depth and --max-image-mb, for ImageOptions.of; on request --remap-labels, where labels count.
+
+    None: not given.
+    """
+    add = parser.add_argument
+    add("--image-key", metavar="EXT", help="of WebDataset samples with several images: the extension to read, such as "
+                                           "input.jpg")
+    add("--bit-depth", type=int, metavar="BITS", help="bits in use of 16-bit images, 8 to 16; 12 of many cameras and "
+                                                      "microscopes (default: 16)")
+    add("--max-image-mb", type=int, metavar="MIB", help="largest image: as a file, and as pixels of 3 bytes "
+                                                        "(default: 512)")
+    if remap_labels:
+        add("--remap-labels", action="store_true", default=None, help="number the labels that occur 0, 1 and so on, "
+                                                                      "and leave out class folders without images")

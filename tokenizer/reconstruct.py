@@ -5,15 +5,19 @@
     python tokenizer/reconstruct.py runs/digits --export-hf my_tokenizer/
 
 Writes, for the readable images in the order of the source: OUT/pictures/*.png (original left, reconstruction right),
-OUT/codes.npy (N, h, w) in the smallest unsigned type that holds the codebook, OUT/names.txt, OUT/metrics.json.
+OUT/codes.npy (N, h, w) in the smallest unsigned type that holds the codebook, OUT/names.txt (a line each, see
+image_names.py), OUT/metrics.json, OUT/settings.json. The same command again writes them anew; a folder with anything
+else in it is left alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -23,16 +27,22 @@ import torch
 from torchvision.utils import save_image
 
 from tokenizer import pretrained
-from tokenizer.data import BadImageCounter, consecutive
-from tokenizer.image_sources import open_images
+from tokenizer.data import BadImageCounter, consecutive, describe_source
+from tokenizer.image_names import to_line, write_names
+from tokenizer.image_readers import ImageOptions
+from tokenizer.image_sources import add_image_flags, open_images
 from tokenizer.perceptual import LPIPS
-from tokenizer.runtime import distributed
-from tokenizer.runtime.checkpoint import atomic_write, atomic_write_json, atomic_write_text
+from tokenizer.runtime import config, distributed
+from tokenizer.runtime.checkpoint import atomic_write, atomic_write_json
 from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_file, require_out_folder
 from tokenizer.validation import ReconstructionMeter, reconstructions
 from tokenizer.vq_model import VQModel
+from tokenizer.weights import CONFIG_FILE, WEIGHTS_FILE
 
 PROG = "tokenizer/reconstruct.py"
+PICTURES, SETTINGS = "pictures", "settings.json"
+OUTPUTS = {PICTURES, SETTINGS, "codes.npy", "names.txt", "metrics.json"}
+MAX_NAME = 240  # bytes of a file's name; file systems take 255, of which a temporary name needs some
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -40,6 +50,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("ckpt", help="run folder, checkpoint, LlamaGen .pt, or folder with config.json and model.safetensors")
     add("images", nargs="?", help="folder, .tar, .zip, shard pattern or list of images, or digits; none: only export")
+    add_image_flags(parser)
     add("--out", type=Path, default=Path("reconstructions"), help="folder to write to (default: reconstructions)")
     add("--image-size", type=int, help="centre crop in pixels (default: the size that the tokenizer was trained at)")
     add("--batch-size", type=int, default=32, help="images at a time; does not change the results (default: 32)")
@@ -55,6 +66,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--export-hf", type=Path, metavar="FOLDER", help="write config.json and model.safetensors, Hugging Face style")
     add("--export-llamagen", type=Path, metavar="FILE.pt", help="write LlamaGen's checkpoint layout")
     args = parser.parse_args(argv)
+    if args.images == "":
+        parser.error("images is an empty path; for the current folder write a dot")
     if not (args.images or args.export_hf or args.export_llamagen):
         parser.error("nothing to do: give images, --export-hf or --export-llamagen")
     require_flags_at_least(parser, args, 1, "batch_size image_size max_images")
@@ -73,37 +86,84 @@ def export(model: VQModel, args: argparse.Namespace) -> None:
         distributed.print0(f"wrote {args.export_llamagen}; in LlamaGen set codebook_l2_norm={l2_norm}")
 
 
+def check_out(out: Path, settings: dict[str, Any] | None = None) -> None:
+    """ValueError: the folder holds something else, or reconstructions made otherwise than by these settings.
+
+    An export's files may lie there as well.
+    """
+    if not out.exists():
+        return
+    other = sorted(p.name for p in out.iterdir()
+                   if p.name not in OUTPUTS | {CONFIG_FILE, WEIGHTS_FILE})
+    mine = sorted(p.name for p in out.iterdir() if p.name in OUTPUTS)
+    if other or (mine and not (out / SETTINGS).is_file()):
+        raise ValueError(f"--out {out} holds other files, such as {to_line((other or mine)[0])}; name a new folder")
+    if settings is not None and mine:
+        there = config.load(out / SETTINGS)
+        changed = [f"{k}: {there.get(k)!r} there, {v!r} now" for k, v in settings.items() if there.get(k) != v]
+        if changed:
+            raise ValueError(f"--out {out} holds reconstructions made otherwise ({'; '.join(changed)}); name another "
+                             "folder")
+
+
+def picture_name(i: int, name: str) -> str:
+    """File name of the picture of image i of a source."""
+    start, stem = f"{i:06d}_", to_line(Path(name).stem)
+    if len(f"{start}{stem}.png".encode()) > MAX_NAME:
+        stem = stem.encode()[: MAX_NAME - len(start) - 4].decode(errors="ignore")
+    return f"{start}{stem}.png"
+
+
 def reconstruct(model: VQModel, args: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """Write everything for args.images -> metrics. ValueError: images or sizes that the tokenizer cannot take."""
+    """Write everything for args.images -> metrics. ValueError: images or sizes that the tokenizer cannot take, or
+    --out holds something else.
+    """
     size = args.image_size or model.config.image_size
-    source = open_images(None if args.images == "digits" else args.images, channels=model.config.image_channels)
+    options = ImageOptions.of(args)
+    source = open_images(None if args.images == "digits" else args.images, channels=model.config.image_channels,
+                         options=options)
+    for line in describe_source(source):
+        distributed.print0(f"images: {line}")
     count = min(args.max_images or len(source), len(source))
+    settings = {"tokenizer_sha256": pretrained.tokenizer_hash(model) if model.quantize.has_codebook else "",
+                "source_fingerprint": source.fingerprint(), "images": count, "image_size": size,
+                "bit_depth": options.bit_depth, "max_pictures": args.max_pictures}
+    check_out(args.out, settings)
     lpips = LPIPS(args.lpips_vgg_weights).to(device) if args.lpips_vgg_weights else None
     meter = ReconstructionMeter(model.quantize.num_codes, model.quantize.dim, device, lpips)
     bad = BadImageCounter(args.max_bad_images)
-    codes, names = [], []
-    pictures = args.out / "pictures"
+    bad.add(source.damaged)
+    codes: list[np.ndarray] = []
+    names: list[str] = []
+    written: set[str] = set()
+    pictures = args.out / PICTURES
     for batch in reconstructions(model, source, size, batches=consecutive(count, args.batch_size),
                                  num_workers=args.num_workers, bad=bad, device=device):
+        if not names:  # nothing is written before it is known that something can be
+            (pictures if args.max_pictures > 0 else args.out).mkdir(parents=True, exist_ok=True)
+            (args.out / "metrics.json").unlink(missing_ok=True)  # the last to come back
+            atomic_write_json(args.out / SETTINGS, settings)
         meter.add(batch.x, batch.x_hat, batch.latents, batch.codes, batch.indices)
         codes.append(batch.indices.cpu().numpy())
         for i, original, decoded in zip(batch.images, batch.x, batch.x_hat, strict=True):
             names.append(source.name(i))
             if len(names) <= args.max_pictures:
-                pictures.mkdir(parents=True, exist_ok=True)
-                name = f"{i:06d}_{Path(source.name(i)).stem}.png"
                 pair = (torch.stack([original, decoded]) + 1) / 2
+                name = picture_name(i, source.name(i))
+                written.add(name)
                 atomic_write(pictures / name, partial(save_image, pair, format="png", padding=0))
     if not names:
-        some = ", ".join(sorted(bad.names)[:20])
+        some = ", ".join(to_line(name) for name in sorted(bad.names)[:20])
         raise ValueError(f"none of the {count} images of {args.images} can be read: {some}")
-    args.out.mkdir(parents=True, exist_ok=True)
+    for left in pictures.glob("*.png"):  # of an earlier run, when other images could be read
+        if re.match(r"\d{6,}_", left.name) and left.name not in written:
+            left.unlink()
     metrics = meter.result(model.quantize.codebook) | {"image_size": size, "unreadable_images": len(bad.names)}
     smallest = np.min_scalar_type(model.quantize.num_codes - 1)
     atomic_write(args.out / "codes.npy", lambda file: np.save(file, np.concatenate(codes).astype(smallest)))
-    atomic_write_text(args.out / "names.txt", "".join(f"{name}\n" for name in names))
+    write_names(args.out / "names.txt", names)
     for name in sorted(bad.names):
-        distributed.print0(f"left out an image that cannot be read: {name}")
+        distributed.print0(f"left out an image that cannot be read: {to_line(name)}")
     atomic_write_json(args.out / "metrics.json", metrics)
     return metrics
 
@@ -114,6 +174,7 @@ def main(argv: list[str] | None = None) -> None:
         device = distributed.init(args.device)
         if args.images:
             require_out_folder(args.out)
+            check_out(args.out)
         if args.export_hf:
             require_out_folder(args.export_hf, "--export-hf")
         if args.export_llamagen:

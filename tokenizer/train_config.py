@@ -14,6 +14,8 @@ import numpy as np
 
 from tokenizer.curriculum import CurriculumConfig, check_curriculum, kmeans_batches
 from tokenizer.data import AUGMENTATIONS, ImageSource, open_images, split_holdout, spread
+from tokenizer.image_readers import ImageOptions
+from tokenizer.image_sources import absolute_path
 from tokenizer.losses import GENERATOR_LOSSES, RECONSTRUCTION_LOSSES
 from tokenizer.runtime import config
 from tokenizer.runtime.config import arg, flag_name
@@ -37,7 +39,11 @@ class TrainConfig(CurriculumConfig):
     image_channels: int = arg(3, "1 grey, 3 RGB, 4 RGBA; paper: 3", choices=(1, 3, 4))
     augment: str = arg("auto", "training augmentation; auto: none for digits, flip for images that are small already, "
                                "else crop-flip as LlamaGen", choices=("auto", *AUGMENTATIONS))
-    max_bad_images: int = arg(100, "unreadable images to skip before the run stops")
+    image_key: str | None = arg(None, "of WebDataset samples with several images: the extension to read, such as "
+                                      "input.jpg")
+    bit_depth: int = arg(16, "bits in use of 16-bit images, 8 to 16; 12 of many cameras and microscopes")
+    max_image_mb: int = arg(512, "largest image in MiB: as a file, and as pixels of 3 bytes")
+    max_bad_images: int = arg(100, "unreadable images and damaged shards to skip before the run stops")
     num_workers: int = arg(4, "data-loading processes per rank")
     # model
     vq_model: str = arg("VQ-16", "architecture, the number is the down-sampling factor; VQ-4 is small; paper: VQ-16",
@@ -80,7 +86,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 # What may differ when a run is resumed: its length, its cadence, its machine. Anything else would be another
 # experiment. Data may move: the sources' fingerprints are compared, not their paths.
 RESUMABLE = RESUMABLE_RUN | {"preset", "data_path", "val_path", "num_workers", "compile", "max_bad_images",
-                             "lpips_vgg_weights", "stop_after"}
+                             "lpips_vgg_weights", "stop_after", "image_key", "max_image_mb"}
 
 
 def pick_preset(given: dict[str, Any]) -> str:
@@ -95,7 +101,9 @@ def parse_config(argv: list[str] | None = None, description: str = "") -> TrainC
     cfg = config.parse(TrainConfig, argv, presets=PRESETS, pick_preset=pick_preset, exclusive=("max_steps", "epochs"),
                        description=description, prog="tokenizer/train_provq.py")
     preset = pick_preset({"preset": cfg.preset, "data_path": cfg.data_path})
-    return replace(cfg, preset=preset, results_dir=cfg.results_dir or f"runs/{preset}")
+    # Evaluations and extract_codes.py open the recorded paths, from wherever they are started.
+    return replace(cfg, preset=preset, results_dir=cfg.results_dir or f"runs/{preset}",
+                   data_path=absolute_path(cfg.data_path), val_path=absolute_path(cfg.val_path))
 
 
 def check(cfg: TrainConfig, world_size: int) -> None:
@@ -106,6 +114,10 @@ def check(cfg: TrainConfig, world_size: int) -> None:
     config.require_at_most(cfg, 2**14, "image_size")
     config.require_at_most(cfg, 2**10, "num_workers")
     config.require_fraction(cfg, "beta1 beta2 dropout_p")
+    ImageOptions.of(cfg)  # raises
+    for name in ("data_path", "val_path"):
+        if getattr(cfg, name) == "":
+            raise ValueError(f"{flag_name(name)} is empty; leave it out, or for the current folder write a dot")
     if cfg.lr <= 0:
         raise ValueError(f"--lr is {cfg.lr}; it must be positive")
     if cfg.reconstruction_weight == cfg.perceptual_weight == 0:
@@ -145,9 +157,9 @@ class DataSplit(NamedTuple):
 
 def open_split(cfg: TrainConfig) -> DataSplit:
     """Open --data-path and --val-path. ValueError names the flag: nothing there, unreadable, nothing to validate on."""
-    source = _open("--data-path", cfg.data_path, cfg.image_channels)
+    source = _open("--data-path", cfg.data_path, cfg)
     if cfg.val_path:
-        val_source = _open("--val-path", cfg.val_path, cfg.image_channels)
+        val_source = _open("--val-path", cfg.val_path, cfg)
         train: Indices = range(len(source))
         val: Indices = spread(len(val_source), cfg.val_size or len(val_source))
     else:
@@ -161,14 +173,28 @@ def open_split(cfg: TrainConfig) -> DataSplit:
     return DataSplit(source, train, val_source, val)
 
 
+def recorded_settings(run: str | Path) -> dict[str, Any]:
+    """What the run in this folder recorded in config.json, with data paths that hold from anywhere. ValueError.
+
+    Older runs recorded these paths as they were given. Where their --results-dir was relative as well, it tells the
+    folder that both count from.
+    """
+    settings = config.load(Path(run) / CONFIG_FILE)
+    folder, given = Path(run).resolve(), Path(settings.get("results_dir") or "/")
+    if given.is_absolute() or folder.parts[-len(given.parts) :] != given.parts:
+        return settings
+    started_in = Path(*folder.parts[: -len(given.parts)])
+    found = {name: settings[name] for name in ("data_path", "val_path") if settings.get(name) not in (None, "cifar10")}
+    return settings | {name: str(started_in / data_path) for name, data_path in found.items()}
+
+
 def open_run_split(run: str | Path) -> DataSplit:
     """The split that the run in this folder was trained on.
 
     ValueError: as `open_split`, or the images are not those that the run's checkpoint records, so that the split would
     be another one. FileNotFoundError: no checkpoint.
     """
-    path = Path(run) / CONFIG_FILE
-    cfg = config.from_dict(TrainConfig, config.load(path), str(path))
+    cfg = config.from_dict(TrainConfig, recorded_settings(run), str(Path(run) / CONFIG_FILE))
     split = open_split(cfg)
     where, saved = read_checkpoint(Path(run))
     require_keys(saved, ["config"], where)
@@ -183,9 +209,9 @@ def open_run_split(run: str | Path) -> DataSplit:
     return split
 
 
-def _open(flag: str, path: str | None, channels: int) -> ImageSource:
+def _open(flag: str, path: str | None, cfg: TrainConfig) -> ImageSource:
     try:
-        return open_images(path, channels=channels)
+        return open_images(path, channels=cfg.image_channels, options=ImageOptions.of(cfg))
     except (ValueError, OSError) as error:
         raise ValueError(f"{flag}: {error}") from error
 

@@ -26,8 +26,17 @@ from torchvision.utils import save_image
 from tokenizer import losses
 from tokenizer.code_meter import DriftMeter
 from tokenizer.curriculum import CurriculumTrainer, build_curriculum, code_usage, kmeans_batches, with_length
-from tokenizer.data import BadImageCounter, ImageDataset, default_augment, make_loader, spread
+from tokenizer.data import (
+    BadImageCounter,
+    ImageDataset,
+    ImageSource,
+    default_augment,
+    describe_source,
+    make_loader,
+    spread,
+)
 from tokenizer.discriminator import NLayerDiscriminator
+from tokenizer.image_names import to_line
 from tokenizer.perceptual import LPIPS
 from tokenizer.runtime import config, distributed
 from tokenizer.runtime.checkpoint import atomic_write
@@ -92,6 +101,9 @@ class Trainer(CurriculumTrainer):
 
     def _open_data(self, cfg: TrainConfig) -> dict[str, str]:
         split = open_split(cfg)
+        self._say(cfg, "training images", split.source)
+        if split.val_source is not split.source:
+            self._say(cfg, "validation images", split.val_source)
         augment = cfg.augment
         if augment == "auto":
             augment = default_augment(split.source, cfg.image_size)
@@ -100,7 +112,14 @@ class Trainer(CurriculumTrainer):
                                       indices=split.train_indices)
         self.val_set = ImageDataset(split.val_source, cfg.image_size, indices=split.val_indices)
         self.bad = BadImageCounter(cfg.max_bad_images)
+        self.bad.add([*split.source.damaged, *split.val_source.damaged])
         return split.fingerprints()
+
+    @staticmethod
+    def _say(cfg: TrainConfig, what: str, source: ImageSource) -> None:
+        """What a source holds; with --dry-run, which prints JSON, beside it."""
+        for line in describe_source(source) if distributed.is_main() else ():
+            print(f"{what}: {line}", file=sys.stderr if cfg.dry_run else sys.stdout, flush=True)
 
     # ------------------------------------------------------------------------------------------------- the method
 
@@ -197,7 +216,7 @@ class Trainer(CurriculumTrainer):
     def _count_bad(self, batch: dict[str, Any]) -> None:
         new = set(batch["bad"]) - self.bad.names
         for name in sorted(new):
-            print(f"skipped an image that cannot be read: {name}", file=sys.stderr)  # noqa: T201
+            print(f"skipped an image that cannot be read: {to_line(name)}", file=sys.stderr)  # noqa: T201
         if new:
             self.bad.add(new)
 
