@@ -163,7 +163,7 @@ class Trainer:
         quantizer = list(self.provq.parameters())
         codes = quantizer if self.kind.trained else []  # projections of a grid are as fast as the rest
         others = [*self.model.parameters(), *([] if codes else quantizer)]
-        groups = [{"params": others}, {"params": codes, "lr": arm.lr * arm.code_lr_scale}]
+        groups: list[dict[str, Any]] = [{"params": others}, {"params": codes, "lr": arm.lr * arm.code_lr_scale}]
         self.optimizer = torch.optim.Adam([group for group in groups if group["params"]], arm.lr, BETAS)
         self.batches = torch.Generator().manual_seed(fold(seed, DRAWS))
         self.restart = DeadCodeRestart(self.provq.quantizer, RESTART_BELOW) if arm.restart else None
@@ -206,11 +206,11 @@ class Trainer:
                      "adam": [self.optimizer.state[p] for p in parameters]}
             atomic_write(path, lambda file: torch.save(state, file))
             return last
-        state = load_file(path)
-        self.model.load_state_dict(state["model"])
-        self.batches.set_state(state["batches"])
-        self.trace = state["trace"]
-        for parameter, moments in zip(parameters, state["adam"], strict=True):
+        done = load_file(path)
+        self.model.load_state_dict(done["model"])
+        self.batches.set_state(done["batches"])
+        self.trace = done["trace"]
+        for parameter, moments in zip(parameters, done["adam"], strict=True):
             self.optimizer.state[parameter] = moments
         return last
 

@@ -7,6 +7,7 @@ import dataclasses
 import signal
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from evaluations.evidence.bed import MODELS, Setting
 from tokenizer.runtime.config import flag_name
@@ -37,7 +38,7 @@ def setting(args: argparse.Namespace) -> Setting:
         raise ValueError(f"--jobs is {args.jobs}; it must be at least 1")
     if not args.data_path.exists():
         raise FileNotFoundError(f"{args.data_path}: no such file of images")
-    values = dict(CONFIRM) if args.bed == "confirm" else {}
+    values: dict[str, Any] = dict(CONFIRM) if args.bed == "confirm" else {}
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Setting)[1:]}
     values |= {name: value for name, value in given.items() if value is not None}
     return Setting(args.data_path.name, **values)

@@ -23,7 +23,7 @@ from evaluations.evidence.store import Run
 from evaluations.evidence.sweep import sweep
 from tokenizer.runtime.command import command
 
-TUNABLE = ("lr", "code_lr_scale", "beta", "loss_floor")
+TUNABLE = ("lr", "code_lr_scale", "beta", "loss_floor", "follow_decay")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -37,6 +37,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in TUNABLE:
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, nargs="+", metavar="X",
                             help="in place of the arms' own; several: each of them")
+    parser.add_argument("--recluster-at", type=int, nargs="+", metavar="STEP", help="k-means again at these steps")
     args = parser.parse_args(argv)
     if not args.plan and not args.arms:
         parser.error("name --plan or --arms")
@@ -49,6 +50,8 @@ def variants(name: str, args: argparse.Namespace) -> list[Arm]:
     for field in TUNABLE:
         values = getattr(args, field)
         arms = [dataclasses.replace(arm, **{field: value}) for value in values for arm in arms] if values else arms
+    if args.recluster_at:
+        arms = [dataclasses.replace(arm, recluster_at=args.recluster_at) for arm in arms]
     return arms
 
 

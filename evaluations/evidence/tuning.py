@@ -32,7 +32,7 @@ def grid(arm: Arm) -> list[Arm]:
 def score(arm: Arm, setting: Setting, seeds: Sequence[int], results: Mapping[Run, Result]) -> float:
     """Mean PSNR over seeds; -inf if one of them diverged. KeyError: a run is missing."""
     metrics = [results[Run(arm, setting, seed)].metrics for seed in seeds]
-    return statistics.fmean(m["psnr"] for m in metrics) if all(metrics) else -math.inf
+    return -math.inf if None in metrics else statistics.fmean(m["psnr"] for m in metrics if m)
 
 
 def best(arm: Arm, setting: Setting, seeds: Sequence[int], results: Mapping[Run, Result]) -> Arm:

@@ -112,6 +112,8 @@ def test_a_grid_of_numbers(here, fake):
     arguments, _ = here
     run.main([*arguments, "--arms", "vanilla", "--seeds", "5", "--lr", "0.1", "0.2", "--code-lr-scale", "1", "7"])
     assert {(arm.lr, arm.code_lr_scale) for _, arm, _ in fake} == {(0.1, 1), (0.1, 7), (0.2, 1), (0.2, 7)}
+    run.main([*arguments, "--arms", "vanilla", "--seeds", "5", "--recluster-at", "3", "9"])
+    assert fake[-1][1] == Arm(recluster_at=(3, 9))
 
 
 # ------------------------------------------------------------------------------------------------------- tuning
