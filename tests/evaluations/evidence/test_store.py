@@ -90,3 +90,12 @@ def test_the_machine_is_named(monkeypatch):
         assert machine["commit"].rstrip("+") == head.stdout.strip()
     monkeypatch.setattr(store, "ROOT", ROOT.parent / "nowhere")
     assert store.machine()["commit"] is None
+
+
+def test_the_results_of_the_repository_are_readable_and_each_run_is_there_once():
+    files = sorted((ROOT / "evaluations" / "results").glob("*.jsonl"))
+    assert files
+    for file in files:
+        runs = [result.run for result in read(file)]
+        assert file.read_bytes().endswith(b"\n")
+        assert len(set(runs)) == len(runs) > 0
