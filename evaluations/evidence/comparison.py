@@ -122,23 +122,31 @@ def _cell(value: Merged | None, digits: int) -> str:
     return f"{value.mean:.{digits}f}{spread}"
 
 
-def figure(table: Sequence[Row], baseline: Row, metrics: Sequence[str], path: Path) -> None:
-    """A panel per metric: each arm's seeds as dots, its mean as a bar, and the baseline's mean as a line."""
-    drawing = Figure(figsize=(3.0 + 2.4 * len(metrics), 0.9 + 0.27 * len(table)), dpi=140, layout="constrained")
-    for axes, metric in zip(drawing.subplots(1, len(metrics), sharey=True, squeeze=False)[0], metrics, strict=True):
+def figure(table: Sequence[Row], baseline: Row, metrics: Sequence[str], path: Path, compared: str = "psnr") -> None:
+    """A panel per metric, each arm's seeds as dots and its mean as a bar; and one of the differences of `compared` from
+    the baseline, with their 95 % intervals where there are two seeds."""
+    drawing = Figure(figsize=(3.0 + 2.2 * (len(metrics) + 1), 0.9 + 0.27 * len(table)), dpi=140, layout="constrained")
+    *panels, last = drawing.subplots(1, len(metrics) + 1, sharey=True)
+    for axes, metric in zip(panels, metrics, strict=True):
         for y, row in enumerate(table):
             values = list(row.values.get(metric, {}).values())
             if values:
                 axes.plot(np.mean(values), y, "|", color="#d55e00", markersize=13, markeredgewidth=2)
                 axes.plot(values, [y] * len(values), "o", color="#0072b2", markersize=3.5, alpha=0.7)
-        line = baseline.merged(metric)
-        if line:
-            axes.axvline(line.mean, color="#7d7d7d", linewidth=0.8, linestyle=":")
         axes.set_title(METRICS[metric][0], loc="left", fontsize=9)
+    for y, row in enumerate(table):
+        gap = difference(row, baseline, compared)
+        if gap and row is not baseline:
+            if gap.interval:
+                last.plot(gap.interval, [y, y], color="#0072b2", linewidth=1.5)
+            last.plot(gap.mean, y, "|", color="#d55e00", markersize=13, markeredgewidth=2)
+    last.axvline(0.0, color="#7d7d7d", linewidth=0.8, linestyle=":")
+    last.set_title(f"{METRICS[compared][0]}, difference", loc="left", fontsize=9)
+    for axes in (*panels, last):
         axes.set_yticks(range(len(table)), [row.label for row in table])
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
-    axes.invert_yaxis()  # shared: once for all
+    last.invert_yaxis()  # shared: once for all
     FigureCanvasAgg(drawing)
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, lambda file: drawing.savefig(file, format="png"))

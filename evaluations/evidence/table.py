@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.out:
             atomic_write_text(args.out, text)
         if args.figure:
-            comparison.figure(table, baseline, args.metrics, args.figure)
+            comparison.figure(table, baseline, args.metrics, args.figure, args.compared)
 
 
 if __name__ == "__main__":
