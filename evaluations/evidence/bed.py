@@ -1,0 +1,338 @@
+"""The bed that arms are compared on: an autoencoder of images, mean squared error, Adam at a constant learning rate.
+
+A run is a function of (arm, setting, seed): weights, batches and codes are drawn from the seed alone, so that runs of
+one seed are pairs. Sizes: B images, S pixels, N tokens, D latent channels, K codes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from evaluations.evidence.arms import ADAPTIVE_CHECKS, KINDS, RESTART_BELOW, Arm, make_provq
+from evaluations.evidence.options import RESTART_EVERY, DeadCodeRestart, moved, recluster, spread
+from tokenizer.data import ImageDataset, split_holdout
+from tokenizer.image_sources import open_images
+from tokenizer.pixels import mse, psnr, ssim
+from tokenizer.provq import code_statistics, effective_rank, mean_pairwise_distance, second_moments
+from tokenizer.runtime.checkpoint import atomic_write, load_file
+from tokenizer.runtime.seeding import fold
+from tokenizer.vq_model import ARCHITECTURES, Architecture, Decoder, Encoder
+
+MODELS = {  # the small one halves once; a run of 600 steps takes a minute of one core
+    "small": Architecture(32, (1, 1), encoder_blocks=(0, 2), decoder_blocks=(0, 2), z_channels=32),
+    "VQ-4": ARCHITECTURES["VQ-4"],
+}
+BETAS = (0.9, 0.95)  # of Adam
+PROBE = 256  # further held-out images: traces and the adaptive warm-up look at these, never at those that are scored
+CHUNK = 250  # images at a time where nothing is trained
+WEIGHTS, CODES, DRAWS = range(3)  # what is drawn from a seed
+
+
+class Diverged(ArithmeticError):
+    """A run that cannot go on, or whose scores would mean nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What all arms of a comparison share. ValueError, naming the flag: values that cannot work."""
+
+    data: str  # name of the file of images; of all beds alike, where it lies does not matter
+    num_codes: int = 512
+    dim: int = 8
+    model: str = "small"  # key of MODELS
+    image_size: int = 16
+    steps: int = 600
+    batch_size: int = 32
+    warmup_steps: int = 200
+    transition_steps: int = 200
+    held_out: int = 2000  # images that are scored
+    latents_per_code: int = 16  # that k-means gets, from the encoder as it is then
+
+    def __post_init__(self) -> None:
+        for name in ("num_codes", "dim", "image_size", "steps", "batch_size", "held_out", "latents_per_code"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        if self.model not in MODELS:
+            raise ValueError(f"--model {self.model!r} is none of {', '.join(MODELS)}")
+        if self.image_size % MODELS[self.model].downsample:
+            raise ValueError(f"--image-size {self.image_size} is no multiple of {MODELS[self.model].downsample}")
+        if min(self.warmup_steps, self.transition_steps) < 0 or self.discrete_from > self.steps:
+            raise ValueError(f"--warmup-steps {self.warmup_steps} and --transition-steps {self.transition_steps} must "
+                             f"be at least 0 and together at most --steps {self.steps}")
+
+    @property
+    def discrete_from(self) -> int:
+        """First step of stage 3."""
+        return self.warmup_steps + self.transition_steps
+
+
+# ------------------------------------------------------------------------------------------------------- images
+
+def prepare(path: Path, setting: Setting, folder: Path) -> Path:
+    """Decode the images of `path` at the setting's size, once: a memory-mappable uint8 array (n, 3, S, S) in folder.
+
+    ValueError: too few images. OSError: no such file.
+    """
+    stat = path.stat()
+    key = json.dumps([str(path.resolve()), stat.st_size, stat.st_mtime_ns, setting.image_size])
+    cache = folder / f"images-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
+    if not cache.exists():
+        source = open_images(str(path), channels=3)
+        images = ImageDataset(source, setting.image_size)
+        pixels = np.empty((len(images), 3, setting.image_size, setting.image_size), dtype=np.uint8)
+        for i in range(len(images)):
+            pixels[i] = images[i]["image"].add(1.0).mul(127.5).round().byte().numpy()  # exactly the bytes it came from
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(cache, lambda file: np.save(file, pixels))
+    count = np.load(cache, mmap_mode="r").shape[0]
+    if count <= setting.held_out + PROBE:
+        raise ValueError(f"--held-out {setting.held_out} and {PROBE} to look at, of {count} images in {path}, leave "
+                         "none to train on")
+    return cache
+
+
+class Images:
+    """The three parts of a prepared array. Parts are (n, 3, S, S) uint8; `floats` are what the model sees."""
+
+    def __init__(self, cache: Path, held_out: int):
+        self.pixels = np.load(cache, mmap_mode="r")  # processes share its memory
+        training, apart = split_holdout(len(self.pixels), held_out + PROBE, seed=0)
+        mixed = np.argsort([fold(1, int(i)) for i in apart])  # `apart` is sorted, and images may be sorted by class
+        self.training, self.probe, self.held_out = training, apart[mixed[:PROBE]], apart[mixed[PROBE:]]
+
+    def floats(self, indices: np.ndarray) -> Tensor:
+        """indices (n,) -> images (n, 3, S, S) float32 in [-1, 1]."""
+        return torch.from_numpy(self.pixels[indices]).float().div_(127.5).sub_(1.0)
+
+    def batch(self, size: int, generator: torch.Generator) -> Tensor:
+        return self.floats(self.training[torch.randint(len(self.training), (size,), generator=generator).numpy()])
+
+
+# -------------------------------------------------------------------------------------------------------- model
+
+class Autoencoder(nn.Module):
+    """Images (B, 3, S, S) in [-1, 1] -> latents (B, D, h, w), and back."""
+
+    def __init__(self, setting: Setting):
+        super().__init__()
+        architecture = MODELS[setting.model]
+        self.encoder, self.decoder = Encoder(architecture, 3, 0.0), Decoder(architecture, 3, 0.0)
+        self.before = nn.Conv2d(architecture.z_channels, setting.dim, 1)
+        self.after = nn.Conv2d(setting.dim, architecture.z_channels, 1)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.before(self.encoder(x))
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.decoder(self.after(z))
+
+
+def tokens(z: Tensor) -> Tensor:
+    """(B, D, h, w) -> (B h w, D)."""
+    return z.movedim(1, -1).flatten(0, -2)
+
+
+class Trainer:
+    """One run. `run()` returns its metrics and its trace, JSON-able."""
+
+    def __init__(self, arm: Arm, setting: Setting, seed: int, images: Images):
+        """ValueError: the arm needs more steps than the setting has, or other sizes."""
+        self.arm, self.setting, self.seed, self.images = arm, setting, seed, images
+        self.kind = KINDS[arm.quantizer]
+        self.recluster_steps = {*arm.recluster_at, *([setting.discrete_from] if arm.recluster else [])}
+        if any(step >= setting.steps for step in self.recluster_steps):
+            raise ValueError(f"re-clustering at step {max(self.recluster_steps)} of {setting.steps} never comes: give "
+                             "the setting more steps, or shorter stages")
+        torch.manual_seed(fold(seed, WEIGHTS))
+        self.model = Autoencoder(setting)  # equal in all arms of a seed
+        torch.manual_seed(fold(seed, CODES))
+        self.provq = make_provq(arm, setting.num_codes, setting.dim, setting.warmup_steps, setting.transition_steps)
+        quantizer = list(self.provq.parameters())
+        codes = quantizer if self.kind.trained else []  # projections of a grid are as fast as the rest
+        others = [*self.model.parameters(), *([] if codes else quantizer)]
+        groups: list[dict[str, Any]] = [{"params": others}, {"params": codes, "lr": arm.lr * arm.code_lr_scale}]
+        self.optimizer = torch.optim.Adam([group for group in groups if group["params"]], arm.lr, BETAS)
+        self.batches = torch.Generator().manual_seed(fold(seed, DRAWS))
+        self.restart = DeadCodeRestart(self.provq.quantizer, RESTART_BELOW) if arm.restart else None
+        self.trace: list[dict[str, float]] = []
+        self.reference: tuple[Tensor, Tensor] | None = None  # latents of the probe and codes, as last set
+
+    # --------------------------------------------------------------------------------------------------- training
+
+    def run(self, warmups: Path | None = None) -> dict[str, Any]:
+        """warmups: folder where runs that share seed and warm-up leave its result to one another.
+
+        Diverged: the loss or the latents are not finite.
+        """
+        began, first = time.process_time(), self._warm_up(warmups)
+        for step in range(first, self.setting.steps):
+            self._step(step)
+        self.provq.set_step(self.setting.steps)
+        self._look(self.setting.steps)
+        metrics = self.score()
+        return {"metrics": metrics, "trace": self.trace, "first_step": first,
+                "seconds": round(time.process_time() - began, 2)}
+
+    def _warm_up(self, folder: Path | None) -> int:
+        """Do the warm-up, or take it over from another run of the same; -> the step to go on from.
+
+        Its steps are the same whatever the quantizer, bit for bit: that is not called, and forgotten afterwards.
+        """
+        last = self.setting.warmup_steps
+        if folder is None or not last or self.arm.curriculum not in ("warmup", "provq"):
+            return 0
+        shared = dataclasses.asdict(dataclasses.replace(self.setting, num_codes=1, transition_steps=0,
+                                                        latents_per_code=1))
+        key = hashlib.sha256(json.dumps([shared, self.seed, self.arm.lr], sort_keys=True).encode()).hexdigest()[:16]
+        path = folder / f"warmup-{key}.pt"
+        parameters = list(self.model.parameters())
+        if not path.exists():
+            for step in range(last):
+                self._step(step)
+            state = {"model": self.model.state_dict(), "batches": self.batches.get_state(), "trace": self.trace,
+                     "adam": [self.optimizer.state[p] for p in parameters]}
+            atomic_write(path, lambda file: torch.save(state, file))
+            return last
+        done = load_file(path)
+        self.model.load_state_dict(done["model"])
+        self.batches.set_state(done["batches"])
+        self.trace = done["trace"]
+        for parameter, moments in zip(parameters, done["adam"], strict=True):
+            self.optimizer.state[parameter] = moments
+        return last
+
+    def _step(self, step: int) -> None:
+        setting, provq = self.setting, self.provq
+        provq.set_step(step)
+        if provq.adaptive and provq.stage == 1 and step % max(1, setting.discrete_from // ADAPTIVE_CHECKS) == 0:
+            provq.observe(self._probe()["psnr"])
+        if provq.needs_init:
+            provq.init_codebook(self._latents(step), optimizers=[self.optimizer], seed=self.seed)
+            self._refer()
+        elif step == 0 and provq.stage > 1:
+            if self.kind.from_latents or self.arm.from_latents:
+                provq.init_codebook(self._latents(step), iters=0, start="random", optimizers=[self.optimizer],
+                                    seed=self.seed)
+            self._refer()
+        if step in self.recluster_steps:
+            self._look(step)
+            recluster(provq, self._latents(step), optimizers=[self.optimizer], seed=fold(self.seed, step))
+            self._refer()
+        if step % max(1, setting.steps // 6) == 0:
+            self._look(step)
+
+        x = self.images.batch(setting.batch_size, self.batches)
+        z = self.model.encode(x)
+        out = provq(z)
+        loss = F.mse_loss(self.model.decode(out.quantized), x) + out.loss
+        if not math.isfinite(loss.item()):
+            raise Diverged(f"the loss is {loss.item()} at step {step}")
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        if self.restart and out.indices is not None:
+            self.restart.observe(tokens(z), out.indices.flatten())
+            if (step + 1) % RESTART_EVERY == 0 and step + 1 < setting.steps:
+                self.restart.apply([self.optimizer])
+
+    @torch.no_grad()
+    def _latents(self, step: int) -> Tensor:
+        """latents_per_code x K latents (N, D) of training images, drawn for this step alone."""
+        setting = self.setting
+        per_image = (setting.image_size // MODELS[setting.model].downsample) ** 2
+        generator = torch.Generator().manual_seed(fold(self.seed, DRAWS, step))
+        wanted = -(-setting.latents_per_code * setting.num_codes // per_image)
+        parts = [tokens(self.model.encode(self.images.batch(min(CHUNK, wanted - done), generator)))
+                 for done in range(0, wanted, CHUNK)]
+        latents = torch.cat(parts)
+        if not latents.isfinite().all():
+            raise Diverged(f"the latents are not finite at step {step}")
+        return latents
+
+    # -------------------------------------------------------------------------------------------------- measuring
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        self.model.eval(), self.provq.eval()
+        with torch.no_grad():
+            yield
+        self.model.train(), self.provq.train()
+
+    def _forward(self, indices: np.ndarray) -> Iterator[tuple[Tensor, Tensor, Any]]:
+        """Images, latents (B, D, h, w) and what ProVQ makes of them, in chunks, in eval()."""
+        with self._evaluating():
+            for i in range(0, len(indices), CHUNK):
+                x = self.images.floats(indices[i : i + CHUNK])
+                z = self.model.encode(x)
+                yield x, z, self.provq(z)
+
+    def _probe(self) -> dict[str, Any]:
+        """PSNR of the probe, its latents (N, D) and the uses of each code (K,)."""
+        quality, latents, counts = [], [], torch.zeros(self.setting.num_codes, dtype=torch.int64)
+        for x, z, out in self._forward(self.images.probe):
+            quality.append(psnr(self.model.decode(out.quantized).clamp(-1, 1), x, data_range=2.0))
+            latents.append(self.provq.quantizer.latent(tokens(z)))
+            if out.indices is not None:
+                counts += torch.bincount(out.indices.flatten(), minlength=len(counts))
+        return {"psnr": torch.cat(quality).mean().item(), "latents": torch.cat(latents), "counts": counts}
+
+    def _codes(self) -> Tensor:
+        return self.provq.codebook.detach().clone()
+
+    def _refer(self) -> None:
+        """From now on, traces say how far latents and codes moved since now."""
+        self.reference = (self._probe()["latents"], self._codes())
+
+    def _look(self, step: int) -> None:
+        """Append a line to the trace: of the probe, in units of a latent channel."""
+        probe = self._probe()
+        line = {"step": step, "psnr": probe["psnr"],
+                "latent_spread": spread(probe["latents"])}
+        if self.provq.has_codebook:
+            line |= {"codes_used": int((probe["counts"] > 0).sum()), **code_statistics(probe["counts"])}
+        if self.reference and self.kind.table:
+            codes = self._codes()
+            line |= {"code_spread": spread(codes), "latents_moved": moved(self.reference[0], probe["latents"]),
+                     "codes_moved": moved(self.reference[1], codes)}
+        self.trace.append(line)
+
+    def score(self) -> dict[str, float]:
+        """Metrics of the held-out images. PSNR (dB), SSIM and MSE are means over images, of pixels in [-1, 1]."""
+        quality: dict[str, list[Tensor]] = {"psnr": [], "ssim": [], "mse": []}
+        counts = torch.zeros(self.setting.num_codes, dtype=torch.int64)
+        moments, error, count = torch.zeros(self.setting.dim + 1, self.setting.dim + 1, dtype=torch.float64), 0.0, 0
+        for x, z, out in self._forward(self.images.held_out):
+            y = self.model.decode(out.quantized).clamp(-1, 1)
+            quality["psnr"].append(psnr(y, x, data_range=2.0))
+            quality["ssim"].append(ssim(y, x, data_range=2.0))
+            quality["mse"].append(mse(y, x))
+            counts += torch.bincount(out.indices.flatten(), minlength=len(counts))
+            latent = self.provq.quantizer.latent(tokens(z))
+            moments += second_moments(latent)
+            error += (tokens(out.quantized) - latent).square().sum(dtype=torch.float64).item()
+            count += latent.numel()
+        metrics = {name: torch.cat(values).mean().item() for name, values in quality.items()}
+        metrics |= {"codes_used": int((counts > 0).sum()), **code_statistics(counts)}
+        mean = moments[0, 1:] / moments[0, 0]
+        variance = (moments.diagonal()[1:] / moments[0, 0] - mean.square()).mean().item()
+        metrics |= {"effective_rank": effective_rank(moments), "latent_spread": math.sqrt(variance)}
+        if self.kind.table:
+            codes = self._codes()
+            metrics |= {"code_spread": spread(codes), "code_distance": mean_pairwise_distance(codes),
+                        "relative_error": error / count / variance}  # of what a token's code leaves, to their variance
+        if not math.isfinite(metrics["psnr"]):
+            raise Diverged(f"the PSNR is {metrics['psnr']}")
+        return metrics

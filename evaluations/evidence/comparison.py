@@ -1,0 +1,152 @@
+"""Runs of several arms as one table: means over seeds, and paired differences from a baseline, with 95 % intervals."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from evaluations.evidence.arms import ARMS, Arm
+from evaluations.evidence.bed import Setting
+from evaluations.evidence.store import Result
+from synthetic.topodisc import mean_interval
+from tokenizer.runtime.checkpoint import atomic_write
+from tokenizer.runtime.over_seeds import Merged, merge
+
+METRICS = {  # heading and digits of what a table shows
+    "psnr": ("PSNR (dB)", 2), "ssim": ("SSIM", 3), "mse": ("MSE", 4), "codes_used": ("codes used", 0),
+    "usage": ("usage", 3), "perplexity": ("perplexity", 0), "effective_rank": ("effective rank", 2),
+    "latent_spread": ("latents' spread", 2), "code_spread": ("codes' spread", 2),
+    "code_distance": ("code distance", 2), "relative_error": ("quantization error", 3),
+}
+SHORT = {"lr": "lr {:g}", "code_lr_scale": "codes x{:g}", "beta": "β {:g}"}
+
+
+class Difference(NamedTuple):
+    """Of an arm from the baseline, over the seeds that both have."""
+
+    mean: float
+    interval: tuple[float, float] | None  # 95 %, Student's t of the paired differences; None: one seed
+    seeds: int
+
+
+class Row(NamedTuple):
+    label: str
+    arm: Arm
+    values: dict[str, dict[int, float]]  # metric -> seed -> value
+    diverged: int  # runs
+
+    def merged(self, metric: str) -> Merged | None:
+        return merge(list(self.values.get(metric, {}).values()))
+
+
+def label(name: str, arm: Arm) -> str:
+    """The arm's name, and what of it is not as that name says."""
+    known = ARMS.get(name, Arm())
+    names = [field.name for field in dataclasses.fields(Arm)]
+    changed = [field for field in names if getattr(arm, field) != getattr(known, field)]
+    words = [SHORT.get(field, field + " {}").format(getattr(arm, field)) for field in changed]
+    return f"{name} ({', '.join(words)})" if words else name
+
+
+def rows(results: Sequence[Result]) -> list[Row]:
+    """A row per arm, in the order in which they come. ValueError: results of more than one setting."""
+    settings = {result.run.setting for result in results}
+    if len(settings) > 1:
+        raise ValueError(f"one table shows one setting, these results have {len(settings)}: {differing(settings)}")
+    found: dict[Arm, Row] = {}
+    for result in results:
+        row = found.setdefault(result.run.arm, Row(label(result.name, result.run.arm), result.run.arm, {}, 0))
+        if result.metrics is None:
+            found[result.run.arm] = row._replace(diverged=row.diverged + 1)
+            continue
+        for metric, value in result.metrics.items():
+            row.values.setdefault(metric, {})[result.run.seed] = value
+    return list(found.values())
+
+
+def differing(settings: set[Setting]) -> str:
+    """Which fields they differ in, with their values."""
+    names = [field.name for field in dataclasses.fields(Setting)]
+    fields = {name: sorted({str(getattr(setting, name)) for setting in settings}) for name in names}
+    return "; ".join(f"{name} {' '.join(values)}" for name, values in fields.items() if len(values) > 1)
+
+
+def difference(row: Row, baseline: Row, metric: str) -> Difference | None:
+    """None: no seed in common, or the metric is missing."""
+    ours, theirs = row.values.get(metric, {}), baseline.values.get(metric, {})
+    pairs = np.array([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
+    if not len(pairs):
+        return None
+    if len(pairs) == 1:
+        return Difference(float(pairs[0]), None, 1)
+    low, high = mean_interval(pairs)["ci95"]
+    return Difference(float(pairs.mean()), (low, high), len(pairs))
+
+
+def find(table: Sequence[Row], name: str) -> Row:
+    """The row called so. ValueError lists the names."""
+    for row in table:
+        if row.label == name:
+            return row
+    raise ValueError(f"--baseline {name!r} is none of the arms: {'; '.join(row.label for row in table)}")
+
+
+def markdown(table: Sequence[Row], baseline: Row, metrics: Sequence[str], compared: str = "psnr") -> str:
+    """Mean ± standard deviation over seeds of each metric; the last column is the paired difference of `compared`."""
+    heads = [METRICS[metric][0] for metric in metrics]
+    lines = ["| arm | seeds | " + " | ".join(heads) + f" | {METRICS[compared][0]} against {baseline.label} [95 %] |",
+             "|---" * (len(metrics) + 3) + "|"]
+    digits = METRICS[compared][1]
+    for row in table:
+        cells = [_cell(row.merged(metric), METRICS[metric][1]) for metric in metrics]
+        gap = difference(row, baseline, compared)
+        shown = "" if row is baseline else "-"
+        if gap and row is not baseline:
+            shown = f"{gap.mean:+.{digits}f}"
+            shown += f" [{gap.interval[0]:+.{digits}f}, {gap.interval[1]:+.{digits}f}]" if gap.interval else ""
+        seeds = str(len(row.values.get(compared, {}))) + (f", {row.diverged} diverged" if row.diverged else "")
+        lines.append(f"| {row.label} | {seeds} | {' | '.join(cells)} | {shown} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: Merged | None, digits: int) -> str:
+    if value is None:
+        return "-"
+    spread = "" if value.deviation is None else f" ± {value.deviation:.{digits}f}"
+    return f"{value.mean:.{digits}f}{spread}"
+
+
+def figure(table: Sequence[Row], baseline: Row, metrics: Sequence[str], path: Path, compared: str = "psnr") -> None:
+    """A panel per metric, each arm's seeds as dots and its mean as a bar; and one of the differences of `compared` from
+    the baseline, with their 95 % intervals where there are two seeds."""
+    drawing = Figure(figsize=(3.0 + 2.2 * (len(metrics) + 1), 0.9 + 0.27 * len(table)), dpi=140, layout="constrained")
+    *panels, last = drawing.subplots(1, len(metrics) + 1, sharey=True)
+    for axes, metric in zip(panels, metrics, strict=True):
+        for y, row in enumerate(table):
+            values = list(row.values.get(metric, {}).values())
+            if values:
+                axes.plot(np.mean(values), y, "|", color="#d55e00", markersize=13, markeredgewidth=2)
+                axes.plot(values, [y] * len(values), "o", color="#0072b2", markersize=3.5, alpha=0.7)
+        axes.set_title(METRICS[metric][0], loc="left", fontsize=9)
+    for y, row in enumerate(table):
+        gap = difference(row, baseline, compared)
+        if gap and row is not baseline:
+            if gap.interval:
+                last.plot(gap.interval, [y, y], color="#0072b2", linewidth=1.5)
+            last.plot(gap.mean, y, "|", color="#d55e00", markersize=13, markeredgewidth=2)
+    last.axvline(0.0, color="#7d7d7d", linewidth=0.8, linestyle=":")
+    last.set_title(f"{METRICS[compared][0]}, difference", loc="left", fontsize=9)
+    for axes in (*panels, last):
+        axes.set_yticks(range(len(table)), [row.label for row in table])
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    last.invert_yaxis()  # shared: once for all
+    FigureCanvasAgg(drawing)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, lambda file: drawing.savefig(file, format="png"))

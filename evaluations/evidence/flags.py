@@ -1,0 +1,52 @@
+"""Flags that the commands of this folder share."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from evaluations.evidence.bed import MODELS, Setting
+from tokenizer.runtime.config import flag_name
+
+CONFIRM = {"model": "VQ-4", "image_size": 32, "steps": 3000, "batch_size": 64, "warmup_steps": 1000,
+           "transition_steps": 1000}  # in place of the small bed's, with --bed confirm
+
+
+def add_bed(parser: argparse.ArgumentParser) -> None:
+    """The file of images, what is run on it, and where results go."""
+    parser.add_argument("data_path", type=Path, help="images, as for train_provq.py, such as cifar10_train.zip")
+    parser.add_argument("--out", type=Path, required=True,
+                        help="results file, NAME.jsonl: what it has is not run again")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, a process of one thread each")
+    parser.add_argument("--cache", type=Path, help="folder for decoded images; default: a temporary one")
+    parser.add_argument("--bed", choices=("small", "confirm"), default="small",
+                        help="small: CIFAR-10 at 16x16, 600 steps of 32; confirm: 32x32, VQ-4, 3000 steps of 64")
+    for field in dataclasses.fields(Setting)[1:]:
+        choices = tuple(MODELS) if field.name == "model" else None
+        parser.add_argument(flag_name(field.name), type=str if choices else int, choices=choices,
+                            help=f"default {field.default}" + (
+                                f", confirm {CONFIRM[field.name]}" if field.name in CONFIRM else ""))
+
+
+def setting(args: argparse.Namespace) -> Setting:
+    """What the flags of `add_bed` say. ValueError: see Setting."""
+    if args.jobs < 1:
+        raise ValueError(f"--jobs is {args.jobs}; it must be at least 1")
+    if not args.data_path.exists():
+        raise FileNotFoundError(f"{args.data_path}: no such file of images")
+    values: dict[str, Any] = dict(CONFIRM) if args.bed == "confirm" else {}
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Setting)[1:]}
+    values |= {name: value for name, value in given.items() if value is not None}
+    return Setting(args.data_path.name, **values)
+
+
+def end_cleanly_on_sigterm() -> None:
+    """A terminated command ends its workers, as on Ctrl-C."""
+    def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)

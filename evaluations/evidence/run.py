@@ -1,0 +1,71 @@
+"""Trains arms on a bed, one process per core: a JSON line per run, resumed where it was interrupted.
+
+    python evaluations/evidence/run.py cifar10_train.zip --plan core --seeds 100 101 --num-codes 512 \\
+        --out evaluations/results/core.jsonl --jobs 2
+    python evaluations/evidence/table.py evaluations/results/core.jsonl --baseline vanilla
+
+Arms and plans are in evaluations/evidence/arms.py. Seeds from 100 on are for searching, 0 to 4 for what is reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from evaluations.evidence import flags
+from evaluations.evidence.arms import ARMS, PLANS, Arm
+from evaluations.evidence.store import Run
+from evaluations.evidence.sweep import sweep
+from tokenizer.runtime.command import command
+
+TUNABLE = ("lr", "code_lr_scale", "beta", "loss_floor", "follow_decay")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="run.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_bed(parser)
+    parser.add_argument("--plan", choices=PLANS, help="a list of arms")
+    parser.add_argument("--arms", nargs="+", default=[], choices=ARMS, metavar="ARM",
+                        help=f"further arms, of {' '.join(ARMS)}")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[100, 101])
+    for name in TUNABLE:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=float, nargs="+", metavar="X",
+                            help="in place of the arms' own; several: each of them")
+    parser.add_argument("--recluster-at", type=int, nargs="+", metavar="STEP", help="k-means again at these steps")
+    args = parser.parse_args(argv)
+    if not args.plan and not args.arms:
+        parser.error("name --plan or --arms")
+    return args
+
+
+def variants(name: str, args: argparse.Namespace) -> list[Arm]:
+    """The arm, with each combination of what the flags put in place of its own numbers."""
+    arms = [ARMS[name]]
+    for field in TUNABLE:
+        values = getattr(args, field)
+        arms = [dataclasses.replace(arm, **{field: value}) for value in values for arm in arms] if values else arms
+    if args.recluster_at:
+        arms = [dataclasses.replace(arm, recluster_at=args.recluster_at) for arm in arms]
+    return arms
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    flags.end_cleanly_on_sigterm()
+    with command("run.py"):
+        setting = flags.setting(args)
+        names = dict.fromkeys([*(PLANS[args.plan] if args.plan else ()), *args.arms])
+        # Seeds outermost: an interrupted sweep has all arms on fewer seeds.
+        arms = [(name, arm) for name in names for arm in variants(name, args)]
+        jobs = [(name, Run(arm, setting, seed)) for seed in args.seeds for name, arm in arms]
+        sweep(jobs, args.out, args.data_path, workers=args.jobs, cache=args.cache)
+
+
+if __name__ == "__main__":
+    main()

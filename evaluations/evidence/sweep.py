@@ -1,0 +1,93 @@
+"""Runs what is not yet in a results file, one process per core; what was interrupted is run again."""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evaluations.evidence import store
+from evaluations.evidence.bed import Diverged, Images, Trainer, prepare
+from evaluations.evidence.store import Result, Run
+from tokenizer.runtime.distributed import print0
+
+Job = tuple[str, Run]  # an arm's name, and the run
+
+
+def execute(run: Run, cache: Path, warmups: Path | None) -> dict[str, Any]:
+    """One run, in this process on one thread: what `store.result_line` takes. A run that diverges is a result."""
+    torch.set_num_threads(1)
+    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    images = Images(cache, run.setting.held_out)
+    try:
+        outcome = Trainer(run.arm, run.setting, run.seed, images).run(warmups)
+    except Diverged as error:
+        outcome = {"metrics": None, "diverged": str(error)}
+    return outcome | {"date": date}
+
+
+def sweep(
+    jobs: Sequence[Job], path: Path, data: Path, *, workers: int, cache: Path | None = None,
+) -> dict[Run, Result]:
+    """Run each job that `path` lacks, in order, and append its line as soon as it is done; -> results of all jobs.
+
+    data: the file of images; cache: folder for their decoded pixels, None: a temporary one of this machine. Killed at
+    any moment, it loses the runs that were under way, nothing else.
+    """
+    folder = cache or Path(tempfile.gettempdir()) / "provq-evidence"
+    with store.writing(path) as writer:
+        done = {result.run for result in store.read(path)}
+        todo = {run: name for name, run in jobs if run not in done}
+        print0(f"{path}: {len({run for _, run in jobs}) - len(todo)} of {len({run for _, run in jobs})} runs are there")
+        if todo:
+            caches = {setting: prepare(data, setting, folder) for setting in {run.setting for run in todo}}
+            _run_all(todo, caches, writer, workers)
+    wanted = {run for _, run in jobs}
+    return {result.run: result for result in store.read(path) if result.run in wanted}
+
+
+def _end_with_parent() -> None:
+    """In a worker: a parent that is killed takes it along, with the run that nobody would hear of."""
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        if parent:
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _run_all(todo: dict[Run, str], caches: dict[Any, Path], writer: store.Writer, workers: int) -> None:
+    machine, began = store.machine(), time.monotonic()
+    # Before the workers start: each has its core, and more threads than one would change the rounding.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory(prefix="provq-warmups-") as warmups, \
+            ProcessPoolExecutor(min(workers, len(todo)), context, initializer=_end_with_parent) as pool:
+        futures = {pool.submit(execute, run, caches[run.setting], Path(warmups)): run for run in todo}
+        try:
+            for count, future in enumerate(as_completed(futures), 1):
+                run = futures[future]
+                line = store.result_line(todo[run], run, future.result() | machine)
+                writer.append(line)
+                minutes = (time.monotonic() - began) / 60
+                left = minutes / count * (len(todo) - count)
+                shown = "{psnr:.2f} dB, {codes_used} codes, perplexity {perplexity:.0f}"
+                scores = shown.format(**line["metrics"]) if line["metrics"] else line["diverged"]
+                print0(f"{count}/{len(todo)} after {minutes:.1f} min, {left:.0f} min left: {todo[run]}, seed "
+                       f"{run.seed}: {scores}")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise

@@ -1,0 +1,211 @@
+"""The commands: a sweep goes on where it was killed, tuning chooses on search seeds alone, tables come out."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from evidence_bed import FLAGS, SETTING, make_images, write_pictures
+from places import ROOT
+
+from evaluations.evidence import flags, run, store, sweep, table, tune, tuning
+from evaluations.evidence.arms import ARMS, KINDS, Arm
+from evaluations.evidence.bed import Trainer
+from evaluations.evidence.store import Result, Run
+
+
+@pytest.fixture
+def here(tmp_path):
+    """Arguments of a command in a folder of its own, and its results file."""
+    out = tmp_path / "results.jsonl"
+    return [str(write_pictures(tmp_path)), *FLAGS, "--cache", str(tmp_path / "cache"), "--out", str(out)], out
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Runs that take no time, in this process. Returns those that were asked for; its `scores` rate them."""
+    class Fake(list):
+        scores = staticmethod(lambda *_: 20.0)
+
+    asked = Fake()
+
+    def run_all(todo, caches, writer, workers):  # noqa: ARG001
+        for each, name in todo.items():
+            asked.append((name, each.arm, each.seed))
+            psnr = asked.scores(each.arm, each.seed)
+            metrics = psnr and {"psnr": psnr, "codes_used": 1, "perplexity": 1.0}
+            writer.append(store.result_line(name, each, {"metrics": metrics}))
+
+    monkeypatch.setattr(sweep, "_run_all", run_all)
+    return asked
+
+
+def test_a_killed_sweep_goes_on(here, tmp_path):
+    arguments, out = here
+    command = [sys.executable, str(ROOT / "evaluations" / "evidence" / "run.py"), *arguments,
+               "--arms", "vanilla", "provq+recluster", "warmup", "--seeds", "100", "--jobs", "1"]
+    first = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (out.exists() and out.read_bytes().count(b"\n")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    first.send_signal(signal.SIGKILL)  # the parent alone
+    first.wait()
+    while alive(first.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(first.pid), "workers end with their parent"
+
+    before = out.read_text()
+    there = before.count("\n")
+    assert 1 <= there
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert f"{there} of 3 runs are there" in done.stdout
+    assert out.read_text().startswith(before[: before.rfind("\n") + 1]), "what was there stays"
+    lines = [json.loads(text) for text in out.read_text().splitlines()]
+    assert [line["arm"] for line in lines] == ["vanilla", "provq+recluster", "warmup"]
+
+    images = make_images(tmp_path)
+    expected = Trainer(ARMS["warmup"], SETTING, 100, images).run()  # the same, in another process and undisturbed
+    assert lines[2]["metrics"] == store._rounded(expected["metrics"])
+    assert lines[2].keys() >= {"options", "setting", "seed", "trace", "commit", "torch", "cpu", "seconds", "date"}
+
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert again.stdout.strip().endswith("3 of 3 runs are there")
+
+
+def alive(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_a_diverged_run_is_a_result(here, capsys):
+    arguments, out = here
+    run.main([*arguments, "--arms", "vanilla", "--seeds", "1", "--lr", "1e30"])
+    line = json.loads(out.read_text())
+    assert line["metrics"] is None
+    assert "the loss is" in line["diverged"] in capsys.readouterr().out
+    table.main([str(out)])
+    assert "| vanilla (lr 1e+30) | 0, 1 diverged | - | - | - |  |" in capsys.readouterr().out
+
+
+def test_only_what_is_missing_runs_in_the_order_asked_for(here, fake):
+    arguments, _ = here
+    run.main([*arguments, "--arms", "vanilla", "--seeds", "5"])
+    run.main([*arguments, "--plan", "core", "--arms", "soft", "--seeds", "5", "6"])
+    expected = [(name, seed) for seed in (5, 6) for name in (*run.PLANS["core"], "soft")]
+    assert [(name, seed) for name, _, seed in fake] == [("vanilla", 5)] + [e for e in expected if e != ("vanilla", 5)]
+
+
+def test_another_setting_is_another_run(here, fake):
+    arguments, _ = here
+    for extra in ([], ["--num-codes", "8"], ["--steps", "13"], ["--lr", "0.1"], []):
+        run.main([*arguments, "--arms", "vanilla", "--seeds", "5", *extra])
+    assert len(fake) == 4
+
+
+def test_a_grid_of_numbers(here, fake):
+    arguments, _ = here
+    run.main([*arguments, "--arms", "vanilla", "--seeds", "5", "--lr", "0.1", "0.2", "--code-lr-scale", "1", "7"])
+    assert {(arm.lr, arm.code_lr_scale) for _, arm, _ in fake} == {(0.1, 1), (0.1, 7), (0.2, 1), (0.2, 7)}
+    run.main([*arguments, "--arms", "vanilla", "--seeds", "5", "--recluster-at", "3", "9"])
+    assert fake[-1][1] == Arm(recluster_at=(3, 9))
+
+
+# ------------------------------------------------------------------------------------------------------- tuning
+
+def test_the_grid_is_equal_for_all_but_for_what_an_arm_does_not_have():
+    sizes = {name: len(tuning.grid(Arm(name))) for name in KINDS}
+    full = len(tuning.GRID["lr"]) * len(tuning.GRID["code_lr_scale"]) * len(tuning.GRID["beta"])
+    assert sizes["vq"] == sizes["l2"] == sizes["simvq"] == full
+    assert sizes["ema"] == full // len(tuning.GRID["code_lr_scale"])
+    assert sizes["fsq"] == len(tuning.GRID["lr"])
+    assert all(len(set(tuning.grid(arm))) == len(tuning.grid(arm)) for arm in ARMS.values())
+
+
+def test_best_is_the_highest_mean_and_never_a_diverged_one():
+    points = tuning.grid(Arm())
+    scores = dict.fromkeys(points, (20.0, 20.0)) | {
+        points[5]: (23.0, 22.0), points[7]: (24.0, 20.5), points[9]: (90.0, None)}
+    results = {Run(point, SETTING, seed): Result(Run(point, SETTING, seed), "", psnr and {"psnr": psnr}, {})
+               for point, values in scores.items() for seed, psnr in zip((100, 101), values, strict=True)}
+    assert tuning.best(Arm(), SETTING, (100, 101), results) == points[5]
+
+
+def test_edges_are_named():
+    lr, scale, beta = (sorted(tuning.GRID[name]) for name in ("lr", "code_lr_scale", "beta"))
+    assert tuning.edges(Arm(lr=lr[1], code_lr_scale=scale[1], beta=beta[1])) == []
+    assert tuning.edges(Arm(lr=lr[0], code_lr_scale=scale[-1], beta=beta[1])) == ["lr", "code_lr_scale"]
+    assert tuning.edges(Arm("fsq", lr=lr[1], code_lr_scale=scale[0])) == [], "fsq has no such code learning rate"
+
+
+def test_tune_searches_then_trains_the_best_on_other_seeds(here, fake, capsys):
+    arguments, _ = here
+    fake.scores = lambda arm, seed: 30.0 if (arm.lr, arm.beta) == (2e-3, 1.0) else 20.0 + (seed < 100) * arm.lr
+    tune.main([*arguments, "--arms", "ema", "fsq", "--seeds", "0", "1"])
+    ema = len(tuning.grid(Arm("ema")))
+    assert [seed for name, _, seed in fake if name == "ema"] == [100] * ema + [101] * ema + [0, 1]
+    assert {(arm.lr, arm.beta) for name, arm, seed in fake if name == "ema" and seed < 100} == {(2e-3, 1.0)}
+    printed = capsys.readouterr().out
+    assert "ema: best of 9 is ema (lr 0.002, β 1); at the grid's edge: lr, beta" in printed
+    count = len(fake)
+    tune.main([*arguments, "--arms", "ema", "fsq", "--seeds", "0", "1"])
+    assert len(fake) == count, "all of it was there"
+
+
+def test_search_and_report_are_apart(here, capsys):
+    arguments, _ = here
+    with pytest.raises(SystemExit):
+        tune.main([*arguments, "--seeds", "100", "3"])
+    assert "--seeds and --search-seeds share [100]" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ tables, errors
+
+def test_table_command(here, fake, capsys, tmp_path):
+    arguments, out = here
+    fake.scores = lambda arm, seed: 20.0 + (arm.curriculum == "provq") + 0.1 * seed
+    run.main([*arguments, "--arms", "vanilla", "provq", "--seeds", "0", "1", "9"])
+    run.main([*arguments, "--arms", "vanilla", "--num-codes", "8", "--seeds", "0"])
+    capsys.readouterr()
+    text, picture = tmp_path / "table.md", tmp_path / "figure.png"
+    table.main([str(out), "--baseline", "provq", "--seeds", "0", "1", "--num-codes", "16", "--out", str(text),
+                "--figure", str(picture)])
+    shown = capsys.readouterr().out
+    assert "| vanilla | 2 | 20.05 ± 0.07 | 1 ± 0 | 1 ± 0 | -1.00 [-1.00, -1.00] |" in shown
+    assert text.read_text() == shown
+    assert picture.stat().st_size > 1000
+
+
+@pytest.mark.parametrize(("extra", "message"), [
+    (["--arms", "vanilla", "--steps", "7"], "together at most --steps 7"),
+    (["--arms", "vanilla", "--jobs", "0"], "--jobs is 0"),
+    (["--arms", "vanilla", "--held-out", "400"], "--held-out 400 and 256 to look at, of 316 images"),
+])
+def test_mistakes_are_one_line(here, extra, message):
+    arguments, out = here
+    with pytest.raises(SystemExit, match=f"run.py: error: .*{message}"):
+        run.main([*arguments, *extra])
+    assert not out.exists() or not out.read_text()
+
+
+def test_more_mistakes(here, tmp_path, capsys):
+    arguments, out = here
+    with pytest.raises(SystemExit):
+        run.main(arguments)
+    assert "name --plan or --arms" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="no such file of images"):
+        run.main([str(tmp_path / "none.zip"), *arguments[1:], "--arms", "vanilla"])
+    with pytest.raises(SystemExit, match="no such results file"):
+        table.main([str(out)])
+
+
+def test_confirm_bed(here):
+    arguments, _ = here
+    args = run.parse_args([arguments[0], "--out", "x", "--arms", "vanilla", "--bed", "confirm", "--steps", "4000"])
+    setting = flags.setting(args)
+    assert (setting.model, setting.image_size, setting.steps) == ("VQ-4", 32, 4000)
