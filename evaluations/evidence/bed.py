@@ -23,10 +23,11 @@ from torch.nn import functional as F
 
 from evaluations.evidence.arms import ADAPTIVE_CHECKS, KINDS, RESTART_BELOW, Arm, make_provq
 from evaluations.evidence.options import RESTART_EVERY, DeadCodeRestart, moved, recluster, spread
+from tokenizer.code_meter import effective_rank, mean_pairwise_distance, second_moments
 from tokenizer.data import ImageDataset, split_holdout
 from tokenizer.image_sources import open_images
 from tokenizer.pixels import mse, psnr, ssim
-from tokenizer.provq import code_statistics, effective_rank, mean_pairwise_distance, second_moments
+from tokenizer.provq import VectorQuantizer, code_statistics
 from tokenizer.runtime.checkpoint import atomic_write, load_file
 from tokenizer.runtime.seeding import fold
 from tokenizer.vq_model import ARCHITECTURES, Architecture, Decoder, Encoder
@@ -166,7 +167,10 @@ class Trainer:
         groups: list[dict[str, Any]] = [{"params": others}, {"params": codes, "lr": arm.lr * arm.code_lr_scale}]
         self.optimizer = torch.optim.Adam([group for group in groups if group["params"]], arm.lr, BETAS)
         self.batches = torch.Generator().manual_seed(fold(seed, DRAWS))
-        self.restart = DeadCodeRestart(self.provq.quantizer, RESTART_BELOW) if arm.restart else None
+        self.restart: DeadCodeRestart | None = None
+        if arm.restart:
+            assert isinstance(self.provq.quantizer, VectorQuantizer)  # what make_provq makes of an arm with a table
+            self.restart = DeadCodeRestart(self.provq.quantizer, RESTART_BELOW)
         self.trace: list[dict[str, float]] = []
         self.reference: tuple[Tensor, Tensor] | None = None  # latents of the probe and codes, as last set
 

@@ -42,7 +42,7 @@ def recluster(
     result = kmeans(quantizer.latent(latents), quantizer.num_codes, iters=iters, seed=seed,
                     spherical=quantizer.l2_norm)
     quantizer.set_codebook_(result.centroids, result.counts)
-    forget(quantizer.parameters(), optimizers)
+    forget(quantizer.codebook_parameters(), optimizers)
     return {"inertia": result.inertia, "iterations": result.iterations, "tokens": int(result.counts.sum())}
 
 
