@@ -25,8 +25,7 @@ from protein import train_config as protein_config
 from protein import train_provq as protein_train
 from protein.benchmark import train_task
 from tokenizer import reconstruct, train_config, train_provq
-from tokenizer.code_meter import DriftMeter
-from tokenizer.provq import drift
+from tokenizer.code_meter import DriftMeter, drift
 from tokenizer.runtime import checkpoint, lock
 from tokenizer.runtime.checkpoint import Checkpointer, load_file
 
