@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 from tokenizer.runtime import config
 from tokenizer.runtime.checkpoint import atomic_write, atomic_write_text
 from tokenizer.runtime.command import CannotContinue
+from tokenizer.runtime.npz import map_npy, read_npy
 from tokenizer.runtime.seeding import fold
 
 FORMAT = "provq-codes-1"
@@ -136,11 +137,11 @@ def read_folder(path: Path) -> CodeFiles:
 
 def _open_array(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = map_npy(path)
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing; extract the codes again") from error
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is damaged or cut short ({error}); extract the codes again") from error
+    except ValueError as error:
+        raise ValueError(f"{error}; extract the codes again") from error
     if path.stat().st_size != array.offset + array.nbytes:
         raise ValueError(f"{path} is longer than its header says; extract the codes again")
     if array.shape != shape or array.dtype != dtype:
@@ -190,9 +191,9 @@ def read_llamagen(path: Path, codebook_size: int) -> CodeFiles:
 
 def _load_small(path: Path) -> np.ndarray:
     try:
-        return np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is missing or damaged ({error})") from error
+        return read_npy(path)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing") from error
 
 
 def _llamagen_pair(path: Path) -> tuple[Path, Path] | None:

@@ -35,6 +35,7 @@ from protein.losses import PADDING, sequence_ids
 from protein.structure_io import ATOMS, Chain, Failure, iterate_folder
 from tokenizer.runtime import config, distributed
 from tokenizer.runtime.checkpoint import atomic_write, atomic_write_text, sync_folder
+from tokenizer.runtime.npz import map_npy
 from tokenizer.runtime.seeding import StepSampler, fold
 
 FORMAT = "provq-structures-1"
@@ -253,11 +254,11 @@ def read_cache(folder: Path) -> StructureSet:
 
 def _open_array(path: Path, shape: tuple[int, ...], kind: str) -> npt.NDArray[Any]:
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = map_npy(path)
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing; run prepare_structures.py again") from error
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is damaged or cut short ({error}); run prepare_structures.py again") from error
+    except ValueError as error:
+        raise ValueError(f"{error}; run prepare_structures.py again") from error
     if array.shape != shape or array.dtype != np.dtype(kind):
         raise ValueError(f"{path} holds {array.dtype} {array.shape}, the manifest says {np.dtype(kind)} {shape}")
     return np.asarray(array)  # a view of the mapped file, without memmap's slow slicing
