@@ -26,7 +26,7 @@ from tokenizer.runtime import config
 from tokenizer.runtime.checkpoint import atomic_write, atomic_write_json
 from tokenizer.runtime.command import CannotContinue
 from tokenizer.runtime.mapped import map_array
-from tokenizer.runtime.parsing import parsing, require_file
+from tokenizer.runtime.npz import read_npy
 from tokenizer.runtime.seeding import fold
 
 FORMAT = "provq-codes-1"
@@ -139,12 +139,11 @@ def read_folder(path: Path) -> CodeFiles:
 
 
 def load_array(path: Path) -> np.ndarray:
-    """A small .npy file. ValueError: it is none, or damaged."""
-    require_file(path)
-    with parsing(path, "damaged or cut short"):
-        array = np.load(path, allow_pickle=False)
-    if not isinstance(array, np.ndarray):
-        raise ValueError(f"{path} is an archive of arrays, not one array")
+    """A small .npy file. ValueError: it is missing, no array, or damaged."""
+    try:
+        array: np.ndarray = read_npy(path)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing") from error
     return array
 
 

@@ -32,7 +32,7 @@ from tokenizer.data import BadImageCounter, ImageDataset, consecutive, describe_
 from tokenizer.image_classes import require_no_empty_class
 from tokenizer.image_names import read_names, to_line
 from tokenizer.image_readers import ImageOptions
-from tokenizer.image_sources import ImageSource, add_image_flags, open_images
+from tokenizer.image_sources import ImageSource, add_image_flags, open_images, require_image_flags
 from tokenizer.pretrained import load_tokenizer, tokenizer_hash
 from tokenizer.runtime import config, distributed, lock
 from tokenizer.runtime.checkpoint import atomic_write, atomic_write_json, atomic_write_text
@@ -69,6 +69,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num-workers", type=int, default=0, help="image-reading processes per rank (default: 0)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     args = parser.parse_args(argv)
+    require_image_flags(parser, args)
     require_flags_at_least(parser, args, 1, "image_size batch_size")
     require_flags_at_least(parser, args, 0, "max_bad_images num_workers")
     if not 1 <= args.crop_range <= 2:

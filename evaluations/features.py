@@ -7,7 +7,6 @@ the graph, so numbers agree with ADM's evaluator. Its weights are read from a fi
 from __future__ import annotations
 
 import hashlib
-import pickle
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -94,7 +93,7 @@ def _open_inception(weights: str | Path | None) -> Extractor:
         # torch-fidelity unpickles the file unchecked. What this call accepts holds tensors only and is harmless there.
         torch.load(path, map_location="cpu", weights_only=True)
         network = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(path))
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a damaged file makes parsers fail in any way
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"--inception-weights: {path} is not torch-fidelity's {INCEPTION_FILE} ({reason})") from error
     kept: list[Tensor] = []
@@ -117,7 +116,7 @@ def _open_torchscript(path: Path) -> Extractor:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that TorchScript is deprecated helps nobody here
             network = torch.jit.load(str(path), map_location="cpu")
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:  # as above
         raise ValueError(f"--features torchscript:{path}: not a TorchScript file") from error
 
     def run(images: Tensor) -> Features:

@@ -41,7 +41,7 @@ from evaluations.image_sets import (
 )
 from evaluations.protocol import protocol_id
 from tokenizer.image_readers import ImageOptions
-from tokenizer.image_sources import add_image_flags
+from tokenizer.image_sources import add_image_flags, require_image_flags
 from tokenizer.runtime import distributed
 from tokenizer.runtime.checkpoint import atomic_write_json
 from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_file
@@ -65,6 +65,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num-workers", type=int, default=0, help="image-reading processes per rank (default: 0)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     args = parser.parse_args(argv)
+    require_image_flags(parser, args)
     require_flags_at_least(parser, args, 1, "image_size")
     require_flags_at_least(parser, args, 0, "num_workers")
     return args

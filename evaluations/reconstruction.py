@@ -42,7 +42,7 @@ from tokenizer import pixels, pretrained
 from tokenizer.data import BadImageCounter, ImageDataset, consecutive, describe_source, make_loader, spread
 from tokenizer.image_names import to_line
 from tokenizer.image_readers import ImageOptions
-from tokenizer.image_sources import ImageSource, add_image_flags, open_images
+from tokenizer.image_sources import ImageSource, add_image_flags, open_images, require_image_flags
 from tokenizer.perceptual import LPIPS, MIN_IMAGE_SIZE
 from tokenizer.runtime import distributed
 from tokenizer.runtime.checkpoint import atomic_write_json
@@ -78,6 +78,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, metavar="FILE",
         help="report to write (default: evaluation/reconstruction.json in the run's folder, or reconstruction.json)")
     args = parser.parse_args(argv)
+    require_image_flags(parser, args)
     require_flags_at_least(parser, args, 1, "image_size batch_size")
     require_flags_at_least(parser, args, 7, "image_size_eval")
     require_flags_at_least(parser, args, 2, "max_images")

@@ -36,7 +36,7 @@ from tokenizer.data import (
 )
 from tokenizer.image_classes import require_no_empty_class
 from tokenizer.image_readers import ImageOptions
-from tokenizer.image_sources import add_image_flags, open_images
+from tokenizer.image_sources import add_image_flags, open_images, require_image_flags
 from tokenizer.runtime import distributed
 from tokenizer.runtime.checkpoint import atomic_write
 from tokenizer.runtime.command import (
@@ -102,6 +102,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num-workers", type=int, default=0, help="data-loading processes (default: 0)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     args = parser.parse_args(argv)
+    require_image_flags(parser, args)
     require_flags_at_least(parser, args, 1, "image_size max_steps batch_size val_size")
     require_flags_at_least(parser, args, 0, "seed max_bad_images num_workers")
     require_flags_positive(parser, args, "lr")

@@ -29,6 +29,7 @@ from tokenizer.image_lists import open_list
 from tokenizer.image_names import to_line
 from tokenizer.image_readers import DEFAULTS, MODES, ArrayImages, FileImages, ImageOptions, ImageSource, ZipImages
 from tokenizer.image_shards import expand_braces, notes_on_folders, open_shards, open_tar
+from tokenizer.runtime.command import as_flag_errors
 
 _COMPRESSED_SUFFIXES = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst")
 _SHOWN = 5  # names in a note
@@ -299,3 +300,9 @@ def add_image_flags(parser: argparse.ArgumentParser, *, remap_labels: bool = Fal
     if remap_labels:
         add("--remap-labels", action="store_true", default=None, help="number the labels that occur 0, 1 and so on, "
                                                                       "and leave out class folders without images")
+
+
+def require_image_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with status 2, naming flag and value, for flags of `add_image_flags` that cannot work."""
+    with as_flag_errors(parser):
+        ImageOptions.of(args)

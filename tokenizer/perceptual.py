@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import warnings
 from pathlib import Path
 
@@ -95,7 +94,7 @@ def _trunk_state(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
     """torchvision's `features.{i}.*` renamed to the `slice{k}.{i}.*` that lpips cuts the network into."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a parser's, see runtime/parsing.py
         raise ValueError(f"{path} is not a readable weight file; expected torchvision's {VGG16_FILE}") from error
     state, wrong = {}, []
     for key, tensor in expected.items():

@@ -30,7 +30,7 @@ from tokenizer import pretrained
 from tokenizer.data import BadImageCounter, consecutive, describe_source
 from tokenizer.image_names import to_line, write_names
 from tokenizer.image_readers import ImageOptions
-from tokenizer.image_sources import add_image_flags, open_images
+from tokenizer.image_sources import add_image_flags, open_images, require_image_flags
 from tokenizer.perceptual import LPIPS
 from tokenizer.runtime import config, distributed
 from tokenizer.runtime.checkpoint import atomic_write, atomic_write_json
@@ -66,6 +66,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--export-hf", type=Path, metavar="FOLDER", help="write config.json and model.safetensors, Hugging Face style")
     add("--export-llamagen", type=Path, metavar="FILE.pt", help="write LlamaGen's checkpoint layout")
     args = parser.parse_args(argv)
+    require_image_flags(parser, args)
     if args.images == "":
         parser.error("images is an empty path; for the current folder write a dot")
     if not (args.images or args.export_hf or args.export_llamagen):

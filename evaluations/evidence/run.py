@@ -21,14 +21,13 @@ from evaluations.evidence import flags
 from evaluations.evidence.arms import ARMS, PLANS, Arm
 from evaluations.evidence.store import Run
 from evaluations.evidence.sweep import sweep
-from tokenizer.runtime.command import command
+from tokenizer.runtime.command import command, make_parser
 
 TUNABLE = ("lr", "code_lr_scale", "beta", "loss_floor", "follow_decay")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="run.py", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("evaluations/evidence/run.py", __doc__)
     flags.add_bed(parser)
     parser.add_argument("--plan", choices=PLANS, help="a list of arms")
     parser.add_argument("--arms", nargs="+", default=[], choices=ARMS, metavar="ARM",

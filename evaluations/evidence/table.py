@@ -26,8 +26,7 @@ FIELDS = [field.name for field in dataclasses.fields(Setting)[1:] if field.name 
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="table.py", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("evaluations/evidence/table.py", __doc__)
     parser.add_argument("results", type=Path, nargs="+", help="files that run.py and tune.py wrote")
     parser.add_argument("--baseline", help="an arm's label in the table; default: its first row")
     parser.add_argument("--seeds", type=int, nargs="+", help="only these; default: all")

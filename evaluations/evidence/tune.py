@@ -21,13 +21,12 @@ from evaluations.evidence.arms import ARMS, PLANS
 from evaluations.evidence.comparison import label
 from evaluations.evidence.store import Run
 from evaluations.evidence.sweep import sweep
-from tokenizer.runtime.command import command
+from tokenizer.runtime.command import command, make_parser
 from tokenizer.runtime.distributed import print0
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="tune.py", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("evaluations/evidence/tune.py", __doc__)
     flags.add_bed(parser)
     parser.add_argument("--plan", choices=PLANS, default="tuned", help="the arms")
     parser.add_argument("--arms", nargs="+", choices=ARMS, metavar="ARM", help="these instead")

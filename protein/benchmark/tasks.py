@@ -24,8 +24,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import zipfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +36,7 @@ import numpy.typing as npt
 from protein.structure_io import Chain, read_structure
 from tokenizer.runtime.checkpoint import atomic_write
 from tokenizer.runtime.config import parse_object
+from tokenizer.runtime.parsing import brief, parsing
 
 KINDS = ("binary", "regression", "classification")
 METRICS = {"binary": "AUROC", "regression": "Spearman's rho", "classification": "macro F1"}
@@ -194,7 +193,7 @@ def read_task(path: str | Path) -> Task:
 def _string(where: str, row: Mapping[str, Any], name: str) -> str:
     value = row.get(name)
     if not isinstance(value, str) or not value:
-        raise ValueError(f"{where}: {name}: {value!r} is not a word")
+        raise ValueError(f"{where}: {name}: {brief(value)} is not a word")
     return value
 
 
@@ -204,7 +203,9 @@ def _classes(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> tuple[str, ...]:
     for where, row in rows:
         label = row.get("label")
         if isinstance(label, bool) or not isinstance(label, (str, int)):
-            raise ValueError(f"{where}: label: {label!r} is neither a word nor an integer")
+            raise ValueError(f"{where}: label: {brief(label)} is neither a word nor an integer")
+        if isinstance(label, int) and abs(label) >= 2**63:
+            raise ValueError(f"{where}: label: {brief(label)} is no number of a class")
         if row["split"] == "train":
             names[str(label)] = (0, label, "") if isinstance(label, int) else (1, 0, label)
     return tuple(sorted(names, key=names.__getitem__))
@@ -222,8 +223,8 @@ def _chain(where: str, row: Mapping[str, Any], folder: Path, modified: bool, fil
     wanted = row.get("chain")
     if wanted is None and len(found) == 1:
         return files[path][0]
-    if wanted not in found:
-        raise ValueError(f"{where}: chain: {wanted!r}; {path} has {', '.join(map(repr, found))}")
+    if not isinstance(wanted, str) or wanted not in found:
+        raise ValueError(f"{where}: chain: {brief(wanted)}; {path} has {', '.join(map(repr, found))}")
     return found[wanted]
 
 
@@ -254,6 +255,9 @@ def align_ids(first: Sequence[str], second: Sequence[str]) -> npt.NDArray[np.int
     return places_of
 
 
+_MAX_LABEL = float(np.finfo(np.float32).max)
+
+
 def _labels(
     where: str, row: Mapping[str, Any], chain: Chain, spec: TaskSpec, classes: tuple[str, ...]
 ) -> npt.NDArray[np.float32]:
@@ -276,10 +280,10 @@ def _labels(
         raise ValueError(f"{where}: labels: {len(labels)} for {expected} residues of "
                          f"{'the structure' if residues is None else 'the field residues'}")
     for i, label in enumerate(labels):
-        good = not isinstance(label, bool) and isinstance(label, (int, float)) and math.isfinite(label)
+        good = not isinstance(label, bool) and isinstance(label, (int, float)) and abs(label) <= _MAX_LABEL
         if label is not None and not (good and (spec.kind == "regression" or label in (0, 1))):
             allowed = "a finite number" if spec.kind == "regression" else "0, 1"
-            raise ValueError(f"{where}: labels[{i}]: {label!r} is neither {allowed} nor null")
+            raise ValueError(f"{where}: labels[{i}]: {brief(label)} is neither {allowed} nor null")
     values = np.array([np.nan if label is None else label for label in labels], dtype=np.float32)
     if residues is None:
         return values
@@ -319,14 +323,11 @@ def load_prepared(path: Path, source: str) -> Task | None:
     """The task that save_prepared wrote. None: no such file, or made of something else."""
     if not path.exists():
         return None
-    try:
-        with np.load(path) as file:
-            description = json.loads(str(file["description"]))
-            if description["source"] != source:
-                return None
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: damaged ({type(error).__name__}: {error}); delete it to make it anew") from error
+    with parsing(path, "damaged, delete it to make it anew"), np.load(path) as file:
+        description = json.loads(str(file["description"]))
+        if description["source"] != source:
+            return None
+        arrays = {name: file[name] for name in file.files}
     ends = np.cumsum(arrays["length"])
     sequence = str(arrays["sequence"])
     chains = []

@@ -246,7 +246,7 @@ def test_damaged_folders_are_named(codes, tmp_path):
 
     cut = copy("cut")
     (cut / "codes-00001-of-00003.npy").write_bytes((cut / "codes-00001-of-00003.npy").read_bytes()[:500])
-    with pytest.raises(ValueError, match=r"codes-00001-of-00003.npy is damaged or cut short"):
+    with pytest.raises(ValueError, match=r"codes-00001-of-00003.npy: damaged, cut short, or no .npy file"):
         open_codes(str(cut))
     longer = copy("longer")
     with (longer / "codes-00001-of-00003.npy").open("ab") as file:

@@ -171,13 +171,16 @@ def test_a_choice_that_means_nothing_is_said(tmp_path):
     ({"bit_depth": 7}, "--bit-depth is 7"), ({"bit_depth": 17}, "--bit-depth is 17"),
     ({"max_image_mb": 0}, "--max-image-mb is 0"),
 ])
-def test_flags_out_of_range_are_named(tokenizer, tmp_path, options, said):
+def test_flags_out_of_range_are_named(tokenizer, tmp_path, capsys, options, said):
     with pytest.raises(ValueError, match=said):
         ImageOptions(**options)
-    with pytest.raises(SystemExit, match=said):
+    with pytest.raises(SystemExit) as stopped:
         train_provq.main(to_words({"results_dir": tmp_path / "run", "device": "cpu"} | options))
-    with pytest.raises(SystemExit, match=said):
+    assert said in f"{stopped.value} {capsys.readouterr().err}"
+    with pytest.raises(SystemExit) as stopped:
         extract(tokenizer, "digits", tmp_path / "codes", *to_words(options))
+    assert said in f"{stopped.value} {capsys.readouterr().err}"
+    assert not any((tmp_path / name).exists() for name in ("run", "codes"))
 
 
 def test_the_choice_of_a_run_is_its_evaluations(tmp_path):

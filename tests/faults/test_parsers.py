@@ -10,13 +10,17 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from helices import write_helix
 
+from autoregressive import code_shards
 from evaluations.image_sets import NpzSet
-from protein import structure_io
+from protein import structure_data, structure_io
+from protein.benchmark.tasks import read_task
 from protein.token_files import read_tokens
+from tokenizer import perceptual
 from tokenizer.runtime import config
 from tokenizer.runtime.checkpoint import Checkpointer, load_file
-from tokenizer.runtime.npz import Npz
+from tokenizer.runtime.npz import Npz, map_npy, read_npy
 from tokenizer.runtime.parsing import brief, parsing, read_json
 
 
@@ -230,6 +234,78 @@ def test_what_nobody_asked_for_is_not_read(tmp_path):
         archive.writestr("other.npy", header((2**37,)))
     (chain,) = read_tokens(tmp_path / "t.npz")
     assert chain.tokens.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("data", [
+    b"", b"\x93NUMPY", header((3,)), header((2**44,)) + bytes(80), header((-3,)) + bytes(24),
+    b"PK\x05\x06" + bytes(18), header((3,), "|O") + bytes(24), b"\x93NUMPY\x01\x00\x06\x00" + b"(" * 6,
+], ids=["empty", "magic", "cut", "huge", "negative", "zip", "objects", "nested"])
+def test_arrays_of_code_folders_and_caches(tmp_path, data):
+    path = tmp_path / "a.npy"
+    path.write_bytes(data)
+    readers = [map_npy, read_npy, code_shards._load_small, lambda p: structure_data._open_array(p, (3,), "<f8"),
+               lambda p: code_shards._open_array(p, (3,), np.dtype("<f8"))]
+    for read in readers:
+        with pytest.raises(ValueError, match=r"a\.npy") as caught:
+            read(path)
+        one_line(caught, path)
+    np.save(path, np.arange(3.0))
+    assert read_npy(path).tolist() == map_npy(path).tolist() == [0, 1, 2]
+    assert read_npy(path).flags.writeable
+
+
+def test_damaged_vgg_weights_are_named(tmp_path, checkpoint):
+    whole = checkpoint.read_bytes()
+    path = tmp_path / "vgg.pth"
+    for data in (whole[:1000] + whole[1100:], whole[: len(whole) // 2], b"\x80\x02.", b""):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=r"vgg.pth is not a readable weight file") as caught:
+            perceptual._trunk_state(path, {"slice1.0.weight": torch.zeros(1)})
+        one_line(caught, path)
+
+
+# --------------------------------------------------------------------------------------------------- benchmark tasks
+
+
+@pytest.mark.parametrize("change", [
+    {"chain": [1]}, {"chain": {"a": 1}}, {"chain": 5}, {"structure": [1]}, {"id": {"a": 1}}, {"split": [1]},
+    {"labels": [10**400] * 3}, {"labels": [2**40] * 3}, {"labels": [1e39] * 3}, {"labels": {"a": 1}}, {"residues": 5},
+], ids=lambda change: str(change)[:30])
+@pytest.mark.parametrize("kind", ["binary", "regression"])
+def test_rows_of_tasks_of_the_wrong_type(tmp_path, change, kind):
+    write_helix(tmp_path, "one", 3)
+    path = tmp_path / "t.jsonl"
+    rows = [{"task": "toy", "kind": kind}, *({"id": "a", "split": split, "structure": "one.pdb", "labels": [0, 1, 0]}
+                                             for split in ("train", "valid", "test"))]
+    rows[1] |= change
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if kind == "regression" and change == {"labels": [2**40] * 3}:
+        assert read_task(path).splits["train"][0].labels.tolist() == [2.0**40] * 3
+        return
+    with pytest.raises(ValueError, match=r"t\.jsonl") as caught:
+        read_task(path)
+    one_line(caught, path)
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, "3", "null", "{", '{"id": ' + "9" * 10_000 + "}"])
+def test_lines_that_are_no_row_of_a_task(tmp_path, line):
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"task": "toy", "kind": "binary"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=r"t.jsonl, line 2: ") as caught:
+        read_task(path)
+    one_line(caught, path)
+
+
+@pytest.mark.parametrize("label", [2**63, 10**400, [1], None, True])
+def test_classes_that_are_none(tmp_path, label):
+    write_helix(tmp_path, "one", 3)
+    path = tmp_path / "t.jsonl"
+    rows = [{"task": "toy", "kind": "classification"}, {"id": "a", "split": "train", "structure": "one.pdb",
+                                                        "label": label}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"t.jsonl") as caught:
+        read_task(path)
+    one_line(caught, path)
 
 
 # ------------------------------------------------------------------------------------------------- gzipped structures

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tokenizer.runtime.npz import map_npy
+
 
 def map_array(path: Path, shape: tuple[int, ...], dtype: npt.DTypeLike, again: str) -> npt.NDArray[Any]:
     """Read-only view of a file of this shape and dtype. again: how to make the file once more, for messages.
@@ -13,11 +15,11 @@ def map_array(path: Path, shape: tuple[int, ...], dtype: npt.DTypeLike, again: s
     ValueError naming the file: absent, damaged, cut short, longer than its header says, another shape or dtype.
     """
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = map_npy(path)
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing; {again}") from error
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is damaged or cut short ({error}); {again}") from error
+    except ValueError as error:
+        raise ValueError(f"{error}; {again}") from error
     if path.stat().st_size != array.offset + array.nbytes:
         raise ValueError(f"{path} is longer than its header says; {again}")
     if array.shape != shape or array.dtype != np.dtype(dtype):

@@ -33,6 +33,21 @@ class Header(NamedTuple):
         return f"{self.dtype} {self.shape}"
 
 
+def read_npy(path: str | Path) -> npt.NDArray[Any]:
+    """The array in an .npy file. FileNotFoundError; ValueError naming the file: damaged, or something else."""
+    return np.array(map_npy(path))
+
+
+def map_npy(path: str | Path) -> "np.memmap[Any, Any]":
+    """The same, mapped into memory: what its header promises must be there."""
+    require_file(path)
+    with parsing(path, "damaged, cut short, or no .npy file"):
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(array, np.memmap):
+            raise ValueError("several arrays")
+    return array
+
+
 class Npz:
     """An .npz file that is open. FileNotFoundError; ValueError, naming file and array, for what is damaged.
 
