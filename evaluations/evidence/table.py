@@ -18,7 +18,7 @@ if not __package__:
 from evaluations.evidence import comparison, store
 from evaluations.evidence.bed import Setting
 from tokenizer.runtime.checkpoint import atomic_write_text
-from tokenizer.runtime.command import command, require_out_file
+from tokenizer.runtime.command import command, make_parser, require_out_file
 from tokenizer.runtime.config import flag_name
 from tokenizer.runtime.distributed import print0
 

@@ -14,12 +14,13 @@ from helices import write_helix
 
 from autoregressive import code_shards
 from evaluations.image_sets import NpzSet
-from protein import structure_data, structure_io
+from protein import structure_io
 from protein.benchmark.tasks import read_task
 from protein.token_files import read_tokens
 from tokenizer import perceptual
 from tokenizer.runtime import config
 from tokenizer.runtime.checkpoint import Checkpointer, load_file
+from tokenizer.runtime.mapped import map_array
 from tokenizer.runtime.npz import Npz, map_npy, read_npy
 from tokenizer.runtime.parsing import brief, parsing, read_json
 
@@ -243,8 +244,7 @@ def test_what_nobody_asked_for_is_not_read(tmp_path):
 def test_arrays_of_code_folders_and_caches(tmp_path, data):
     path = tmp_path / "a.npy"
     path.write_bytes(data)
-    readers = [map_npy, read_npy, code_shards._load_small, lambda p: structure_data._open_array(p, (3,), "<f8"),
-               lambda p: code_shards._open_array(p, (3,), np.dtype("<f8"))]
+    readers = [map_npy, read_npy, code_shards.load_array, lambda p: map_array(p, (3,), "<f8", "make it again")]
     for read in readers:
         with pytest.raises(ValueError, match=r"a\.npy") as caught:
             read(path)

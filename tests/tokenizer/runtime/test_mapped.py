@@ -21,13 +21,13 @@ def test_a_view_of_the_file(path):
 
 @pytest.mark.parametrize(("damage", "message"), [
     (lambda p: p.unlink(), "x.npy is missing; make it again"),
-    (lambda p: p.write_bytes(p.read_bytes()[:-1]), r"x.npy is damaged or cut short \(.*\); make it again"),
-    (lambda p: p.write_bytes(b"junk"), r"x.npy is damaged or cut short \(.*\); make it again"),
-    (lambda p: p.write_bytes(b""), r"x.npy is damaged or cut short \(.*\); make it again"),
+    (lambda p: p.write_bytes(p.read_bytes()[:-1]), r"x.npy: damaged, cut short, or no .npy file \(.*\); make it again"),
+    (lambda p: p.write_bytes(b"junk"), r"x.npy: damaged, cut short, or no .npy file \(.*\); make it again"),
+    (lambda p: p.write_bytes(b""), r"x.npy: damaged, cut short, or no .npy file \(.*\); make it again"),
     (lambda p: p.write_bytes(p.read_bytes() + b"\0"), "x.npy is longer than its header says; make it again"),
     (lambda p: np.save(p, np.zeros((3, 3), np.int32)), r"x.npy holds int32 \(3, 3\), the manifest says int32 \(2, 3\)"),
     (lambda p: np.save(p, np.zeros((2, 3))), r"x.npy holds float64 \(2, 3\), the manifest says int32 \(2, 3\)"),
-    (lambda p: np.save(p, np.array([{}])), r"x.npy is damaged or cut short \(.*\); make it again"),
+    (lambda p: np.save(p, np.array([{}])), r"x.npy: damaged, cut short, or no .npy file \(.*\); make it again"),
 ])
 def test_other_files_are_named(path, damage, message):
     damage(path)
