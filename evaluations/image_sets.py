@@ -101,6 +101,8 @@ class NpzSet(ImageSet):
         return torch.from_numpy(array.astype(np.float64))
 
     def chunks(self, mine: Callable[[int], bool]) -> Iterator[tuple[int, Tensor]]:
+        if not self.count:
+            return
         with Npz(self.path) as file:
             parts = _slices(file.array("arr_0")) if self.header.fortran else file.rows("arr_0", CHUNK)
             for number, pixels in enumerate(parts):

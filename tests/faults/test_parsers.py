@@ -223,6 +223,11 @@ def test_image_sets_that_lie(tmp_path, members, said):
     one_line(caught, path)
 
 
+def test_statistics_alone_have_no_chunks(tmp_path):
+    np.savez(tmp_path / "a.npz", mu=np.zeros(2), sigma=np.eye(2))
+    assert list(NpzSet(tmp_path / "a.npz").chunks(lambda _: True)) == []
+
+
 def test_what_nobody_asked_for_is_not_read(tmp_path):
     """A damaged member beside the images, and one that would inflate to a terabyte."""
     path = npz(tmp_path / "a.npz", arr_0=header((2, 8, 8, 3), "|u1") + bytes(384), other=header((2**37,)) + bytes(8),
