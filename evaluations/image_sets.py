@@ -85,6 +85,8 @@ class NpzSet(ImageSet):
                              "side are read")
         if header.nbytes > header.room:
             raise ValueError(f"{self.path}: arr_0 ends before image {header.room // math.prod(shape[1:])}")
+        if header.nbytes < header.room:
+            raise ValueError(f"{self.path}: arr_0 is longer than its header says: {header}")
         if header.fortran and header.nbytes > MAX_FORTRAN:
             raise ValueError(f"{self.path}: arr_0 is stored in Fortran's order, which cannot be read image by image; "
                              "save np.ascontiguousarray(arr_0)")
