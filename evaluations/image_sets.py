@@ -86,6 +86,8 @@ class NpzSet(ImageSet):
                              "side are read")
         if header.nbytes > header.room:
             raise ValueError(f"{self.path}: arr_0 ends before image {header.room // math.prod(shape[1:])}")
+        if header.nbytes < header.room:
+            raise ValueError(f"{self.path}: arr_0 is longer than its header says: {header}")
         if header.fortran and header.nbytes > MAX_FORTRAN:
             raise ValueError(f"{self.path}: arr_0 is stored in Fortran's order, which cannot be read image by image; "
                              "save np.ascontiguousarray(arr_0)")
@@ -102,6 +104,8 @@ class NpzSet(ImageSet):
         return torch.from_numpy(array.astype(np.float64))
 
     def chunks(self, mine: Callable[[int], bool]) -> Iterator[tuple[int, Tensor]]:
+        if not self.count:
+            return
         with Npz(self.path) as file:
             parts = _slices(file.array("arr_0")) if self.header.fortran else file.rows("arr_0", CHUNK)
             for number, pixels in enumerate(parts):

@@ -193,6 +193,20 @@ def test_more_than_is_there_is_not_allocated(tmp_path):
         file.array("x")
 
 
+def test_a_damaged_shape_does_not_end_an_array_early(tmp_path):
+    """The checksum is compared at the end only: 2 of 3 numbers would be read, and believed."""
+    path = npz(tmp_path / "a.npz", x=header((2,)) + bytes(24), arr_0=header((2, 8, 8, 3), "|u1") + bytes(3 * 192))
+    with Npz(path) as file, pytest.raises(ValueError, match=r"x is longer than its header says: float64 \(2,\)"):
+        file.array("x")
+    with pytest.raises(ValueError, match=r"arr_0 is longer than its header says: uint8 \(2, 8, 8, 3\)"):
+        NpzSet(path)
+    np.savez(tmp_path / "b.npz", x=np.arange(10_000.0))
+    content = (tmp_path / "b.npz").read_bytes()
+    (tmp_path / "b.npz").write_bytes(content.replace(np.float64(9000).tobytes(), np.float64(3).tobytes()))
+    with Npz(tmp_path / "b.npz") as file, pytest.raises(ValueError, match=r"x is damaged \(.*CRC"):
+        file.array("x")
+
+
 def test_arrays_are_read_alone_and_as_they_were(tmp_path):
     arrays = {"a": np.arange(24.0).reshape(2, 3, 4), "f": np.asfortranarray(np.arange(6).reshape(2, 3)),
               "t": np.array(["x", "yz"]), "e": np.zeros((0, 3)), "s": np.float32(4)}
@@ -222,6 +236,11 @@ def test_image_sets_that_lie(tmp_path, members, said):
     with pytest.raises(ValueError, match=said) as caught:
         NpzSet(path)
     one_line(caught, path)
+
+
+def test_statistics_alone_have_no_chunks(tmp_path):
+    np.savez(tmp_path / "a.npz", mu=np.zeros(2), sigma=np.eye(2))
+    assert list(NpzSet(tmp_path / "a.npz").chunks(lambda _: True)) == []
 
 
 def test_what_nobody_asked_for_is_not_read(tmp_path):

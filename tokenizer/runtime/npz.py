@@ -113,9 +113,12 @@ class Npz:
                 yield np.ndarray((part, *header.shape[1:]), header.dtype, self._read(file, name, part * row))
 
     def _require_whole(self, name: str, header: Header) -> None:
+        """Read to its end, an array's checksum is compared: a shape that was damaged must not end it early."""
         if header.nbytes > header.room:
             raise ValueError(f"{self.path}: {name} is cut short: {header} has {header.nbytes} bytes, {header.room} are "
                              "there")
+        if header.nbytes < header.room:
+            raise ValueError(f"{self.path}: {name} is longer than its header says: {header}")
 
     def _read(self, file: IO[bytes], name: str, count: int) -> bytearray:
         """In pieces: what a zip's directory promises need not be there either."""
