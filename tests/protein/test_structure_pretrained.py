@@ -78,6 +78,21 @@ def test_runs_and_exports(tmp_path, chain, quantizer):
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
 
 
+@pytest.mark.parametrize("quantizer", ["vq", "aminoaseed", "ema"])
+def test_codes_of_unit_norm_survive_an_export(tmp_path, chain, quantizer):
+    model = build(quantizer, config=type(SMALL).from_dict(SMALL.to_dict() | {"codebook_l2_norm": True}))
+    assert torch.allclose(model.quantize.codebook.norm(dim=1), torch.ones(SMALL.codebook_size))
+    found = load_structure_tokenizer(save_pretrained(model, tmp_path / "export"))
+    assert found.model.config.codebook_l2_norm
+    same_tokenizer(found, model, chain)
+
+
+def test_older_configurations_have_the_settings_of_their_time():
+    values = SMALL.to_dict()
+    del values["codebook_l2_norm"], values["rotation"]
+    assert type(SMALL).from_dict(values) == SMALL
+
+
 def test_moving_average_and_weights_of_the_last_step(tmp_path, chain):
     model, ema = build(), build(seed=1)
     Checkpointer(tmp_path).save(1, training_state(model, ema))

@@ -125,6 +125,7 @@ def test_gradient_accumulation_is_the_same_step(tmp_path):
     {"warmup_steps": 0, "transition_steps": 0, "losses_as_coded": True},
     {"mixed_precision": "bf16", "num_workers": 1, "overlong": "drop", "max_length": 90},
     {"inverse_folding_weight": 0, "lr_schedule": "constant"},
+    {"codebook_l2_norm": True, "rotation": True},
 ], ids=lambda changes: "-".join(map(str, changes.values())))
 def test_options_train_to_the_end(tmp_path, changes):
     train_provq.main(flags(tmp_path, **({"max_steps": 6, "warmup_steps": 2, "transition_steps": 2} | changes)))
