@@ -1,6 +1,7 @@
 """Runs that end early, on full disks, from damaged files, with numbers that overflow: one line, and nothing lost."""
 
 import errno
+import fcntl
 import json
 import os
 import resource
@@ -8,8 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
-from contextlib import suppress
 from dataclasses import fields
 
 import numpy as np
@@ -244,7 +245,7 @@ def start(trained, tmp_path):
 
     yield start_one
     for process in started:
-        with suppress(ProcessLookupError):
+        if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
 
 
@@ -290,6 +291,24 @@ def test_ctrl_c_twice_ends_at_once(start, tmp_path, processes):
     assert out.count("Ctrl-C again ends at once") == 1
     assert numbered(tmp_path) == []
     assert not [line for line in out.splitlines() if "stopped by a signal" in line]
+
+
+def test_a_terminal_that_closes_takes_no_checkpoint_with_it(trained, tmp_path):
+    """Nothing can be written to it any more, not even the row that is due before the checkpoint."""
+    script, settings = trainer("image", trained)
+    ours, theirs = os.openpty()
+
+    def take_terminal():
+        os.setsid()
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+
+    process = subprocess.Popen([sys.executable, str(script), *to_words(settings | RARELY | {"results_dir": tmp_path})],
+                               stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=take_terminal)
+    os.close(theirs)
+    training_runs.wait_for_row(tmp_path, 2, process)
+    os.close(ours)
+    assert process.wait(timeout=120) == 0
+    assert numbered(tmp_path) == [rows(tmp_path)[-1]["step"]]
 
 
 def test_a_run_under_nohup_outlives_its_terminal(trained, tmp_path):
