@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from tokenizer.runtime.checkpoint import atomic_write_text
-from tokenizer.runtime.parsing import brief, read_json
+from tokenizer.runtime.parsing import brief, from_json, read_json
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -200,10 +200,7 @@ def load(path: str | Path) -> dict[str, Any]:
 
 def parse_object(text: str, where: str) -> dict[str, Any]:
     """A JSON object, such as a line of a JSONL file. ValueError, starting with where: something else."""
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error.msg})") from error
+    value = from_json(text, where)
     if not isinstance(value, dict):
         raise ValueError(f"{where}: holds a {type(value).__name__}, not an object {{...}}")
     return value
