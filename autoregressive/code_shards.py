@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
+from tokenizer.image_classes import MAX_LABEL
 from tokenizer.image_names import write_names
 from tokenizer.runtime import config
 from tokenizer.runtime.checkpoint import atomic_write, atomic_write_json
@@ -175,8 +176,9 @@ def read_llamagen(path: Path, codebook_size: int) -> CodeFiles:
         for what, value in ((codes, row), (labels, label)):
             if value.dtype.kind not in "iu":
                 raise ValueError(f"{what / f'{number}.npy'} holds {value.dtype}, expected whole numbers")
-        if label[0] < 0:
-            raise ValueError(f"{labels / f'{number}.npy'} has the label {label[0]}; labels count from 0")
+        if not 0 <= label[0] < MAX_LABEL:
+            raise ValueError(f"{labels / f'{number}.npy'} has the label {label[0]}; labels count from 0 and are below "
+                             f"{MAX_LABEL}")
         if row.min() < 0 or row.max() >= codebook_size:
             raise ValueError(f"{codes / f'{number}.npy'} has codes in [{row.min()}, {row.max()}], the codebook "
                              f"{codebook_size}; give the right --codebook-size")

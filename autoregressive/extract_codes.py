@@ -181,7 +181,7 @@ def _subsequence(source: ImageSource, places: list[int], names: list[str]) -> li
 def _holds(path: Path, labels: list[int]) -> bool:
     try:
         return np.array_equal(load_array(path), labels)
-    except ValueError:
+    except (ValueError, FileNotFoundError):
         return False
 
 

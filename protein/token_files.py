@@ -51,6 +51,8 @@ class TokenChain:
     tokenizer: str = ""
 
     def __post_init__(self) -> None:
+        if len(self.label) > MAX_NAME:
+            raise ValueError(f"chain {brief(self.label)}: a name of {len(self.label)} characters, at most {MAX_NAME}")
         lengths = {"tokens": len(self.tokens), "sequence": len(self.sequence), "numbers": len(self.numbers)}
         if len(set(lengths.values())) > 1 or not len(self.tokens):
             counts = ", ".join(f"{n} {what}" for what, n in lengths.items())
@@ -62,7 +64,7 @@ class TokenChain:
         parts = ((number, _NUMBER.fullmatch(number)) for number in self.numbers)
         odd = [number for number, part in parts if part is None or abs(int(part[1])) >= _INT32]
         if odd:
-            raise ValueError(f"chain {self.label}: {odd[0]!r} is no residue number")
+            raise ValueError(f"chain {self.label}: {brief(odd[0])} is no residue number")
 
     @property
     def label(self) -> str:

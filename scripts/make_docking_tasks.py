@@ -28,6 +28,7 @@ import numpy as np
 
 from tokenizer.runtime.command import command, make_parser, require_out_folder
 from tokenizer.runtime.config import parse_object
+from tokenizer.runtime.parsing import read_text
 
 PROG = "make_docking_tasks.py"
 
@@ -36,7 +37,7 @@ def read_rows(source: Path) -> list[dict[str, Any]]:
     """ValueError naming file, line and field for what does not fit."""
     rows: list[dict[str, Any]] = []
     seen: set[tuple[str, str]] = set()
-    for number, line in enumerate(source.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_text(source).splitlines(), start=1):
         if not line.strip():
             continue
         where = f"{source}, line {number}"

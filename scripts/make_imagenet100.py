@@ -25,15 +25,14 @@ from tokenizer.image_classes import EXTENSIONS
 from tokenizer.image_names import to_line
 from tokenizer.runtime.checkpoint import atomic_write_json, atomic_write_text
 from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_folder
+from tokenizer.runtime.parsing import read_text
 
 PROG = "scripts/make_imagenet100.sh"
 
 
 def read_classes(path: Path) -> list[str]:
     """WordNet ids of a class list, the first words of its lines, sorted. ValueError: none, repeated, no names."""
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise ValueError(f"--classes {path} is no file")
-    lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line.split() for line in read_text(path).splitlines()]
     names = [words[0] for words in lines if words and not words[0].startswith("#")]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if not names or repeated:

@@ -14,11 +14,13 @@ import numpy as np
 from tokenizer.image_classes import EXTENSIONS, named_classes, numbered_classes
 from tokenizer.image_names import from_line, to_line
 from tokenizer.image_readers import FileImages, ImageOptions, ImageSource
+from tokenizer.runtime.parsing import brief
 
 # Titles of columns, in lower case without "_", "-" and spaces.
 _PATHS = ("path", "filepath", "imagepath", "imgpath", "file", "filename", "image", "imagename", "img", "imagefile")
 _LABELS = ("label", "labels", "class", "classid", "classname", "classlabel", "labelid", "labelname", "target",
            "category", "cls", "y")
+_LONGEST = 400  # characters of a name in a message
 _LABELLED = re.compile(r"(.*?)\s*[\t,]\s*(-?[0-9]+)", re.DOTALL)
 
 
@@ -59,8 +61,8 @@ def _classes(rows: list[_Row], where: list[str], options: ImageOptions) -> tuple
         if row.label is None:
             raise ValueError(f"{where[i]}: no label, though others have one; give all images a label or none")
         if numbers[i] is not None:
-            word = to_line(rows[words[0]].label or "")
-            raise ValueError(f"{where[words[0]]}: the label {word!r} is no number, though others are, such as "
+            word = brief(rows[words[0]].label)
+            raise ValueError(f"{where[words[0]]}: the label {word} is no number, though others are, such as "
                              f"{row.label} in line {row.line}")
     return named_classes([row.label or "" for row in rows])
 
@@ -93,7 +95,7 @@ def _rows(path: Path) -> Iterator[_Row]:
         if found is None:
             raise _not_found(folder, readings[0][0], where)
         if not found[0].lower().endswith(EXTENSIONS):
-            raise ValueError(f"{where}: {to_line(found[0])} is none of {' '.join(EXTENSIONS)}")
+            raise ValueError(f"{where}: {_shown(found[0])} is none of {' '.join(EXTENSIONS)}")
         yield _Row(number, *found)
 
 
@@ -105,10 +107,16 @@ def _find(folder: Path, name: str) -> str | None:
     return None
 
 
+def _shown(name: str) -> str:
+    """A name as messages have it, however long the line is."""
+    line = to_line(name)
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."
+
+
 def _not_found(folder: Path, name: str, where: str) -> Exception:
     if os.path.exists(folder / name):
-        return ValueError(f"{where}: {to_line(str(folder / name))} is no regular file")
-    return FileNotFoundError(f"{where}: no file {to_line(str(folder / name))} (paths count from the list's folder; a "
+        return ValueError(f"{where}: {_shown(str(folder / name))} is no regular file")
+    return FileNotFoundError(f"{where}: no file {_shown(str(folder / name))} (paths count from the list's folder; a "
                              "line is PATH, PATH,LABEL or PATH<tab>LABEL, or has the columns that a first line names, "
                              "such as path,label)")
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from evaluations.evidence.arms import Arm
 from evaluations.evidence.bed import Setting
+from tokenizer.runtime.parsing import from_json, read_text
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,9 +46,9 @@ def read(path: Path) -> list[Result]:
     if not path.exists():
         return []
     results = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
+    for number, text in enumerate(read_text(path).split("\n")[:-1], 1):
         try:
-            line = json.loads(text)
+            line = from_json(text, path)
             run = Run(Arm(**line["options"]), Setting(**line["setting"]), line["seed"])
             results.append(Result(run, line["arm"], line["metrics"], line))
         except (ValueError, KeyError, TypeError) as error:

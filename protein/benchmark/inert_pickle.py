@@ -18,6 +18,8 @@ import numpy as np
 from numpy._core.multiarray import _reconstruct, scalar  # type: ignore[attr-defined]
 from numpy._core.numeric import _frombuffer  # type: ignore[attr-defined]
 
+from tokenizer.runtime.parsing import parsing, require_file
+
 _PLAIN = {
     **{(f"numpy.{core}.{module}", name): value for core in ("core", "_core")  # of NumPy 1 and 2
        for module, name, value in (("multiarray", "_reconstruct", _reconstruct), ("multiarray", "scalar", scalar),
@@ -84,10 +86,12 @@ def loads(content: bytes, source: str) -> Any:
 def load_file(path: str | Path) -> Any:
     """The object in a pickle or in a file of torch.save (torch >= 1.6). ValueError naming the file: neither."""
     path = Path(path)
+    require_file(path)
     if not zipfile.is_zipfile(path):
         return loads(path.read_bytes(), str(path))
-    with zipfile.ZipFile(path) as archive:
+    with parsing(path, "damaged, or no file of torch.save"), zipfile.ZipFile(path) as archive:
         names = [name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl"]
-        if len(names) != 1:
-            raise ValueError(f"{path}: a zip file, but not one of torch.save")
-        return loads(archive.read(names[0]), str(path))
+        content = archive.read(names[0]) if len(names) == 1 else None
+    if content is None:
+        raise ValueError(f"{path}: a zip file, but not one of torch.save")
+    return loads(content, str(path))

@@ -46,6 +46,7 @@ from tokenizer.runtime.checkpoint import atomic_write_json, atomic_write_text
 from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_file
 from tokenizer.runtime.config import parse_object
 from tokenizer.runtime.page import Cell, Table, markdown_table
+from tokenizer.runtime.parsing import read_json, read_text
 
 PROG = "protein/benchmark/sensitivity.py"
 GAP = -10
@@ -176,7 +177,7 @@ def utilisation(tokenizer: ChainTokenizer, chains: Sequence[Chain]) -> dict[str,
 def read_pairs(path: Path) -> tuple[str, list[Pair]]:
     """Name and pairs of a JSONL file. ValueError naming file, line and field."""
     pairs, name = [], ""
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         where = f"{path}, line {number}"
         row = parse_object(line, where)
         needed = ("id", "first", "second") if name else ("pairs",)
@@ -245,7 +246,7 @@ def archive_chains(archive: Archive, name: str) -> list[Chain]:
     """CASP14's or CAMEO's chains. ValueError: none of them can be read."""
     folder = archive.data / "utility" / name
     path = folder / "chain_data_cache.json"
-    keys = json.loads(path.read_text(encoding="utf-8"))
+    keys = read_json(path)
     wanted = []
     for key in keys:
         pdb_id, bar, chain_id = str(key).rpartition("_")

@@ -36,7 +36,7 @@ import numpy.typing as npt
 from protein.structure_io import Chain, read_structure
 from tokenizer.runtime.checkpoint import atomic_write
 from tokenizer.runtime.config import parse_object
-from tokenizer.runtime.parsing import brief, parsing
+from tokenizer.runtime.parsing import brief, parsing, read_text, require_file
 
 KINDS = ("binary", "regression", "classification")
 METRICS = {"binary": "AUROC", "regression": "Spearman's rho", "classification": "macro F1"}
@@ -130,6 +130,7 @@ _Row = tuple[str, dict[str, Any]]  # where it is, for messages, and what it hold
 def task_identity(path: str | Path) -> str:
     """Differs between states of a JSONL file and of the structures that it names. Errors: as of read_task."""
     path = Path(path)
+    require_file(path)  # a pipe would be waited for
     digest = hashlib.sha256(path.read_bytes())
     files: set[str] = set()
     for where, row in _read_rows(path)[2]:
@@ -149,7 +150,7 @@ def _structure_file(where: str, path: Path) -> Path:
 
 def _read_rows(path: Path) -> tuple[TaskSpec, bool, list[_Row]]:
     """What is to be predicted, modified_residues, and the lines of the examples, of which only the split is checked."""
-    lines = [(n, line) for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1) if line.strip()]
+    lines = [(n, line) for n, line in enumerate(read_text(path).splitlines(), start=1) if line.strip()]
     if not lines:
         raise ValueError(f"{path}: empty")
     header = parse_object(lines[0][1], f"{path}, line {lines[0][0]}")

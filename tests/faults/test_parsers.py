@@ -13,16 +13,24 @@ import torch
 from helices import write_helix
 
 from autoregressive import code_shards
+from autoregressive.code_shards import read_llamagen
+from evaluations.evidence import store
 from evaluations.image_sets import NpzSet
+from evaluations.report_runs import read_runs
 from protein import structure_io
-from protein.benchmark.tasks import read_task
+from protein.benchmark import inert_pickle
+from protein.benchmark.sensitivity import read_pairs
+from protein.benchmark.tasks import read_task, task_identity
 from protein.token_files import read_tokens
+from scripts import make_imagenet100
 from tokenizer import perceptual
+from tokenizer.image_sources import open_images
 from tokenizer.runtime import config
 from tokenizer.runtime.checkpoint import Checkpointer, load_file
 from tokenizer.runtime.mapped import map_array
+from tokenizer.runtime.metrics import JsonlFile
 from tokenizer.runtime.npz import Npz, map_npy, read_npy
-from tokenizer.runtime.parsing import brief, parsing, read_json
+from tokenizer.runtime.parsing import brief, parsing, read_json, read_text
 
 
 def one_line(caught, path):
@@ -403,3 +411,87 @@ def test_token_arrays_that_lie(tmp_path, change, said):
     with pytest.raises(ValueError, match=said) as caught:
         read_tokens(path)
     one_line(caught, path)
+
+
+# ------------------------------------------------------------------------------------ what damaging at random has found
+
+
+@pytest.mark.parametrize("read", [
+    read_text, read_task, task_identity, make_imagenet100.read_classes, store.read, inert_pickle.load_file,
+    read_pairs, lambda path: map_array(path, (3,), "<i8", "make it again"),
+], ids=["text", "tasks", "identities", "classes", "evidence", "pickles", "pairs", "arrays"])
+def test_text_that_is_none_and_pipes_are_named(tmp_path, read):
+    path = tmp_path / "a.file"
+    path.write_bytes(b"\x80\x04\xff\xfe{")
+    with pytest.raises(ValueError, match=r"a\.file") as caught:
+        read(path)
+    assert "\n" not in str(caught.value)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match=r"a\.file.* pipe"):
+        read(path)
+
+
+def test_nested_lines_of_logs_and_tasks(tmp_path):
+    path, deep = tmp_path / "a.jsonl", "[" * 100_000
+    path.write_text(f'{{"step": 1}}\n{{"step": {deep}\n')
+    with pytest.raises(ValueError, match=r"a.jsonl, line 2: not JSON") as caught:
+        JsonlFile(path, resume_step=3)
+    one_line(caught, path)
+    with pytest.raises(ValueError, match=r"x, line 3: not JSON"):
+        config.parse_object(deep, "x, line 3")
+    path.write_text('{"step": null}\n')
+    with pytest.raises(ValueError, match=r"line 1: not a JSON object with a step"):
+        JsonlFile(path, resume_step=3)
+
+
+def test_messages_are_short_however_long_a_line_is(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"")
+    path = tmp_path / "list.csv"
+    for content in ("a.png,0\na.png,0" + "y" * 50_000 + "\n", "z" * 50_000 + "\n"):
+        path.write_text(content)
+        with pytest.raises((ValueError, FileNotFoundError), match=r"list.csv, line") as caught:
+            open_images(str(path))
+        assert len(str(caught.value)) < 1500
+    path = tmp_path / "a.fasta"
+    for content in (f">x numbers=1{'y' * 50_000}\n5\n", f">{'x' * 50_000}\n5\n"):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"a.fasta, line 2: chain ") as caught:
+            read_tokens(path)
+        one_line(caught, path)
+
+
+def test_labels_beyond_int32_in_llamagens_folders(tmp_path):
+    for kind, value in (("codes", np.zeros((1, 1, 4), int)), ("labels", np.array([2**62]))):
+        (tmp_path / f"a_{kind}").mkdir()
+        np.save(tmp_path / f"a_{kind}" / "0.npy", value)
+    with pytest.raises(ValueError, match=r"a_labels/0.npy has the label 4611686018427387904; labels count from 0"):
+        read_llamagen(tmp_path, 8)
+
+
+def test_a_zip_with_a_wrong_checksum_is_no_pickle(checkpoint):
+    content = bytearray(checkpoint.read_bytes())
+    content[content.index(b"data.pkl") + 100] ^= 1
+    checkpoint.write_bytes(content)
+    with pytest.raises(ValueError, match=r"0000001.pt: damaged, or no ") as caught:
+        inert_pickle.load_file(checkpoint)
+    one_line(caught, checkpoint)
+
+
+@pytest.mark.parametrize("rows", [np.zeros(2, np.float16), np.array([0, 1], bool)])
+def test_snapshots_whose_rows_are_no_numbers_of_codes(tmp_path, rows):
+    (tmp_path / "latents").mkdir()
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    (tmp_path / "metrics.jsonl").write_text("[" * 100_000 + '\n{"step": 1}\n')
+    np.savez(tmp_path / "latents" / "0000001_x.npz", step=1, stage=1, latents=np.zeros((3, 2)), codes=np.zeros((2, 2)),
+             code_rows=rows, counts=np.zeros(4, int))
+    with zipfile.ZipFile(tmp_path / "latents" / "0000002_y.npz", "w") as archive:
+        for name in ("step", "stage", "latents", "codes", "code_rows", "counts"):
+            archive.writestr(f"{name}.npy", b"")  # numpy then gives bytes
+    for name in ("summary.json", "validation.jsonl", "grid.png", "latents/0000003_z.npz"):
+        os.mkfifo(tmp_path / name)
+    run = read_runs([tmp_path])[0]
+    assert not run.snapshots
+    assert "0000001_x.npz is damaged" in " ".join(run.notes)
+    assert "config.json cannot be read (RecursionError)" in " ".join(run.notes)
+    assert len(run.metrics) == 1

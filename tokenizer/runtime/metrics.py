@@ -23,6 +23,7 @@ from torch import Tensor
 
 from tokenizer.runtime import distributed
 from tokenizer.runtime.checkpoint import atomic_write, located, sync_folder
+from tokenizer.runtime.parsing import reason
 
 TIMING_FIELDS = ("samples_per_second", "elapsed_seconds")  # the only fields of a row that two equal runs may differ in
 _BAR_FIELDS = ("stage", "alpha", "loss")  # what fits beside a progress bar
@@ -56,9 +57,12 @@ class JsonlFile:
         kept = []
         for number, line in enumerate(content.split(b"\n")[:-1], 1):  # what follows the last newline is torn or empty
             try:
-                step = json.loads(line)["step"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{self.path}, line {number}: not a JSON object with a step; repair it") from error
+                row = json.loads(line)
+            except Exception as error:  # RecursionError too, see parsing.py
+                raise ValueError(f"{self.path}, line {number}: not a JSON object with a step ({reason(error)}); repair it") from error
+            step = row.get("step") if isinstance(row, dict) else None
+            if type(step) is not int:
+                raise ValueError(f"{self.path}, line {number}: not a JSON object with a step; repair it")
             if step <= resume_step:
                 kept.append(line + b"\n")
         return kept

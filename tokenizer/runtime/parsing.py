@@ -65,6 +65,13 @@ def require_file(path: str | Path, what: str = "file") -> None:
         raise ValueError(f"{path}: is {kind}; name a file")
 
 
+def read_text(path: str | Path) -> str:
+    """The text of a file, line ends as they are. FileNotFoundError; ValueError naming the file: no file, no UTF-8."""
+    require_file(path)
+    with parsing(path, "cannot be read"):
+        return Path(path).read_bytes().decode("utf-8")
+
+
 def read_json(path: str | Path) -> Any:
     """The value in a JSON file. FileNotFoundError; ValueError naming the file, and the line where it is not JSON."""
     path = Path(path)
