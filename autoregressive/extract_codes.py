@@ -205,6 +205,7 @@ def extract(args: argparse.Namespace, device: torch.device) -> None:
     lock.own(folder, "--code-path")
     if not finished and not prepare_folder(folder, description):  # by another process in the meantime
         distributed.print0(f"{folder} is complete")
+        lock.release(folder)
         return
     distributed.barrier()
     parts = folder / PARTS
@@ -239,6 +240,7 @@ def extract(args: argparse.Namespace, device: torch.device) -> None:
     distributed.barrier()
     if distributed.is_main():
         _finish(folder, description, source, [shard_name(i, len(shards)) for i in range(len(shards))])
+    lock.release(folder)
 
 
 def _is_done(shard: Path, part: Path) -> bool:

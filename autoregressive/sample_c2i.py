@@ -237,6 +237,7 @@ def sample(args: argparse.Namespace, device: torch.device) -> None:
         write_npz(images, args.num_samples, args.out / "samples.npz")
         draw_grid(images, labels, classes, args.out / "grid.png")
         distributed.print0(f"wrote {args.num_samples} images to {args.out}; look at {args.out / 'grid.png'}")
+    lock.release(args.out)
 
 
 def _weights_hash(model: GPT) -> str:

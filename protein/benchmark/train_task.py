@@ -297,6 +297,7 @@ def main(argv: list[str] | None = None) -> None:
             for tokenizer in tokenizers:
                 sweep(cfg, task, tokenizer, device)
                 write_report(root, labels, list(names.values()))
+        lock.release(root)
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"train_task.py: error: {error}") from error
     distributed.finalize()

@@ -1,6 +1,7 @@
 """Runs that end early, on full disks, from damaged files, with numbers that overflow: one line, and nothing lost."""
 
 import errno
+import fcntl
 import json
 import os
 import resource
@@ -8,8 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
-from contextlib import suppress
 from dataclasses import fields
 
 import numpy as np
@@ -47,7 +48,6 @@ def trained(tmp_path_factory):
     base = tmp_path_factory.mktemp("runs")
     train_provq.main(to_words(TINY | {"results_dir": base / "vq"}))
     extract_codes.main(["--vq-ckpt", str(base / "vq"), "--device", "cpu"])
-    lock.release()
     return base
 
 
@@ -229,6 +229,12 @@ def test_a_write_that_fails_names_its_file_and_leaves_none(tmp_path, limit):
 
 # --------------------------------------------------------------------------------------------------------- signals
 
+def take_notice():
+    """Of signals that the tests may have been started without, by nohup or in the background."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.fixture
 def start(trained, tmp_path):
     """start(trainer, ...) -> its process in a session of its own, once it has logged `until` steps to tmp_path."""
@@ -238,14 +244,14 @@ def start(trained, tmp_path):
         script, settings = trainer(name, trained)
         words = to_words(settings | RARELY | {"results_dir": tmp_path} | changes)
         process = training_runs.start(script, words, processes=processes, start_new_session=True,
-                                      preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+                                      preexec_fn=take_notice)
         started.append(process)
         training_runs.wait_for_row(tmp_path, until, process)
         return process
 
     yield start_one
     for process in started:
-        with suppress(ProcessLookupError):
+        if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
 
 
@@ -291,6 +297,25 @@ def test_ctrl_c_twice_ends_at_once(start, tmp_path, processes):
     assert out.count("Ctrl-C again ends at once") == 1
     assert numbered(tmp_path) == []
     assert not [line for line in out.splitlines() if "stopped by a signal" in line]
+
+
+def test_a_terminal_that_closes_takes_no_checkpoint_with_it(trained, tmp_path):
+    """Nothing can be written to it any more, not even the row that is due before the checkpoint."""
+    script, settings = trainer("image", trained)
+    ours, theirs = os.openpty()
+
+    def take_terminal():
+        take_notice()
+        os.setsid()
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+
+    process = subprocess.Popen([sys.executable, str(script), *to_words(settings | RARELY | {"results_dir": tmp_path})],
+                               stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=take_terminal)
+    os.close(theirs)
+    training_runs.wait_for_row(tmp_path, 2, process)
+    os.close(ours)
+    assert process.wait(timeout=120) == 0
+    assert numbered(tmp_path) == [rows(tmp_path)[-1]["step"]]
 
 
 def test_a_run_under_nohup_outlives_its_terminal(trained, tmp_path):

@@ -71,7 +71,7 @@ def located(path: str | Path) -> Iterator[None]:
         found: BaseException | None = error
         while found is not None and not isinstance(found, OSError):
             found = found.__cause__ or found.__context__
-        if found is None or (found.filename is not None and not is_temporary(Path(os.fsdecode(found.filename)).name)):
+        if found is None or (found.filename is not None and not is_temporary(Path(str(found.filename)).name)):
             raise
         if found.errno is None:  # NumPy's "100 requested and 3 written"
             raise OSError(f"{path}: {found}{_free_space(Path(path).parent)}") from error

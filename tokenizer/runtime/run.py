@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -221,12 +221,12 @@ class Run:
                 seed_step(cfg.global_seed, distributed.rank(), step)  # what a step draws depends on the step alone
                 self.done = step + 1
                 yield step
-                stopping = distributed.any_rank(signals.received is not None)
+                stopping = distributed.any_rank(signals.asked)
                 if self.due(cfg.ckpt_every) or stopping:
                     with self.untimed():
                         self.checkpoints.save(self.done, self.state())
                 if stopping:
-                    self.interrupted = signals.received == signal.SIGINT
+                    self.interrupted = signals.interrupted_at is not None
                     if self.done < cfg.max_steps:
                         distributed.print0(f"stopped by a signal at step {self.done}; the same command resumes")
                     break
@@ -329,9 +329,11 @@ class _StopSignals:
     ECHO = 0.5  # seconds; torchrun sends its processes what a terminal may have sent them already
 
     def __init__(self) -> None:
-        self.received: int | None = None
+        self.asked = False
+        self.interrupted_at: float | None = None  # the first Ctrl-C, in seconds
         self._before: dict[int, Any] = {}
-        self._process, self._when = os.getpid(), 0.0
+        self._process = os.getpid()
+        self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
 
     def __enter__(self) -> "_StopSignals":
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -348,17 +350,28 @@ class _StopSignals:
         if os.getpid() != self._process:  # one that loads data: it ends with this one, which needs it until then
             return
         now = time.monotonic()
-        if self.received is None:
-            self.received, self._when = number, now
-            if number != signal.SIGINT:
-                return
-            if distributed.is_main():  # not print, which may be what was interrupted
-                os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again ends at once\n")
-            if not distributed.launched():
-                signal.signal(signal.SIGINT, signal.SIG_DFL)  # needs no Python: also ends what hangs
-        elif self.received == signal.SIGINT and now - self._when > self.ECHO:  # of torchrun the second may be a SIGTERM
-            signal.signal(number, signal.SIG_DFL)
+        again = self.interrupted_at is not None and now - self.interrupted_at > self.ECHO
+        if again and (number == signal.SIGINT or (number == signal.SIGTERM and distributed.launched())):
+            signal.signal(number, signal.SIG_DFL)  # torchrun makes a SIGTERM of the second Ctrl-C
             os.kill(self._process, number)
+        self.asked = True
+        if number == signal.SIGHUP:
+            self._leave_terminals()
+        if number != signal.SIGINT or self.interrupted_at is not None:
+            return
+        self.interrupted_at = now
+        if distributed.is_main():
+            with suppress(OSError):  # not print, which may be what was interrupted
+                os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again ends at once\n")
+        if not distributed.launched():
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # needs no Python: also ends what hangs
+
+    def _leave_terminals(self) -> None:
+        """Writing to one that is gone would raise, before the checkpoint."""
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in self._terminals:
+            os.dup2(nothing, descriptor)
+        os.close(nothing)
 
 
 class Trainer(Protocol):
