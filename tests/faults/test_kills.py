@@ -40,7 +40,6 @@ def codes(tmp_path_factory):
     run = tmp_path_factory.mktemp("codes") / "vq"
     train_provq.main(to_words(IMAGE | {"results_dir": run}))
     extract_codes.main(["--vq-ckpt", str(run), "--device", "cpu"])
-    lock.release()
     return run
 
 

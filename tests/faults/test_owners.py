@@ -61,7 +61,6 @@ def trained(tmp_path_factory):
     base = tmp_path_factory.mktemp("owners")
     train_provq.main(to_words(TINY | {"results_dir": base / "vq"}))
     extract_codes.main(["--vq-ckpt", str(base / "vq"), "--device", "cpu"])
-    lock.release()
     train_c2i.main(["--preset", "digits", *to_words({
         "code_path": base / "vq" / "codes", "vq_ckpt": base / "vq", "results_dir": base / "gpt", "max_steps": 2,
         "global_batch_size": 8, "lr_warmup_steps": 1, "sample_every": 0, "val_size": 8, "device": "cpu"})])
@@ -207,7 +206,6 @@ def test_a_folder_that_was_killed_before_its_first_file_can_be_used(trained, tmp
     (out / f".extraction.json.{checkpoint._HOST}-1-0123abcd.tmp").write_text("")
     extract_codes.main(["--vq-ckpt", str(trained / "vq"), "--code-path", str(out), "--device", "cpu"])
     assert (out / "manifest.json").exists()
-    lock.release()
 
 
 def test_a_cache_begun_by_a_killed_process_is_begun_anew(tmp_path):

@@ -47,7 +47,6 @@ def trained(tmp_path_factory):
     base = tmp_path_factory.mktemp("runs")
     train_provq.main(to_words(TINY | {"results_dir": base / "vq"}))
     extract_codes.main(["--vq-ckpt", str(base / "vq"), "--device", "cpu"])
-    lock.release()
     return base
 
 
@@ -229,6 +228,12 @@ def test_a_write_that_fails_names_its_file_and_leaves_none(tmp_path, limit):
 
 # --------------------------------------------------------------------------------------------------------- signals
 
+def take_notice():
+    """Of signals that the tests may have been started without, by nohup or in the background."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.fixture
 def start(trained, tmp_path):
     """start(trainer, ...) -> its process in a session of its own, once it has logged `until` steps to tmp_path."""
@@ -238,7 +243,7 @@ def start(trained, tmp_path):
         script, settings = trainer(name, trained)
         words = to_words(settings | RARELY | {"results_dir": tmp_path} | changes)
         process = training_runs.start(script, words, processes=processes, start_new_session=True,
-                                      preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+                                      preexec_fn=take_notice)
         started.append(process)
         training_runs.wait_for_row(tmp_path, until, process)
         return process
@@ -299,6 +304,7 @@ def test_a_terminal_that_closes_takes_no_checkpoint_with_it(trained, tmp_path):
     ours, theirs = os.openpty()
 
     def take_terminal():
+        take_notice()
         os.setsid()
         fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
 

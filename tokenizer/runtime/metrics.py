@@ -59,7 +59,8 @@ class JsonlFile:
             try:
                 row = json.loads(line)
             except Exception as error:  # RecursionError too, see parsing.py
-                raise ValueError(f"{self.path}, line {number}: not a JSON object with a step ({reason(error)}); repair it") from error
+                raise ValueError(f"{self.path}, line {number}: not a JSON object with a step ({reason(error)}); "
+                                 "repair it") from error
             step = row.get("step") if isinstance(row, dict) else None
             if type(step) is not int:
                 raise ValueError(f"{self.path}, line {number}: not a JSON object with a step; repair it")
