@@ -435,7 +435,7 @@ def test_text_that_is_none_and_pipes_are_named(tmp_path, read):
 def test_nested_lines_of_logs_and_tasks(tmp_path):
     path, deep = tmp_path / "a.jsonl", "[" * 100_000
     path.write_text(f'{{"step": 1}}\n{{"step": {deep}\n')
-    with pytest.raises(ValueError, match=r"a.jsonl, line 2: not JSON") as caught:
+    with pytest.raises(ValueError, match=r"a.jsonl, line 2: not a JSON object with a step") as caught:
         JsonlFile(path, resume_step=3)
     one_line(caught, path)
     with pytest.raises(ValueError, match=r"x, line 3: not JSON"):
