@@ -1,4 +1,4 @@
-"""Programs that tests/test_runtime.py runs in processes of their own: `runtime_worker.py kill|two|cuda FOLDER`."""
+"""Programs that tests/test_runtime.py runs in processes of their own: `runtime_worker.py kill|two|end|cuda FOLDER`."""
 
 import json
 import math
@@ -188,11 +188,27 @@ def two_process_worker(folder):
     (folder / f"result-{rank}.json").write_text(json.dumps(result))
 
 
+def end_worker(folder):
+    """The threads of a process that has compiled a model, while its group lives and after."""
+    model = torch.nn.Linear(4, 4)
+    torch.compile(model, backend="eager")(torch.ones(2, 4))
+    distributed.gather_objects("work")
+    found = []
+    for when in ("before", "after"):
+        if when == "after":
+            distributed.finalize()
+        found += [(when, (task / "comm").read_text().strip()) for task in Path("/proc/self/task").iterdir()]
+    (folder / "threads.json").write_text(json.dumps(found))
+
+
 def main(mode, folder):
     if mode == "kill":
         kill_worker(folder)
         return
     device = distributed.init("cuda" if mode == "cuda" else "cpu")
+    if mode == "end":
+        end_worker(folder)
+        return
     if mode == "cuda":
         metrics = logger(folder, device=device)
         metrics.add({"loss": distributed.all_reduce_(torch.tensor(3.0, device=device))})

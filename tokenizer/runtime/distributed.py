@@ -14,6 +14,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+# Before any group exists: its functions take the group of the moment of this import as a default. Imported later, as
+# torch.compile does, they hold the group beyond its end, and gloo's threads abort the process at exit now and then.
+import torch.distributed.nn.functional
 from torch import Tensor
 
 # Longer than rank 0 needs to write a checkpoint to slow storage, short enough to notice a lost node the same hour.

@@ -178,6 +178,15 @@ def test_init_numbers_the_cuda_devices(monkeypatch):
         distributed.init("cuda:1")
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are listed by Linux")
+def test_no_thread_outlives_the_group(tmp_path):
+    # a thread of gloo that is left when the interpreter ends can abort the process after all of its work
+    result = launch(*TORCHRUN, "--nproc_per_node=1", WORKER, "end", tmp_path)
+    assert result.returncode == 0, result.stderr
+    threads = json.loads((tmp_path / "threads.json").read_text())
+    assert {when for when, name in threads if "gloo" in name} == {"before"}
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_nccl_group_reduces_on_host_and_device(tmp_path):
