@@ -15,7 +15,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +33,8 @@ from tokenizer.runtime import distributed
 from tokenizer.runtime.checkpoint import atomic_write
 from tokenizer.runtime.npz import Header, Npz
 from tokenizer.runtime.parsing import parsing
+
+T = TypeVar("T", Features, Gaussian)
 
 CHUNK = 250          # images; of 256 x 256 pixels 49 MB
 MAX_SIDE = 2048      # pixels of an .npz's images: a chunk of them has 3 GB
@@ -216,30 +218,44 @@ class FeatureCache:
         """images uint8 (n, 3, H, W), on the CPU -> their features, on the CPU, and the hash of their pixels."""
         digest = pixel_hash(images)
 
-        def compute() -> dict[str, Tensor]:
-            found = extractor(images.to(device))
-            return {k: v.cpu() for k, v in found._asdict().items() if v is not None}
+        def compute() -> Features:
+            pooled, logits, spatial = extractor(images.to(device))
+            return Features(pooled.cpu(), None if logits is None else logits.cpu(),
+                            None if spatial is None else spatial.cpu())
 
-        arrays = self._cached(extractor, f"features-{digest[:40]}", compute)
-        return Features(arrays["pooled"], arrays.get("logits"), arrays.get("spatial")), digest
+        def fits(found: Features) -> bool:
+            parts = [part for part in found if part is not None]
+            return all(part.dtype == torch.float32 and part.dim() == 2 and len(part) == len(images) for part in parts)
+
+        return self._cached(extractor, f"features-{digest[:40]}", Features, compute, fits), digest
 
     def gaussian(self, extractor: Extractor, digest: str, kind: str, features: Tensor) -> Gaussian:
         """The Gaussian of a set's features (N, D); digest: of the set's pixels; kind: "pooled" or "spatial"."""
-        arrays = self._cached(extractor, f"{kind}-{digest[:40]}", lambda: gaussian_statistics(features)._asdict())
-        return Gaussian(**arrays)
+        width = features.shape[1]
 
-    def _cached(self, extractor: Extractor, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        def fits(found: Gaussian) -> bool:
+            return all(part.dtype == torch.float64 and part.shape == (width,) * (i + 1) for i, part in enumerate(found))
+
+        return self._cached(extractor, f"{kind}-{digest[:40]}", Gaussian, lambda: gaussian_statistics(features), fits)
+
+    def _cached(
+        self, extractor: Extractor, name: str, form: type[T], compute: Callable[[], T], fits: Callable[[T], bool]
+    ) -> T:
+        """A named tuple of tensors, or None."""
         if self.folder is None:
             return compute()
         path = self.folder / extractor.sha256[:16] / f"{name}.npz"
         if path.exists():
             try:
                 with parsing(path), np.load(path) as file:
-                    return {key: torch.from_numpy(file[key]) for key in file.files}
+                    kept = form(**{key: torch.from_numpy(file[key]) for key in file.files})
+                    if not fits(kept):
+                        raise ValueError("arrays of other sizes")
+                    return kept
             except ValueError as error:
                 print(f"computing again what the cache should hold: {error}", file=sys.stderr)  # noqa: T201
         found = compute()
-        arrays: dict[str, Any] = {key: value.numpy() for key, value in found.items()}
+        arrays: dict[str, Any] = {key: value.numpy() for key, value in found._asdict().items() if value is not None}
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, lambda file: np.savez(file, **arrays))
         return found

@@ -18,8 +18,6 @@ length, so that long pairs look alike; "per residue" is the score divided by the
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +33,7 @@ import torch.nn.functional as F
 from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 
+from protein.benchmark.archive_files import read_table
 from protein.benchmark.baselines import ChainTokenizer, Tokens, open_tokenizer
 from protein.benchmark.task_archives import Archive, read_chains
 from protein.benchmark.tasks import MAX_LENGTH
@@ -46,7 +45,7 @@ from tokenizer.runtime.checkpoint import atomic_write_json, atomic_write_text
 from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_file
 from tokenizer.runtime.config import parse_object
 from tokenizer.runtime.page import Cell, Table, markdown_table
-from tokenizer.runtime.parsing import read_json, read_text
+from tokenizer.runtime.parsing import brief, from_json, read_json, read_text
 
 PROG = "protein/benchmark/sensitivity.py"
 GAP = -10
@@ -214,21 +213,15 @@ def archive_pairs(archive: Archive, name: str) -> list[Pair]:
     """
     path = archive.data / "sensitivity" / "conformational" / CONFORMATIONS[name]
     wanted = []
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = csv.DictReader(file)
-        if "name" not in (rows.fieldnames or []):
-            raise ValueError(f"{path}, line 1: no column name")
-        last = list(rows.fieldnames or [])[-1]
-        for place, row in enumerate(rows):
-            keys = []
-            for field in ("name", last):
-                pdb_id, dot, chain_id = (row[field] or "").partition(".")
-                if not dot or not pdb_id or not chain_id:
-                    raise ValueError(f"{path}, line {rows.line_num}: {field}: {row[field]!r} is no chain, such as "
-                                     "1abc.A")
-                keys.append((archive.structure(pdb_id), chain_id))
-            if (name, place) not in SKIPPED:
-                wanted.append((f"{row['name']} {row[last]}", keys))
+    for place, (where, row) in enumerate(read_table(path, ("name",))):
+        keys, last = [], [column for column in row if column is not None][-1]
+        for field in ("name", last):
+            pdb_id, dot, chain_id = (row[field] or "").partition(".")
+            if not dot or not pdb_id or not chain_id:
+                raise ValueError(f"{where}: {field}: {brief(row[field])} is no chain, such as 1abc.A")
+            keys.append((archive.structure(pdb_id), chain_id))
+        if (name, place) not in SKIPPED:
+            wanted.append((f"{row['name']} {row[last]}", keys))
     found = read_chains([key for _, keys in wanted for key in keys])
     pairs = []
     for identifier, keys in wanted:
@@ -371,7 +364,7 @@ def output_files(out: Path) -> tuple[Path, Path]:
         require_out_file(file)
     if report.exists():
         try:
-            found = json.loads(report.read_text(encoding="utf-8"))
+            found = from_json(read_text(report), report)
         except ValueError:
             found = None
         if not isinstance(found, dict) or not {"sensitivity", "utilisation"} <= found.keys():

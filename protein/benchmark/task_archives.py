@@ -45,6 +45,7 @@ from protein.benchmark.archive_files import (
 from protein.benchmark.task_splits import SPLITS, Cath, Label, Ratios, split_entries
 from protein.benchmark.tasks import STRUCTTOKENBENCH, Example, Task
 from protein.structure_io import Chain, read_structure
+from tokenizer.runtime.parsing import brief, text_lines
 
 INTERPRO = {"BindInt": "Binding_site", "CatInt": "Active_site", "Con": "Conserved_site", "Rep": "Repeat"}
 BIOLIP = {"BindBio": ("binding residues", 7), "CatBio": ("catalytic residues", 9)}       # column of BioLiP_nr.txt
@@ -322,10 +323,10 @@ def _atlas(archive: Archive, name: str, left_out: Counter[str]) -> _Found:
     folder, cath = archive.data / "physicochemical" / "atlas", archive.cath()
     path = folder / "2022_06_13_ATLAS_pdb.txt"
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for where, line in text_lines(path):
         match = re.fullmatch(r"(\w{4})_(\w)", line.strip())
         if not match:
-            raise ValueError(f"{path}, line {number}: {line!r} is no chain such as 1abc_A")
+            raise ValueError(f"{where}: {brief(line)} is no chain such as 1abc_A")
         entry, sequence = atlas_entry(folder, match[0], name)
         label = cath.label(match[1], match[2], sequence)
         if label is None:

@@ -326,9 +326,10 @@ def load_prepared(path: Path, source: str) -> Task | None:
         return None
     with parsing(path, "damaged, delete it to make it anew"), np.load(path) as file:
         description = json.loads(str(file["description"]))
-        if description["source"] != source:
-            return None
-        arrays = {name: file[name] for name in file.files}
+        return _prepared(description, dict(file)) if description["source"] == source else None
+
+
+def _prepared(description: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[Any]]) -> Task:
     ends = np.cumsum(arrays["length"])
     sequence = str(arrays["sequence"])
     chains = []
