@@ -17,7 +17,7 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from evaluations.evidence import table
+from evaluations.evidence import selection
 from tokenizer.runtime.checkpoint import atomic_write_text
 from tokenizer.runtime.command import CannotContinue, command, make_parser
 from tokenizer.runtime.distributed import print0
@@ -32,15 +32,16 @@ def filled(text: str, results: Path = RESULTS) -> tuple[str, int]:
 
     CannotContinue: a table's command line is none, or its file is not there.
     """
-    count = 0
+    parser, count = make_parser("a table of the document", None), 0
+    selection.add_flags(parser)
 
     def write(match: re.Match[str]) -> str:
         nonlocal count
         count += 1
         try:
-            args = table.parse_args(shlex.split(match["words"]))
+            args = parser.parse_args(shlex.split(match["words"]))
             args.results = [results / path for path in args.results]
-            return f"{match[1]}{table.render(args)}{match['end']}"
+            return f"{match[1]}{selection.render(args)}{match['end']}"
         except (SystemExit, OSError, ValueError) as error:
             raise CannotContinue(f"<!-- table: {match['words']} -->: {error}") from error
 
