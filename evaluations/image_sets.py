@@ -13,11 +13,12 @@ import math
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
@@ -223,24 +224,13 @@ class FeatureCache:
             return Features(pooled.cpu(), None if logits is None else logits.cpu(),
                             None if spatial is None else spatial.cpu())
 
-        def fits(found: Features) -> bool:
-            parts = [part for part in found if part is not None]
-            return all(part.dtype == torch.float32 and part.dim() == 2 and len(part) == len(images) for part in parts)
-
-        return self._cached(extractor, f"features-{digest[:40]}", Features, compute, fits), digest
+        return self._cached(extractor, f"features-{digest[:40]}", Features, compute), digest
 
     def gaussian(self, extractor: Extractor, digest: str, kind: str, features: Tensor) -> Gaussian:
         """The Gaussian of a set's features (N, D); digest: of the set's pixels; kind: "pooled" or "spatial"."""
-        width = features.shape[1]
+        return self._cached(extractor, f"{kind}-{digest[:40]}", Gaussian, lambda: gaussian_statistics(features))
 
-        def fits(found: Gaussian) -> bool:
-            return all(part.dtype == torch.float64 and part.shape == (width,) * (i + 1) for i, part in enumerate(found))
-
-        return self._cached(extractor, f"{kind}-{digest[:40]}", Gaussian, lambda: gaussian_statistics(features), fits)
-
-    def _cached(
-        self, extractor: Extractor, name: str, form: type[T], compute: Callable[[], T], fits: Callable[[T], bool]
-    ) -> T:
+    def _cached(self, extractor: Extractor, name: str, form: type[T], compute: Callable[[], T]) -> T:
         """A named tuple of tensors, or None."""
         if self.folder is None:
             return compute()
@@ -248,17 +238,29 @@ class FeatureCache:
         if path.exists():
             try:
                 with parsing(path), np.load(path) as file:
-                    kept = form(**{key: torch.from_numpy(file[key]) for key in file.files})
-                    if not fits(kept):
-                        raise ValueError("arrays of other sizes")
-                    return kept
+                    kept = dict(file)
+                    if str(kept.pop(_DIGEST, None)) != _digest(kept):
+                        raise ValueError("other contents than were written")
+                    return form(**{key: torch.from_numpy(value) for key, value in kept.items()})
             except ValueError as error:
                 print(f"computing again what the cache should hold: {error}", file=sys.stderr)  # noqa: T201
         found = compute()
         arrays: dict[str, Any] = {key: value.numpy() for key, value in found._asdict().items() if value is not None}
+        arrays[_DIGEST] = _digest(arrays)
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, lambda file: np.savez(file, **arrays))
         return found
+
+
+_DIGEST = "sha256"  # of the other arrays of a file
+
+
+def _digest(arrays: Mapping[str, npt.NDArray[Any]]) -> str:
+    """Names, types and sizes as well: zip's checksums do not notice an array that was exchanged."""
+    digest = hashlib.sha256()
+    for name, array in arrays.items():
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode() + array.tobytes())
+    return digest.hexdigest()
 
 
 class SetFeatures(NamedTuple):

@@ -244,7 +244,7 @@ def archive_chains(archive: Archive, name: str) -> list[Chain]:
     for key in keys:
         pdb_id, bar, chain_id = str(key).rpartition("_")
         if not bar:
-            raise ValueError(f"{path}: {key!r} is no chain such as 1abc_A")
+            raise ValueError(f"{path}: {brief(key)} is no chain such as 1abc_A")
         wanted.append((folder / "data_dir" / f"{pdb_id}.cif", chain_id))
     chains = [chain for chain in read_chains(wanted).values() if isinstance(chain, Chain)]
     if not chains:

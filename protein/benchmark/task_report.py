@@ -38,6 +38,10 @@ def read_result(path: Path) -> dict[str, Any]:
         if wrong:
             raise ValueError(f"{wrong[0]}: {brief(found.get(wrong[0]))}")
         METRICS[found["kind"]]
+        if not (len(found["codebook"]) == 2 and all(type(size) is int for size in found["codebook"])):
+            raise ValueError(f"codebook: {brief(found['codebook'])}")
+        if not all(type(part[name]) is int for part in found["counts"].values() for name in ("chains", "labels")):
+            raise ValueError(f"counts: {brief(found['counts'])}")
         for protocol in PROTOCOLS:
             part = found["protocols"][protocol]
             for value in (part["score"], *(part["tests"][split] for split in found["tests"])):

@@ -157,12 +157,13 @@ def _read_rows(path: Path) -> tuple[TaskSpec, bool, list[_Row]]:
     name, kind = _string(f"{path}, line {lines[0][0]}", header, "task"), header.get("kind")
     unknown = [key for key in header if key not in ("task", "kind", "category", "modified_residues")]
     if kind not in KINDS or unknown:
-        wrong = f"kind: {kind!r} is none of {', '.join(KINDS)}" if kind not in KINDS else f"unknown field {unknown[0]}"
+        wrong = f"unknown field {unknown[0][:100]}" if kind in KINDS else (
+            f"kind: {brief(kind)} is none of {', '.join(KINDS)}")
         raise ValueError(f"{path}, line {lines[0][0]}: {wrong}")
     rows = [(f"{path}, line {n}", parse_object(line, f"{path}, line {n}")) for n, line in lines[1:]]
     modified = header.get("modified_residues", True)
     if not isinstance(modified, bool):
-        raise ValueError(f"{path}, line {lines[0][0]}: modified_residues: {modified!r} is neither true nor false")
+        raise ValueError(f"{path}, line {lines[0][0]}: modified_residues: {brief(modified)} is neither true nor false")
     order = list(dict.fromkeys(_string(where, row, "split") for where, row in rows))
     tests = tuple(split for split in order if split not in ("train", "valid"))
     absent = [split for split in ("train", "valid") if split not in order]
@@ -184,7 +185,7 @@ def read_task(path: str | Path) -> Task:
     for where, row in rows:
         split, identifier = row["split"], _string(where, row, "id")
         if (split, identifier) in seen:
-            raise ValueError(f"{where}: id: {identifier!r} is there twice in split {split}")
+            raise ValueError(f"{where}: id: {brief(identifier)} is there twice in split {split}")
         seen.add((split, identifier))
         chain = _chain(where, row, path.parent, modified, files)
         task.splits[split].append(Example(identifier, chain, _labels(where, row, chain, spec, task.classes)))
@@ -269,7 +270,7 @@ def _labels(
         raise ValueError(f"{where}: residues: must be a list of words, the residue numbers")
     if spec.kind == "classification":
         if str(row["label"]) not in classes:
-            raise ValueError(f"{where}: label: {row['label']!r} does not occur in the training split")
+            raise ValueError(f"{where}: label: {brief(row['label'])} does not occur in the training split")
         places = np.arange(len(chain)) if residues is None else align_ids(residues, residue_ids(chain))
         out[places[places >= 0]] = classes.index(str(row["label"]))
         return out
