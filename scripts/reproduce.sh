@@ -93,8 +93,8 @@ flags_of() {
         simvq-soft) echo --quantizer simvq --warmup-steps 0 ;;
         aminoaseed) echo --quantizer aminoaseed --warmup-steps 0 --transition-steps 0 ;;
         aminoaseed-provq) echo --quantizer aminoaseed ;;
-        linear | exp | hard) echo --schedule "$1" ;;
-        lambda-*) echo --loss-floor "${1#lambda-}" ;;
+        linear | exp | hard) echo --transition "$1" ;;
+        lambda-*) echo --loss-lambda "${1#lambda-}" ;;
     esac
 }
 
