@@ -28,7 +28,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 PATCHED = re.compile(r"`[\w/]+\.py`:\n\n(?=```diff)")  # a file of the repository that the patch is for, not of ours
 OUR_PATH = re.compile(rf"(?:{'|'.join(FOLDERS)})/[\w.*/-]*|[\w*]+\.(?:py|sh)")
-CASES = re.compile(r"^ +(--[\w-]+)\)", re.MULTILINE)  # flags that a shell script reads itself
+OWN_FLAG = re.compile(r"^ +(--[\w-]+)\)", re.MULTILINE)  # flags that a shell script reads itself
 FORWARDS = re.compile(r'\$ROOT/([\w/]+\.py)" "\$@"')  # a shell script that hands its flags on
 
 
@@ -102,7 +102,7 @@ def flags_of(script):
         return flags(script)
     text = script.read_text(encoding="utf-8")
     target = FORWARDS.search(text)
-    return flags(script.parents[1] / target[1]) if target else set(CASES.findall(text))
+    return flags(script.parents[1] / target[1]) if target else set(OWN_FLAG.findall(text))
 
 
 # ---------------------------------------------------------------------------------------------------------- checks
@@ -171,7 +171,8 @@ def check_flags_in_prose(root):
                     yield f"{path}:{line}: no script has a flag {flag}"
 
 
-PARSER = """if __name__ == "__main__":
+PARSER = """import argparse
+if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--out")
     parser.add_argument("--flip", action=argparse.BooleanOptionalAction)
