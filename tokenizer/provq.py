@@ -697,14 +697,15 @@ def _search_blocks(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     # Distances do not change, but a common offset would cancel catastrophically in |e|^2 - 2xe. (Not the mean: one code
     # far out would drag it along. On a GPU the median has no deterministic form, for use_deterministic_algorithms.)
     centre = codes.sort(0).values[(len(codes) - 1) // 2] if codes.is_cuda else codes.median(0).values
-    x, codes, threads = x - centre, codes - centre, torch.get_num_threads()
+    x, codes = x - centre, codes - centre
     sq, elements = codes.square().sum(1), len(x) * len(codes)
     with torch.autocast(x.device.type, enabled=False):
         if x.device.type != "cpu" or len(codes) <= 256 or elements < 2**18:
             value, index = _search_whole(x, codes, sq)
-        elif elements < 2**24 or threads == 1 or _is_compiling() or torch.jit.is_tracing():
+        elif elements < 2**24 or _is_compiling() or torch.jit.is_tracing() or torch.get_num_threads() == 1:
             value, index = _search_groups(x, codes, sq)
         else:  # a share of the rows each: threads that meet after every block wait for one another on busy cores
+            threads = torch.get_num_threads()
             with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
                 found = list(pool.map(lambda share: _search_groups(share, codes, sq), x.chunk(threads)))
             torch.set_num_threads(threads)  # a thread has its own number, but begins with the last one that was set
@@ -725,7 +726,7 @@ def _search_whole(x: Tensor, codes: Tensor, sq: Tensor) -> tuple[Tensor, Tensor]
 
 def _search_groups(x: Tensor, codes: Tensor, sq: Tensor) -> tuple[Tensor, Tensor]:
     # A CPU finds a minimum with its index by scalars, without it by vectors: first of each group, then of one group.
-    width = max(64, math.isqrt(len(codes)) // 64 * 64)
+    width = max(64, int(len(codes) ** 0.5) // 64 * 64)
     pad, rows = -len(codes) % width, min(len(x), max(128, 2 * CPU_SEARCH_ELEMENTS // len(codes)))
     sq = F.pad(sq, (0, pad), value=math.inf).view(-1, 1, width)
     groups = F.pad(codes, (0, 0, 0, pad)).view(len(sq), width, -1).transpose(1, 2)

@@ -129,6 +129,13 @@ def test_threads_share_the_tokens_and_change_nothing(no_grad):
     assert torch.equal(alone, torch.cdist(x.detach().double(), codes.detach().double()).argmin(1))
 
 
+@pytest.mark.parametrize("k", [100, 1000])
+def test_a_compiled_search_is_one_graph_with_the_same_result(k):
+    x, codes = _normal(3000, 4), _normal(k, 4, seed=1)
+    compiled = torch.compile(nearest_code, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x, codes), nearest_code(x, codes))
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to measure memory")
 def test_search_and_kmeans_never_hold_the_distance_matrix():
     # 65536 x 16384 distances are 4 GiB in float32; the whole process must stay under 2 GB. That takes more than
