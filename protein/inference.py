@@ -11,7 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from protein.structure_io import Chain, find_structures, read_structure, structure_name
+from protein.structure_io import Chain, read_structure
+from protein.structure_sources import find_structures, structure_name
 
 MAX_RESIDUES = 4096  # of a batch, padding included; longer chains go alone
 

@@ -22,7 +22,8 @@ if not __package__:
 from tqdm import tqdm
 
 from protein.structure_data import write_cache
-from protein.structure_io import EXTENSIONS, Chain, Failure, find_structures, iterate_folder
+from protein.structure_io import EXTENSIONS, Chain
+from protein.structure_sources import Failure, find_structures, iterate_folder
 from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_folder
 from tokenizer.runtime.distributed import print0
 

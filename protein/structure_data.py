@@ -32,7 +32,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from protein.losses import PADDING, sequence_ids
-from protein.structure_io import ATOMS, Chain, Failure, iterate_folder
+from protein.structure_io import ATOMS, Chain
+from protein.structure_sources import Failure, iterate_folder
 from tokenizer.runtime import config, distributed, lock
 from tokenizer.runtime.checkpoint import atomic_write, atomic_write_json, atomic_write_text, located, sync_folder
 from tokenizer.runtime.mapped import map_array

@@ -10,17 +10,9 @@ import pytest
 from biotite.structure.io import pdbx
 from structure_files import peptide, random_chain, same, save_structure
 
-from protein.structure_io import (
-    ATOMS,
-    Chain,
-    Failure,
-    find_structures,
-    iterate_folder,
-    read_folder,
-    read_structure,
-    structure_name,
-    write_structure,
-)
+from protein.atom_files import ATOMS
+from protein.structure_io import Chain, read_structure, write_structure
+from protein.structure_sources import Failure, find_structures, iterate_folder, read_folder, structure_name
 
 
 @pytest.fixture
