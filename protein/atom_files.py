@@ -337,13 +337,12 @@ def _cif_atoms(path: Path, text: dict[str, npt.NDArray[np.str_]], values: dict[s
 
     def column(*names: str, default: npt.NDArray[np.str_] | None = None) -> npt.NDArray[np.str_]:
         """The first of the columns that is there, unknown values from the next."""
-        there = [text[name] for name in names if name in text]
-        if not there and default is None:
+        there = [text[name] for name in names if name in text] + ([] if default is None else [default])
+        if not there:
             raise ValueError(f"{path}: its atoms have no {' or '.join(names)}, which backbones need")
-        out = there[0] if there else default
+        out = there[0]
         for other in there[1:]:
             out = np.where(np.isin(out, NONE), other, out)
-        assert out is not None
         return out
 
     models = column("pdbx_pdb_model_num", default=filled)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,8 @@ class Residues(NamedTuple):
     repeated: npt.NDArray[np.bool_]   # its chain has had this number before, and no atoms were missing there
 
     def rows(self, which: npt.NDArray[np.int64]) -> Residues:
-        return Residues(*(column[which] for column in self))
+        columns: tuple[npt.NDArray[Any], ...] = self
+        return Residues(*(column[which] for column in columns))
 
 
 def assemble(atoms: Atoms, altloc: str) -> Residues:
@@ -92,7 +93,7 @@ def residue_slots(atoms: Atoms) -> tuple[npt.NDArray[np.int64], set[int]]:
         own: dict[tuple[str, int, str], int] = {}  # slots of this block
         for i in block:
             known = (own if copy else latest).get(keys[i])
-            if known is None or not (again and not copy) and not _joins(slots[known], names[i], parts[i]):
+            if known is None or (not (again and not copy) and not _joins(slots[known], names[i], parts[i])):
                 known = len(slots)
                 slots.append({})
                 if copy:
@@ -130,7 +131,7 @@ def _joins(slot: dict[str, set[tuple[str, str]]], name: str, part: list[tuple[st
     if any(atom in here and not (altloc and all(mark[1] for mark in own if mark[0] == atom)) for atom, altloc in part):
         return False
     others = [mark for kind, marks in slot.items() if kind != name for mark in marks]
-    return not others or all(altloc for _, altloc in part) and all(altloc for _, altloc in others)
+    return not others or (all(altloc for _, altloc in part) and all(altloc for _, altloc in others))
 
 
 def _one_conformation(atoms: Atoms, slot: npt.NDArray[np.int64], altloc: str) -> npt.NDArray[np.bool_]:
@@ -192,7 +193,7 @@ def chain_rows(residues: Residues, modified_residues: bool) -> dict[str, npt.NDA
     bonds tell them apart, and next to unobserved residues, where there are none, a place inside the chain. One of an
     unknown kind needs bonds on both sides.
     """
-    whole = np.isfinite(residues.coords[:, :3]).all((1, 2))
+    whole = np.asarray(np.isfinite(residues.coords[:, :3]).all((1, 2)))
     known = np.isin(residues.name, list(amino_acids()))
     # Force fields have names that the PDB does not.
     candidate = known | whole if modified_residues else known & ~residues.hetero
@@ -201,7 +202,8 @@ def chain_rows(residues: Residues, modified_residues: bool) -> dict[str, npt.NDA
     for chain_id in ids:
         rows = np.flatnonzero(candidate & (residues.chain == chain_id))
         bonded = _bonded(residues, rows)
-        both = np.append(bonded, False) & np.insert(bonded, 0, False)
+        both = np.zeros(len(rows), dtype=bool)
+        both[1:-1] = bonded[1:] & bonded[:-1]
         sure = residues.polymer[rows] & whole[rows]
         rows = rows[known[rows] | ~residues.hetero[rows] | both | sure]
         hetero, part = residues.hetero[rows], np.concatenate([[0], np.cumsum(~_bonded(residues, rows))])
@@ -214,8 +216,12 @@ def chain_rows(residues: Residues, modified_residues: bool) -> dict[str, npt.NDA
 
 def _bonded(residues: Residues, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
     """(R - 1,) bool: from residue to residue."""
-    gap = residues.coords[rows[1:], 0] - residues.coords[rows[:-1], 2]
-    return np.asarray(np.linalg.norm(gap, axis=-1) < MAX_BOND)
+    return _near(residues.coords[rows[:-1], 2], residues.coords[rows[1:], 0])
+
+
+def _near(one: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
+    """Whether C and N, (..., 3), have a bond; not where one of them is absent."""
+    return np.asarray(np.linalg.norm(one - other, axis=-1) < MAX_BOND)
 
 
 def _inside(numbers: npt.NDArray[np.int64], linked: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
@@ -232,9 +238,8 @@ def _with_bonded(residues: Residues, rows: npt.NDArray[np.int64], others: npt.ND
                  ) -> npt.NDArray[np.int64]:
     """rows, and of the others, which stand elsewhere in the file, those that bonds put between two neighbours."""
     for other in others.tolist():
-        before = np.linalg.norm(residues.coords[rows[:-1], 2] - residues.coords[other, 0], axis=-1) < MAX_BOND
-        after = np.linalg.norm(residues.coords[rows[1:], 0] - residues.coords[other, 2], axis=-1) < MAX_BOND
-        places = np.flatnonzero(before & after)
+        places = np.flatnonzero(_near(residues.coords[rows[:-1], 2], residues.coords[other, 0])
+                                & _near(residues.coords[other, 2], residues.coords[rows[1:], 0]))
         if len(places) == 1:
             rows = np.insert(rows, places[0] + 1, other)
     return rows

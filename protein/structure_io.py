@@ -194,7 +194,7 @@ def read_content(
     kind = _extension(path)
     atoms, facts = parse_atoms(path, kind, _inflated(path, load(path)), model, plddt_from)
     _check_facts(path, facts, max_resolution, max_r_free, min_plddt if plddt_from == "b_factor" else None)
-    name = _stem(path) if name is None else name
+    name = file_stem(path) if name is None else name
     found = _chains(path, atoms, name, altloc, modified_residues)
     if chains is None:
         kept = [chain for chain in found.values() if chain.mask.any()]
@@ -252,7 +252,7 @@ def _extension(path: Path) -> str:
     return {".ent": ".pdb", ".pdb1": ".pdb", ".mmcif": ".cif"}.get(suffixes[-1], suffixes[-1])
 
 
-def _stem(path: Path) -> str:
+def file_stem(path: Path) -> str:
     name = path.name[:-3] if path.name.lower().endswith(".gz") else path.name
     return name.rpartition(".")[0]
 

@@ -37,7 +37,8 @@ from protein.benchmark.task_archives import Archive
 from protein.benchmark.tasks import read_task, task_identity
 from protein.pretrained import load_structure_tokenizer
 from protein.pretrained import save_pretrained as save_structure_tokenizer
-from protein.structure_data import open_structures, write_cache
+from protein.structure_cache import write_cache
+from protein.structure_data import open_structures
 from protein.structure_io import read_structure
 from protein.structure_sources import find_structures
 from protein.token_files import TokenChain, read_tokens, write_tokens

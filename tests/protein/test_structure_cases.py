@@ -1,4 +1,4 @@
-"""Files of other programs that were once misread: those beside the checkout by their table, and small ones made here."""
+"""Files that were once misread: those beside the checkout by their table, and small ones made here."""
 
 import dataclasses
 import functools
@@ -56,7 +56,7 @@ def test_cases_of_chain_ids(name, ids, plain):
 
 @needs_cases
 def test_the_other_cases(plain):
-    with pytest.warns(StructureWarning, match=r"repeatchain\.pdb: chain 'B' repeats the numbers of 12 of its 24 residu"):
+    with pytest.warns(StructureWarning, match=r"repeatchain\.pdb: chain 'B' repeats the numbers of 12 of its 24"):
         (twice,) = read_structure(STRUCTURES / "repeatchain.pdb")
     assert twice.sequence == PLAIN * 2
     assert twice.residue_index()[12] == 11 + 33
@@ -229,7 +229,7 @@ def test_one_segment_id_is_no_chain_id(save):
 
 
 @pytest.mark.parametrize("name", ["1abc.pdb1", "1abc.pdb1.gz"])
-def test_biological_assemblies(save, tmp_path, name):
+def test_biological_assemblies(save, name):
     rows = [dataclasses.replace(row, model=model, xyz=row.xyz + shift) for model, shift in ((1, 0.0), (2, 40.0))
             for row in peptide("ALA", "CYS")]
     path = save(pdb_text(rows), name)
@@ -243,7 +243,7 @@ def test_biological_assemblies(save, tmp_path, name):
 
 
 def gemmi_chains(gemmi, path):
-    """Chain id -> (letters, CA coordinates) of amino acids whose backbone is whole, alternatives but the first left out."""
+    """Chain id -> (letter, CA) of each amino acid whose backbone is whole; alternatives but the first are left out."""
     if path.name.endswith(".cif"):
         structure = gemmi.read_structure(str(path))
     else:  # without elements and charges: programs write serial numbers there, which gemmi refuses
