@@ -202,7 +202,7 @@ def test_a_resumed_folder_equals_an_uninterrupted_one(base, run, tmp_path, monke
     assert "holds other files" in fails(run, encode, *words, tmp_path / "other")
 
 
-def test_a_killed_command_goes_on_with_another_number_of_processes(base, run, tmp_path):
+def test_a_killed_command_goes_on_with_another_number_of_processes(base, tmp_path):
     many = tmp_path / "many"
     many.mkdir()
     for i in range(60):
@@ -289,7 +289,7 @@ def predicted(path, plddt, **files):
     return save_structure(path, rows, **files)
 
 
-def test_residues_of_a_low_plddt_are_masked_and_plddt_is_kept(base, run, tmp_path):
+def test_residues_of_a_low_plddt_are_masked_and_plddt_is_kept(run, tmp_path):
     path = predicted(tmp_path, [90, 40, 70, 69.9])
     (chain,) = read_structure(path, min_plddt=70)
     assert chain.mask.tolist() == [True, False, True, False]

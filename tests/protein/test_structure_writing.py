@@ -36,7 +36,7 @@ def test_folder_in_order_with_names_from_its_root(save, tmp_path):
     assert structure_name(tmp_path / "sub/c.v2.bcif", tmp_path) == "sub/c.v2"
     save(rows, "b.pdb")
     save(rows, "a.pdb")
-    with pytest.warns(StructureWarning, match=r"several formats of 2 entries; a\.pdb, for one, is read, and not a\.pdb\.gz"):
+    with pytest.warns(StructureWarning, match=r"of 2 entries; a\.pdb, for one, is read, and not a\.pdb\.gz"):
         assert [path.name for path in find_structures(tmp_path)] == ["a.pdb", "b.cif", "c.v2.bcif"]
 
 
