@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from protein.language import Vocabulary
 from protein.token_files import FORMATS, TokenChain, read_tokens, write_tokens
 from tokenizer.runtime import config, distributed, lock
 from tokenizer.runtime.checkpoint import atomic_write, atomic_write_json
@@ -112,6 +113,27 @@ def iterate_tokens(paths: Sequence[Path]) -> Iterator[list[TokenChain]]:
     for path in paths:
         for file in token_files(path):
             yield read_tokens(file)
+
+
+def vocabulary_of(paths: Sequence[Path], num_codes: int | None) -> Vocabulary:
+    """The words of token files and folders; num_codes: K, which only folders record.
+
+    ValueError: nobody says K, or tokens of several tokenizers.
+    """
+    said, hashes = set() if num_codes is None else {num_codes}, set()
+    for path in paths:
+        if path.is_dir():
+            token_files(path)
+            said.add(int(config.load(path / MANIFEST)["codes"]))
+    for part in iterate_tokens(paths):
+        hashes |= {chain.tokenizer for chain in part}
+    if len(said) != 1:
+        told = ", ".join(map(str, sorted(said))) or "nothing"
+        raise ValueError(f"--num-codes: the number of the tokenizer's codes is not clear ({told}); give it, once")
+    if len(hashes) > 1:
+        raise ValueError(f"{', '.join(map(str, paths))}: tokens of {len(hashes)} tokenizers ("
+                         f"{', '.join(sorted(h[:8] or 'unknown' for h in hashes))}) are different languages")
+    return Vocabulary(said.pop(), hashes.pop())
 
 
 def join_shards(folder: Path, count: int, kind: str, out: Path) -> None:
