@@ -7,7 +7,7 @@ give the same `StructureSet`. Everything random about an item is a function of (
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -127,21 +127,23 @@ def entry(name: str) -> str:
 
 
 def hold_out_entries(
-    structures: StructureSet, indices: npt.NDArray[np.int64], fraction: float, seed: int
+    structures: StructureSet, indices: npt.NDArray[np.int64], fraction: float, seed: int,
+    clusters: Sequence[str] | None = None,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Divide chains into training and held-out ones by entries: indices (n,) -> two arrays of them, ascending.
 
     fraction of the entries, at least one if it is not 0, is held out: those with the smallest hash of seed and entry.
     So who is held out depends on the names only, and few change sides when others join. Sequences may still be alike
-    on both sides: cluster them and use two folders, if that matters.
+    on both sides; clusters, the name of each chain's (see clusters.py), are held out instead of entries if given.
 
     Raises ValueError when nothing would be left to train on.
     """
-    entries = {int(i): entry(structures.names[i]) for i in indices}
+    entries = {int(i): entry(structures.names[i]) if clusters is None else clusters[i] for i in indices}
     ranked = sorted(set(entries.values()), key=lambda e: hashlib.sha256(f"{seed}/{e}".encode()).digest())
     size = max(1, round(fraction * len(ranked))) if fraction else 0
     if size >= len(ranked):
-        raise ValueError(f"cannot hold out {size} of {len(ranked)} entries (such as {ranked[0]}; names alike up to the "
+        what = "entries" if clusters is None else "clusters"
+        raise ValueError(f"cannot hold out {size} of {len(ranked)} {what} ({ranked[0]}, for one; names alike up to the "
                          'first "_" are one): one at least must remain for training. Validate on a folder of its own')
     chosen = set(ranked[:size])
     held_out = np.array([entries[int(i)] in chosen for i in indices], dtype=bool)
@@ -156,15 +158,17 @@ class StructureDataset(Dataset):
     """Chains by (epoch, position), or by position alone, which is epoch 0.
 
     indices: of the chains in the set, positions count within them. max_length: residues; of longer chains a stretch of
-    that length, whose place is a function of seed, epoch and index.
+    that length, whose place is a function of seed, epoch and index. clusters: groups of indices, see clusters.members;
+    then positions count within these, and an epoch has one chain of each, drawn by seed, epoch and position.
     """
 
     def __init__(self, structures: StructureSet, indices: Sequence[int] | npt.NDArray[np.int64], *, max_length: int,
-                 seed: int = 0):
+                 seed: int = 0, clusters: Sequence[npt.NDArray[np.int64]] | None = None):
         self.structures = structures
         self.indices = np.array(indices, dtype=np.int64)
         self.max_length = max_length
         self.seed = seed
+        self.clusters = clusters
         if not len(self.indices):
             raise ValueError("the subset of chains is empty")
         if max_length < 1 or self.indices.min() < 0 or self.indices.max() >= len(structures):
@@ -172,16 +176,28 @@ class StructureDataset(Dataset):
                              f"{self.indices.max()}] among the {len(structures)} chains")
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.indices) if self.clusters is None else len(self.clusters)
+
+    def index(self, epoch: int, position: int) -> int:
+        """Which chain of the set an epoch has at a position."""
+        if self.clusters is None:
+            return int(self.indices[position])
+        cluster = self.clusters[position]
+        return int(cluster[fold(self.seed, epoch, position) % len(cluster)])
+
+    def length(self, epoch: int, position: int) -> int:
+        """Residues of that item."""
+        return int(min(self.structures.offsets[(i := self.index(epoch, position)) + 1] - self.structures.offsets[i],
+                       self.max_length))
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """(n,) residues of each item."""
+        """(n,) residues of each chain's item."""
         return np.minimum(self.structures.lengths[self.indices], self.max_length)
 
     @property
     def observed(self) -> npt.NDArray[np.float64]:
-        """(n,) residues of each item that have N, CA and C; of a stretch as many as the chain's share lets expect."""
+        """(n,) residues of each chain's item that have N, CA and C; of a stretch, what the chain's share suggests."""
         share = self.structures.observed[self.indices] / self.structures.lengths[self.indices]
         return np.asarray(share * self.lengths, dtype=np.float64)
 
@@ -192,7 +208,7 @@ class StructureDataset(Dataset):
         Not turned at random: the encoder sees relative frames, the losses distances and products of vectors.
         """
         epoch, position = key if isinstance(key, tuple) else (0, key)
-        index = int(self.indices[position])
+        index = self.index(epoch, position)
         length = int(self.structures.lengths[index])
         start = fold(self.seed, epoch, index) % (length - self.max_length + 1) if length > self.max_length else 0
         chain = self.structures.residues(index, start, min(length, start + self.max_length))
@@ -233,12 +249,14 @@ class StructureBatchSampler(StepSampler):
     epoch (a window may reach into the next one), batches are a function of the step, and the rows of a step, in the
     order of their lengths, do not depend on world or micro_batches.
 
-    lengths: (n,) residues of each sample. Other arguments and errors: StepSampler.
+    lengths: (n,) residues of each sample. length_of: of (epoch, position) instead, where samples change with the
+    epoch. Other arguments and errors: StepSampler.
     """
 
     def __init__(self, lengths: Sequence[int] | npt.NDArray[np.int64], global_batch: int, *, seed: int,
-                 window: int = WINDOW, **options: Any):
+                 window: int = WINDOW, length_of: Callable[[int, int], int] | None = None, **options: Any):
         super().__init__(len(lengths), global_batch, seed=seed, **options)
+        self.length_of = length_of
         if window < 1:
             raise ValueError(f"window {window} must be at least 1")
         self.lengths = np.asarray(lengths, dtype=np.int64)
@@ -256,7 +274,8 @@ class StructureBatchSampler(StepSampler):
         size = self.window * self.global_batch
         sample = super()._sample
         keys = [sample(position) for position in range(number * size, (number + 1) * size)]
-        keys.sort(key=lambda key: self.lengths[key[1]])  # stable: equal lengths stay shuffled
+        length_of = self.length_of or (lambda _, position: int(self.lengths[position]))
+        keys.sort(key=lambda key: length_of(*key))  # stable: equal lengths stay shuffled
         batches = [keys[i : i + self.global_batch] for i in range(0, size, self.global_batch)]
         order = sorted(range(self.window), key=lambda batch: fold(self.seed, number, batch))
         return [key for batch in order for key in batches[batch]]
