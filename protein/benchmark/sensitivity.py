@@ -37,7 +37,8 @@ from protein.benchmark.archive_files import read_table
 from protein.benchmark.baselines import ChainTokenizer, Tokens, open_tokenizer
 from protein.benchmark.task_archives import Archive, read_chains
 from protein.benchmark.tasks import MAX_LENGTH
-from protein.structure_io import Chain, read_folder, read_structure
+from protein.structure_io import Chain, read_structure
+from protein.structure_sources import read_folder
 from tokenizer.code_meter import mean_pairwise_distance
 from tokenizer.provq import code_statistics
 from tokenizer.runtime import distributed

@@ -119,7 +119,7 @@ def test_alternatives_may_be_different_amino_acids(save, extension, interleaved)
 @ALL_FORMATS
 def test_modified_residues_count_as_their_parents(save, extension):
     rows = [*residue(0), *residue(1, "MSE", record="HETATM"), *residue(2, "SEP", record="HETATM"), *residue(3)]
-    free = residue(40, "GLU", number=301, record="HETATM")  # the amino acid as a ligand
+    free = residue(40, "GLU", number=301, record="HETATM", label_number=".")  # the amino acid as a ligand
     water = [Row("O", "HOH", "A", 401, (80, 0, 0), record="HETATM")]
     calcium = [Row("CA", "CA", "A", 402, (90, 0, 0), record="HETATM")]
     path = save(rows + free + water + calcium, f"x{extension}")
@@ -133,12 +133,13 @@ def test_modified_residues_count_as_their_parents(save, extension):
 @ALL_FORMATS
 def test_modified_residues_between_unobserved_ones(save, extension):
     """No bond tells whose they are, but their place: MSE 3 of 1, 3, 5 is of the chain; 9, and 300 before 5, are not."""
-    rows = [*residue(0, number=1), *residue(2, "MSE", number=3, record="HETATM"), *residue(4, number=5)]
+    rows = [*residue(0, number=1), *residue(2, "MSE", number=3, record="HETATM", label_number="."),
+            *residue(4, number=5)]
     assert read_structure(save(rows, f"x{extension}"))[0].sequence == "AMA"
     assert read_structure(save(rows, f"x{extension}"), modified_residues=False)[0].sequence == "AA"
-    end = [*rows, *residue(8, "MSE", number=9, record="HETATM")]
+    end = [*rows, *residue(8, "MSE", number=9, record="HETATM", label_number=".")]
     assert read_structure(save(end, f"x{extension}"))[0].sequence == "AMA"
-    ligand = residue(30, "GLU", number=300, record="HETATM")
+    ligand = residue(30, "GLU", number=300, record="HETATM", label_number=".")
     assert read_structure(save(rows[:5] + ligand + rows[5:], f"x{extension}"))[0].sequence == "AMA"
 
 
@@ -341,7 +342,11 @@ def test_pdb_under_the_name_of_mmcif_and_the_other_way_round(save):
 
 
 def test_mmcif_without_atoms(save):
-    refused(save("data_X\n_entry.id X\n", "x.cif"), r"cannot be read as mmCIF \(.*atom_site")
+    path = save("data_X\n_entry.id X\n", "x.cif")
+    refused(path, r"holds no atoms \(no _atom_site\)")
+    with pytest.raises(ValueError, match="holds no atoms") as error:
+        read_structure(path)
+    assert "truncated" not in str(error.value)
 
 
 @ALL_FORMATS
