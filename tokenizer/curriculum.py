@@ -48,6 +48,7 @@ class CurriculumConfig(QuantizerConfig, RunConfig):
                                  "batches if those give every code one; paper: one batch")
     kmeans_iters: int = arg(20, "Lloyd iterations at most; paper: not given")
     kmeans_start: str = arg("kmeans++", "first centroids of k-means; paper: not given", choices=("kmeans++", "random"))
+    codebook_lr_scale: float = arg(1.0, "learning rate of the codes, in units of --lr; ours, not in the paper: 1")
 
 
 def check_curriculum(cfg: CurriculumConfig, world_size: int) -> None:
@@ -56,6 +57,11 @@ def check_curriculum(cfg: CurriculumConfig, world_size: int) -> None:
     check_quantizer(cfg, flags=True)
     config.require_at_least(cfg, 0, "kmeans_batches kmeans_iters adaptive_warmup_patience adaptive_warmup_min_steps "
                             "warmup_steps transition_steps")
+    config.require_positive(cfg, "codebook_lr_scale")
+    config.require_at_most(cfg, 2**20, "codebook_lr_scale")
+    if cfg.quantizer == "ema" and cfg.codebook_lr_scale != 1.0:
+        raise ValueError(f"--codebook-lr-scale {cfg.codebook_lr_scale}: no optimizer trains the codes of --quantizer "
+                         "ema; for faster codes lower --codebook-ema-decay")
     config.require_at_most(cfg, 2**24, "codebook_size")
     config.require_at_most(cfg, 2**20, "kmeans_batches")
     config.require_at_most(cfg, 2**16, "codebook_embed_dim")
