@@ -67,7 +67,7 @@ class Trainer(CurriculumTrainer):
         self.cfg, self.device = cfg, device
         self.run = Run(cfg, device, resumable=RESUMABLE, inputs=fingerprints)
         self.raw = build_model(cfg).to(device)
-        self.optimizer = build_adamw(self.raw, cfg)
+        self.optimizer = build_adamw(self.raw, cfg, scaled=self.quantize.parameters(), scale=cfg.codebook_lr_scale)
         self.scaler = torch.amp.GradScaler(enabled=False)  # fp16 is not offered: coordinates need the range
         self.ema = EMA(self.raw, cfg.ema_decay) if cfg.ema else None
         self.drift = DriftMeter()

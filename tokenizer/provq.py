@@ -24,7 +24,7 @@ and moves it along a curriculum (arXiv 2603.22304, section 4): (1) a plain autoe
     tokens = provq.encode(encoder(x))                               # (B, h, w) int64; provq.decode(tokens) -> codes
 
 Below: curriculum, ProVQ, quantizers, k-means. For a repository whose model, loss and checkpoints stay as they are, copy
-provq_attach.py as well: its `attach` puts the model's quantizer on the curriculum where it stands.
+provq_attach.py as well: its `attach` puts the model's quantizer on the curriculum. Beyond the paper: provq_codes.py.
 Sizes: N tokens, D latent channels, K codes. Distances, losses and statistics are float32 or better under any autocast.
 Every collective is a no-op in one process. Checkpoints: `state_dict()` holds tensors only.
 """
@@ -98,9 +98,8 @@ class Curriculum:
 
     def alpha(self, step: int) -> float:
         """Share of the continuous latent, Eq. 3: 1 in stage 1, 0 in stage 3."""
-        stage = self.stage(step)
-        if stage != 2:
-            return 1.0 if stage == 1 else 0.0
+        if self.stage(step) != 2:
+            return 1.0 if self.stage(step) == 1 else 0.0
         schedule = self.schedule if callable(self.schedule) else SCHEDULES[self.schedule]
         value = float(schedule((step - self.warmup_steps) / self.transition_steps))
         if not 0.0 <= value <= 1.0:
@@ -243,10 +242,9 @@ class ProVQ(nn.Module):
     def _mirror(self) -> None:
         # Python copies of the state: forward must not synchronise with the device to know its stage.
         self._initialised = bool(self.initialised)
-        end, longest = int(self.warmup_end), self._full_curriculum.warmup_steps
-        warmup = min(end, longest) if end > 0 else longest
-        self.curriculum = dataclasses.replace(self._full_curriculum, warmup_steps=warmup)
-        self._from_start = end == longest == 0  # the codes trained without a warm-up; not so a warm-up's checkpoint
+        end, most = int(self.warmup_end), self._full_curriculum.warmup_steps
+        self.curriculum = dataclasses.replace(self._full_curriculum, warmup_steps=min(end, most) if end > 0 else most)
+        self._from_start = end == most == 0  # the codes trained without a warm-up; not so a warm-up's checkpoint
         self._enter(int(self.step))
 
     def _enter(self, step: int) -> None:
@@ -305,8 +303,7 @@ class ProVQ(nn.Module):
             raise ValueError(f"step must be >= 0, got {step}")
         if self.training and step < self._step and self._initialised and self.curriculum.stage(step) == 1:
             raise RuntimeError(f"step {step} is in the warm-up, but the codebook was initialised by step {self._step}: "
-                               "train on with Curriculum(0, 0), or for a new warm-up load the weights without the "
-                               "curriculum's state (host_state_dict, or the quantizer's own)")
+                               "train on with Curriculum(0, 0), or load weights alone (see host_state_dict)")
         if step > self._step and self.stage > 1:
             self._ask("update_")
         self.step.fill_(step)
@@ -324,35 +321,43 @@ class ProVQ(nn.Module):
             self._initialised = bool(self.initialised)  # averages of models (EMA, SWA) are written to directly
         return self._initialised or self._from_start
 
-    @torch.no_grad()
     def init_codebook(self, latents: Tensor | None, *, iters: int = 20, start: str = "kmeans++", seed: int = 0,
                       order: Tensor | None = None, optimizers: Sequence[optim.Optimizer] = ()) -> dict[str, float]:
         """Set the codes to the k-means centroids of latents (N_rank, D), valid tokens only. Once; collective.
 
-        None keeps the codes as they are (an ablation). optimizers: forget what they gathered about the codebook: zero
-        gradients of the warm-up have already advanced Adam's step count. Other arguments: see `kmeans`. Returns
-        inertia, iterations, tokens and empty (codes). RuntimeError: a second call. ValueError: see `kmeans`.
+        None keeps the codes (an ablation). optimizers: forget what they gathered about the codebook: zero gradients of
+        the warm-up have already advanced Adam's step count. Other arguments: see `kmeans`. Returns inertia, iterations,
+        tokens and empty (codes). RuntimeError: a second call. ValueError: see `kmeans`.
         """
         if self._initialised:
             raise RuntimeError("init_codebook was called before: the codebook is initialised once")
+        info = self._place(latents, optimizers, iters=iters, start=start, seed=seed, order=order)
+        self.initialised.fill_(1.0)
+        self._initialised = True
+        return info
+
+    def recluster(self, latents: Tensor, **options: Any) -> dict[str, float]:
+        """`init_codebook` again, at any later step: ours, not in the paper. RuntimeError: there are no codes yet."""
+        if not self.has_codebook:
+            raise RuntimeError("recluster() before init_codebook(): there are no codes yet")
+        return self._place(latents, **options)
+
+    @torch.no_grad()
+    def _place(self, latents: Tensor | None, optimizers: Any = (), **options: Any) -> dict[str, float]:
         optimizers = [optimizers] if isinstance(optimizers, optim.Optimizer) else list(optimizers)
-        info: dict[str, float] = {}
-        if latents is not None:
-            self._check_tokens(latents)
-            info = self._fit(latents, iters=iters, start=start, seed=seed, order=order)
+        info = {} if latents is None else self._fit(self._checked(latents), **options)
         for optimizer in optimizers:
             for parameter in self._ask("codebook_parameters"):
                 optimizer.state.pop(parameter, None)
-        self.initialised.fill_(1.0)
-        self._initialised = True
         return info
 
     def _fit(self, latents: Tensor, **options: Any) -> dict[str, float]:
         return self._ask("fit_codebook_", latents, **options)
 
-    def _check_tokens(self, latents: Tensor) -> None:
+    def _checked(self, latents: Tensor) -> Tensor:
         if latents.ndim != 2 or latents.shape[1] != self.dim:
             raise ValueError(f"latents must be (N, D = {self.dim}), got {tuple(latents.shape)}")
+        return latents
 
     def observe(self, score: float) -> bool:
         """Report a validation score in stage 1; True if that ended the warm-up (see AdaptiveWarmup).
@@ -394,8 +399,7 @@ class ProVQ(nn.Module):
 
     def pop_counts(self) -> Tensor:
         """This rank's code counts (K,) int64 of the training forwards since the last call, and start over."""
-        counts = self._counts.clone()
-        self._counts.zero_()
+        counts, self._counts = self._counts, torch.zeros_like(self._counts)
         return counts
 
     def usage(self) -> dict[str, Any]:

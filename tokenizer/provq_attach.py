@@ -571,6 +571,8 @@ class Attached(provq.ProVQ):
     run: quantized is the latent, losses are 0, indices -1. In stage 3, and in eval() once there is a codebook, the
     tuple is the host's, untouched. Weights of the host alone may be loaded: eval() then uses their codes until the
     first `set_step`. While it holds latents, the state dict has them as well (reservoir, reservoir_state).
+
+    recluster: once more k-means, where the transition ends (ours, not in the paper), of latents of its last steps.
     """
 
     REQUIRED = ("latent", "output", "num_codes", "dim")
@@ -578,8 +580,13 @@ class Attached(provq.ProVQ):
     quantizer: Any  # an Adapter
     _loaded_alone = False  # the host's weights came without a curriculum, and no step has been set since
 
-    def __init__(self, adapter: Adapter, curriculum: Curriculum, adaptive: AdaptiveWarmup | None = None):
+    def __init__(self, adapter: Adapter, curriculum: Curriculum, adaptive: AdaptiveWarmup | None = None,
+                 recluster: bool = False):
         super().__init__(adapter, curriculum, channel_dim=adapter.channel_dim, adaptive=adaptive)
+        if recluster and not (adapter.settable and curriculum.transition_steps):
+            lacks = "no transition to end" if adapter.settable else "no codes to set"
+            raise ValueError(f"recluster=True: {type(adapter.module).__name__} has {lacks}")
+        self._reclusters = recluster
         # Known, but no child: the host holds this module, and a module tree must have no cycle.
         self.__dict__["quantizer"] = self._modules.pop("quantizer")
         self._empty_reservoir()
@@ -621,12 +628,14 @@ class Attached(provq.ProVQ):
         if continuous:
             if self.training:
                 if adapter.settable and not self._initialised and not provq._recomputing():
-                    self.collect((tokens if mask is None else tokens[mask]).detach().reshape(-1, self.dim))
+                    self._collect_valid(tokens, mask)
                 for parameter in module.parameters():  # then DistributedDataParallel sees the codebook used
                     if parameter.requires_grad:
                         smooth = smooth + 0.0 * parameter.float().sum()
             return adapter.silent(z, smooth)
 
+        if self._reclusters and not provq._recomputing():
+            self._collect_valid(tokens, mask)
         out = type(module).forward(module, z, *args, **kwargs)
         self._count_host(out)
         quantized = _get(out, adapter.quantized_at)
@@ -653,9 +662,10 @@ class Attached(provq.ProVQ):
 
         Call it in every step after set_step. options: those of `init_codebook`, above all `optimizers`. copies: moving
         averages of the quantizer (same state-dict keys), which take the new codes over at once. RuntimeError: `collect`
-        was never called.
+        was never called. With attach(..., recluster=True) also once when the transition has ended.
         """
-        if not self.needs_init:
+        again = self._reclusters and self.stage == 3 and self.has_codebook and len(self.reservoir) > 0
+        if not (self.needs_init or again):
             return None
         if not self.quantizer.settable:
             return self.init_codebook(None)
@@ -663,16 +673,21 @@ class Attached(provq.ProVQ):
         if not provq._all_reduce(self.reservoir_state[:1].clone()):  # of all ranks: none may raise while others wait
             raise RuntimeError("the warm-up has ended, and no latents were collected in it. Were weights loaded without"
                                " the curriculum's state? Then call init_codebook(None): codes stay as they are")
-        info = self.init_codebook(kept, **options)
+        info = self.recluster(kept, **options) if again else self.init_codebook(kept, **options)
         state = self.quantizer.module.state_dict()
         for copy in [copies] if isinstance(copies, nn.Module) else copies:
             # Without the reservoir, which is empty now: loading empties the copy's.
             copy.load_state_dict({name: state[name] for name in copy.state_dict() if name in state})
         return info
 
+    def _place(self, latents: Tensor | None, optimizers: Any = (), **options: Any) -> dict[str, float]:
+        info = super()._place(latents, optimizers, **options)
+        self._empty_reservoir()
+        return info
+
     def init_codebook(self, latents: Tensor | None, **options: Any) -> dict[str, float]:
         info = super().init_codebook(latents, **options)
-        self._empty_reservoir()
+        self._make_room()
         return info
 
     def _fit(self, latents: Tensor, **options: Any) -> dict[str, float]:
@@ -680,6 +695,9 @@ class Attached(provq.ProVQ):
         # on all ranks, or their codebooks would drift apart.
         batch = provq._all_reduce(self.reservoir_state[1].double()) / provq._world()
         return self.quantizer.fit_codebook_(latents, batch=batch, **options)
+
+    def _collect_valid(self, tokens: Tensor, mask: Tensor | None) -> None:
+        self.collect((tokens if mask is None else tokens[mask]).detach().reshape(-1, self.dim))
 
     @torch.no_grad()
     def collect(self, latents: Tensor) -> None:
@@ -689,7 +707,7 @@ class Attached(provq.ProVQ):
         that: the encoder moves, so old latents are dropped, and one batch alone would be too uniform. Draws no random
         numbers and does not synchronise. ValueError: latents are not (N, D).
         """
-        self._check_tokens(latents)
+        self._checked(latents)
         if not len(latents):
             return
         if not len(self.reservoir):
@@ -714,7 +732,8 @@ class Attached(provq.ProVQ):
     def _make_room(self) -> None:
         # At once, not in the first forward: then torch.compile would trace the warm-up twice, and a copy of the model
         # made in between would not have the entry that the model's state dict has.
-        if self.stage == 1 and not self._initialised and self.quantizer.settable:
+        warmup = self.stage == 1 and not self._initialised and self.quantizer.settable
+        if warmup or (self._reclusters and self.stage == 2):
             self._size_reservoir()
 
     def _size_reservoir(self) -> None:
@@ -768,6 +787,7 @@ def _attached_forward(module: nn.Module, z: Tensor, *args: Any, **kwargs: Any) -
 
 def attach(
     module: nn.Module, curriculum: Curriculum, *, kind: str = "auto", adaptive: AdaptiveWarmup | None = None,
+    recluster: bool = False,
 ) -> Attached:
     """Put a host's quantizer on the curriculum where it stands; returns the handle, which is also `module.provq`.
 
@@ -775,6 +795,7 @@ def attach(
     state of ProVQ. kind: see `adapt`, whose errors this has as well; no "custom". RuntimeError: attached before. Attach
     before DistributedDataParallel and torch.compile; not for nn.DataParallel, whose replicas would share this module.
     A moving average of the model needs the codes at once: maybe_init_codebook(..., copies=[average.quantize]).
+    recluster: k-means again where the transition ends, see `Attached`; ValueError: no transition, no codes to set.
 
     LlamaGen, tokenizer/tokenizer_image/vq_train.py: after `vq_model = vq_model.to(device)`, and first in the loop,
         provq = attach(vq_model.quantize, Curriculum(warmup_steps=50_000, transition_steps=20_000))
@@ -794,7 +815,7 @@ def attach(
         raise ValueError("attach(kind='custom'): of an unknown return value only ProVQ(adapt(module, 'custom', ...))")
     if "forward" in module.__dict__ or hasattr(module, "provq"):
         raise RuntimeError(f"{type(module).__name__}: forward is replaced already; attach once, before others do that")
-    attached = Attached(adapt(module, kind), curriculum, adaptive)
+    attached = Attached(adapt(module, kind), curriculum, adaptive, recluster)
     device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
     module.add_module("provq", attached.to(device).train(module.training))
     module.forward = functools.partial(_attached_forward, module)  # unlike a closure, it survives deepcopy and pickle

@@ -41,7 +41,7 @@ from tokenizer.perceptual import LPIPS
 from tokenizer.runtime import config, distributed
 from tokenizer.runtime.checkpoint import atomic_write
 from tokenizer.runtime.ema import EMA
-from tokenizer.runtime.optim import accumulating, replicate, update
+from tokenizer.runtime.optim import accumulating, replicate, scale_learning_rate, update
 from tokenizer.runtime.run import Run, launch
 from tokenizer.train_config import RESUMABLE, TrainConfig, check, open_split, parse_config, tokens_per_batch
 from tokenizer.validation import channels_last, validate
@@ -83,7 +83,8 @@ class Trainer(CurriculumTrainer):
         self.raw = build_model(cfg).to(device)
         self.disc = NLayerDiscriminator(cfg.image_channels).to(device) if cfg.disc_weight else None
         adam = partial(torch.optim.Adam, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))
-        self.optimizer = adam(self.raw.parameters())
+        self.optimizer = adam(scale_learning_rate([{"params": list(self.raw.parameters())}],
+                                                  self.quantize.parameters(), cfg.codebook_lr_scale, cfg.lr))
         self.opt_d = None if self.disc is None else adam(self.disc.parameters())
         self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.mixed_precision == "fp16")
         self.ema = EMA(self.raw, cfg.ema_decay) if cfg.ema else None
