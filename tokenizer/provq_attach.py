@@ -18,15 +18,15 @@ Sizes: N tokens, D channels of the host's latents, C of its codes (D but where i
 
 from __future__ import annotations
 
-import collections.abc
 import copy
 import dataclasses
 import functools
+import gc
 import importlib
 import inspect
 import warnings
 import weakref
-from typing import TYPE_CHECKING, Any, Callable, Iterable, Sequence, Union
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Mapping, Sequence, Union
 
 import torch
 import torch.nn.functional as F
@@ -63,8 +63,7 @@ Path = tuple[Union[int, str], ...]  # where something is in a return value: (1, 
 
 def _get(out: Any, path: Path) -> Any:
     for step in path:
-        attribute = isinstance(step, str) and not isinstance(out, collections.abc.Mapping)
-        out = getattr(out, step) if attribute else out[step]  # type: ignore[arg-type]
+        out = getattr(out, step) if isinstance(step, str) and not isinstance(out, Mapping) else out[step]
     return out
 
 
@@ -76,7 +75,7 @@ def _put(out: Any, path: Path, value: Any) -> Any:
     inner = _put(_get(out, (step,)), path[1:], value)
     if dataclasses.is_dataclass(out):
         return dataclasses.replace(out, **{str(step): inner})  # type: ignore[type-var]
-    if isinstance(out, collections.abc.Mapping):
+    if isinstance(out, Mapping):
         changed: Any = copy.copy(out)
         changed[step] = inner
         return changed
@@ -687,6 +686,7 @@ class Attached(provq.ProVQ):
         if not self.needs_init:
             return None
         copies = [copies] if isinstance(copies, nn.Module) else copies
+        gc.collect()  # of copies that are no more: a module that holds its handle is a circle
         if copies is not None and {twin.quantizer.module for twin in _DEEP_COPIES.get(self, ())} - {*copies}:
             warnings.warn(f"a deep copy of {type(self.quantizer.module).__name__} is alive and not in copies=[...]: a "
                           "moving average would mix codes of before k-means with those of after (copies=None: it is "
