@@ -35,6 +35,8 @@ import abc
 import dataclasses
 import importlib
 import math
+import numbers
+import warnings
 from typing import Any, Callable, Iterable, NamedTuple, Protocol, Sequence, cast
 
 import torch
@@ -85,7 +87,7 @@ class Curriculum:
 
     def __post_init__(self) -> None:
         for name in ("warmup_steps", "transition_steps"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
+            if not isinstance(getattr(self, name), numbers.Integral) or getattr(self, name) < 0:
                 raise ValueError(f"{name} must be an int >= 0, in optimizer steps, got {getattr(self, name)!r}")
         if not 0.0 <= self.loss_floor <= 1.0:
             raise ValueError(f"loss_floor (lambda of Eq. 4) must lie in [0, 1], got {self.loss_floor}")
@@ -164,6 +166,7 @@ class Quantizer(Protocol):
 
     def fit_codebook_(self, x: Tensor, **options: Any) -> dict[str, float]:  # codes := k-means of tokens x (N, D)
         result = kmeans(self.latent(x), self.num_codes, spherical=getattr(self, "l2_norm", False), **options)
+        _require_distinct(result.centroids)
         self.set_codebook_(result.centroids, result.counts)
         return result.info()
 
@@ -172,6 +175,15 @@ class Quantizer(Protocol):
 
     def update_(self) -> None:  # called after an optimizer step past the warm-up, on all ranks
         return None
+
+
+def _require_distinct(codes: Tensor, scale: float = 0.0, what: str = "latents") -> None:
+    """Warn of equal ones of centroids (K, C), to a millionth of scale or of the largest. ValueError: all are equal."""
+    distinct = len((codes / (1e-6 * max(scale, float(codes.abs().max())) or 1.0)).round().unique(dim=0))
+    if distinct < min(2, len(codes)):
+        raise ValueError(f"k-means gave {len(codes)} equal codes: all {what} are equal, as of a collapsed encoder")
+    if distinct < len(codes):
+        warnings.warn(f"k-means gave {distinct} distinct codes of {len(codes)}: {what} have few values", stacklevel=5)
 
 
 class ProVQOutput(NamedTuple):
@@ -221,13 +233,11 @@ class ProVQ(nn.Module):
                             "(a foreign module: adapt() it, or attach() to it, see provq_attach.py)")
         if channel_dim not in (1, -1):
             raise ValueError(f"channel_dim must be 1 (B, D, ...) or -1 (B, ..., D), got {channel_dim}")
-        if adaptive and curriculum.warmup_steps == 0:
-            raise ValueError("adaptive needs a warm-up to end: give the curriculum warmup_steps > 0")
-        if adaptive and adaptive.min_steps > curriculum.warmup_steps:
-            raise ValueError(f"adaptive min_steps {adaptive.min_steps} > warmup_steps {curriculum.warmup_steps}")
+        if adaptive and not 0 < curriculum.warmup_steps >= adaptive.min_steps:
+            raise ValueError("adaptive needs a warm-up to end: give the curriculum warmup_steps > 0 and no less than "
+                             f"min_steps {adaptive.min_steps}, not {curriculum.warmup_steps}")
         self.quantizer, self.adaptive, self.channel_dim = cast(Quantizer, quantizer), adaptive, channel_dim
-        self.num_codes, self.dim = self.quantizer.num_codes, self.quantizer.dim
-        self._full_curriculum = curriculum
+        self._full_curriculum, self.num_codes, self.dim = curriculum, self.quantizer.num_codes, self.quantizer.dim
         self.register_buffer("step", torch.tensor(0))
         self.register_buffer("initialised", torch.tensor(0.0))
         self.register_buffer("warmup_end", torch.tensor(-1 if curriculum.warmup_steps else 0))
@@ -248,7 +258,7 @@ class ProVQ(nn.Module):
         self._enter(int(self.step))
 
     def _enter(self, step: int) -> None:
-        self._step, self.stage = step, self.curriculum.stage(step)
+        self._step, self.stage = int(step), self.curriculum.stage(step)
         self.alpha, self.omega = self.curriculum.alpha(step), self.curriculum.omega(step)
         self._alpha.fill_(self.alpha)
         self._omega.fill_(self.omega)
@@ -297,8 +307,8 @@ class ProVQ(nn.Module):
 
         TypeError: not an int. ValueError: negative. RuntimeError: back into the warm-up of an initialised codebook.
         """
-        if isinstance(step, bool) or not isinstance(step, int):
-            raise TypeError(f"step must be a Python int (a tensor would synchronise), got {type(step).__name__}")
+        if isinstance(step, bool) or not isinstance(step, numbers.Integral):  # a number of NumPy will do
+            raise TypeError(f"step must be an int (a tensor would synchronise), got {type(step).__name__}")
         if step < 0:
             raise ValueError(f"step must be >= 0, got {step}")
         if self.training and step < self._step and self._initialised and self.curriculum.stage(step) == 1:
@@ -306,7 +316,9 @@ class ProVQ(nn.Module):
                                "train on with Curriculum(0, 0), or load weights alone (see host_state_dict)")
         if step > self._step and self.stage > 1:
             self._ask("update_")
-        self.step.fill_(step)
+        if self.training and (self.stage, self.curriculum.stage(step)) == (1, 3) and self.curriculum.transition_steps:
+            warnings.warn(f"set_step({step}) after {self._step} skips all of stage 2: {self.curriculum}", stacklevel=2)
+        self.step.fill_(int(step))
         self._enter(step)
 
     @property
@@ -429,8 +441,7 @@ class ProVQ(nn.Module):
     def _count(self, indices: Tensor) -> None:
         if _recomputing():
             return
-        if self._counts.device != indices.device:
-            self._counts = self._counts.to(indices.device)
+        self._counts = self._counts.to(indices.device)
         self._counts.index_add_(0, indices.clamp_min(0), (indices >= 0).long())
 
     def _flatten(self, z: Tensor, mask: Tensor | None) -> tuple[Tensor, tuple[int, ...]]:
@@ -440,11 +451,9 @@ class ProVQ(nn.Module):
         if z.ndim < 2 or z.shape[self.channel_dim] != self.dim:
             raise ValueError(f"latents need {self.dim} channels in dimension {self.channel_dim}, got {tuple(z.shape)}")
         last = z.movedim(self.channel_dim, -1)
-        if mask is None:
-            return last.reshape(-1, self.dim), tuple(last.shape[:-1])
-        if mask.dtype != torch.bool or mask.shape != last.shape[:-1]:
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != last.shape[:-1]):
             raise ValueError(f"mask must be bool {tuple(last.shape[:-1])}, got {mask.dtype} {tuple(mask.shape)}")
-        return last[mask], tuple(last.shape[:-1])
+        return last.reshape(-1, self.dim) if mask is None else last[mask], tuple(last.shape[:-1])
 
     def extra_repr(self) -> str:
         return f"{self._full_curriculum}, {self.adaptive}, channel_dim={self.channel_dim}"
@@ -532,9 +541,8 @@ class VectorQuantizer(nn.Module, Quantizer):
             u, q = latent / z_norm.clamp_min(1e-6), code / e_norm.clamp_min(1e-6)
             r = F.normalize(u + q, dim=1, eps=1e-6)
             scale = e_norm / z_norm.clamp_min(1e-6)
-        turned = latent - 2 * r * (r * latent).sum(1, keepdim=True) + 2 * q * (u * latent).sum(1, keepdim=True)
-        turned = scale * turned
-        return code + (turned - turned.detach())
+        moved = scale * (latent - 2 * r * (r * latent).sum(1, keepdim=True) + 2 * q * (u * latent).sum(1, keepdim=True))
+        return code + (moved - moved.detach())
 
     def _observe(self, latent: Tensor, indices: Tensor) -> None:
         """Gather statistics in a training forward; the trained table needs none."""
@@ -614,8 +622,7 @@ class EMAVectorQuantizer(VectorQuantizer):
 
     @torch.no_grad()
     def _observe(self, latent: Tensor, indices: Tensor) -> None:
-        if self._pending.device != latent.device:
-            self._pending, self._last = self._pending.to(latent.device), self._last.to(latent.device)
+        self._pending, self._last = self._pending.to(latent.device), self._last.to(latent.device)
         self._pending.index_add_(0, indices, F.pad(latent.double(), (0, 1), value=1.0))
         if self.restart_below > 0:
             self._last = latent.float()
@@ -649,10 +656,8 @@ class EMAVectorQuantizer(VectorQuantizer):
         self._pending.zero_()
 
 
-QUANTIZERS: dict[str, type[VectorQuantizer]] = {
-    "vq": VectorQuantizer, "simvq": LinearVectorQuantizer, "aminoaseed": LinearVectorQuantizer,
-    "ema": EMAVectorQuantizer,
-}
+QUANTIZERS: dict[str, type[VectorQuantizer]] = {"vq": VectorQuantizer, "simvq": LinearVectorQuantizer,
+                                                "aminoaseed": LinearVectorQuantizer, "ema": EMAVectorQuantizer}
 
 
 def make_quantizer(name: str, num_codes: int, dim: int, **options: Any) -> VectorQuantizer:
@@ -855,7 +860,8 @@ def _recomputing() -> bool:
 # What was in this file in version 0.2: loaded from the file beside it when asked for.
 _OF_ATTACH = """ADAPTERS Adapter Attached CustomAdapter DiVeQAdapter EMACodebookAdapter FSQAdapter LFQAdapter
 LlamaGenAdapter LucidrainsSimVQAdapter RESERVOIR_CALLS RESERVOIR_TOKENS_PER_CODE ResidualVQAdapter SimVQAdapter
-TableAdapter TamingAdapter TamingEMAAdapter VectorQuantizeAdapter adapt attach detach host_state_dict""".split()
+TableAdapter TamingAdapter TamingEMAAdapter VectorQuantizeAdapter ResidualAdapter adapt attach detach
+host_state_dict""".split()
 
 
 def __getattr__(name: str) -> Any:

@@ -80,7 +80,7 @@ def test_a_recipe_trains_through_all_stages(number, monkeypatch, tmp_path):
     recipe = _recipes()[number]
     monkeypatch.syspath_prepend(str(tmp_path))
     _copy_into(tmp_path)
-    for name in ("provq", "provq_attach"):
+    for name in ("provq", "provq_attach", "provq_hosts", "provq_packages"):
         sys.modules.pop(name, None)
     torch.manual_seed(0)
     rows, images = "DIVEQ" in recipe, "VectorQuantizer(" in recipe or "adapt(" in recipe

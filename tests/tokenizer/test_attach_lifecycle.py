@@ -284,11 +284,6 @@ def test_one_optimizer_need_not_be_in_a_list():
     assert model[0].weight in optimizer.state
 
 
-def test_an_unknown_tuple_cannot_be_attached_to():
-    with pytest.raises(ValueError, match=r"attach\(kind='custom'\).*ProVQ\(adapt\("):
-        attach(nn.Linear(2, 2), Curriculum(1, 1), kind="custom")
-
-
 def test_the_reservoir_moves_with_its_module():
     model = _model(Curriculum(3, 2))
     assert len(model[1].provq.reservoir), "there at once: a copy has the same entries as its model"
