@@ -26,7 +26,7 @@ from autoregressive.sampling import SamplingConfig, generate
 from protein.language import VOCABULARY, Vocabulary, to_token_chains
 from protein.token_files import TokenChain, check_name, write_tokens
 from tokenizer.runtime import config, distributed
-from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_file
+from tokenizer.runtime.command import as_flag_errors, command, make_parser, require_flags_at_least, require_out_file
 from tokenizer.runtime.parsing import read_text
 from tokenizer.runtime.seeding import fold
 
@@ -51,6 +51,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     require_flags_at_least(parser, args, 1, "num_samples")
     require_flags_at_least(parser, args, 0, "seed")
+    with as_flag_errors(parser):
+        args.sampling = SamplingConfig(cfg_scale=1.0, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     return args
 
 
@@ -72,7 +74,6 @@ def sample(args: argparse.Namespace, device: torch.device) -> str:
     """-> a line about it. ValueError, OSError: mistakes in flags and files, before anything is drawn."""
     check_name(args.out)
     require_out_file(args.out)
-    drawn = SamplingConfig(cfg_scale=1.0, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     described = args.code_path / VOCABULARY
     values = config.load(described)
     prefixed = values.pop("sequence_prefix", None)
@@ -98,7 +99,7 @@ def sample(args: argparse.Namespace, device: torch.device) -> str:
         for first in range(0, args.num_samples, BATCH):
             places = range(first, min(first + BATCH, args.num_samples))
             codes = generate(loaded.model, torch.zeros(len(places), dtype=torch.int64), num_codes=ends[name],
-                             seeds=[fold(args.seed, number, place) for place in places], config=drawn,
+                             seeds=[fold(args.seed, number, place) for place in places], config=args.sampling,
                              prefix=torch.tensor([prefixes[name]] * len(places), device=device))
             for place, row in zip(places, codes.tolist(), strict=True):
                 parts = cut(row[len(prefixes[name]):], given, vocabulary) if given else vocabulary.chains(row)
