@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tokenizer.runtime.parsing import parsing
+from tokenizer.runtime.parsing import brief, parsing
 
 ATOMS = ("N", "CA", "C", "O", "CB")  # second axis of Chain.coords
 BACKBONE = ATOMS[:3]
 NONE = (".", "?", " ", "")  # as altloc, insertion code, number
 PLDDT_SOURCES = ("b_factor", "qa_metric")
+MAX_ROWS = 2**25  # of a table of BinaryCIF; the largest structures of the PDB have some five million atoms
 
 LETTERS = {
     "ALA": "A", "ARG": "R", "ASN": "N", "ASP": "D", "CYS": "C", "GLN": "Q", "GLU": "E", "GLY": "G", "HIS": "H",
@@ -260,7 +261,11 @@ def _block_with_atoms(kind: str, content: bytes, text: str) -> Any:
     from biotite.structure.io import pdbx
 
     if kind == ".bcif":
-        file: Any = pdbx.BinaryCIFFile.read(io.BytesIO(content))
+        import msgpack
+
+        found = msgpack.unpackb(content)
+        _check_lengths(found)
+        file: Any = pdbx.BinaryCIFFile.deserialize(found)
     else:
         if "_atom_site." not in text:  # tags are case-insensitive, biotite's names are not
             text = _TAG.sub(lambda found: found[0].lower(), text)
@@ -268,6 +273,20 @@ def _block_with_atoms(kind: str, content: bytes, text: str) -> Any:
     if not len(file):
         raise ValueError("no data block")
     return next((block for block in file.values() if "atom_site" in {name.lower() for name in block}), None)
+
+
+def _check_lengths(value: Any) -> None:
+    """ValueError: a BinaryCIF array that says it is longer than MAX_ROWS; a few bytes could ask for all memory."""
+    if isinstance(value, list):
+        for item in value:
+            _check_lengths(item)
+    elif isinstance(value, dict):
+        if value.get("kind") in ("RunLength", "IntegerPacking"):  # the encodings that make arrays longer
+            size = value.get("srcSize")
+            if type(size) is not int or not 0 <= size <= MAX_ROWS:
+                raise ValueError(f"an array of {brief(size)} values; at most {MAX_ROWS} (atom_files.MAX_ROWS)")
+        for item in value.values():
+            _check_lengths(item)
 
 
 def _columns(block: Any, category: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 
+import msgpack
 import numpy as np
 import pytest
 from places import PROTEINS, needs_proteins
@@ -323,6 +324,19 @@ def test_text_mmcif_cut_off_within_a_row(save):
 def test_truncated_binary_cif(save, keep):
     content = bcif_bytes(peptide("ALA", "SER"))
     refused(save(content[: int(keep * len(content))], "x.bcif"), "cannot be read as BinaryCIF")
+
+
+@pytest.mark.parametrize("size", [2**31 - 1, 2**40, -1, None])
+def test_binary_arrays_that_say_they_are_huge_are_refused(save, size):
+    content = msgpack.unpackb(bcif_bytes(peptide("ALA", "SER")))
+    columns = next(c for c in content["dataBlocks"][0]["categories"] if c["name"] == "_atom_site")["columns"]
+    lengths = [step for column in columns for step in column["data"]["encoding"] if step["kind"] == "RunLength"]
+    if not lengths:  # as biotite writes it
+        encoding = columns[0]["data"]["encoding"]
+        encoding.insert(0, {"kind": "RunLength", "srcType": 3})
+        lengths = encoding[:1]
+    lengths[0]["srcSize"] = size
+    refused(save(msgpack.packb(content), "x.bcif"), r"an array of .* values; at most 33554432")
 
 
 @pytest.mark.parametrize(("extension", "word"), [(".pdb", "no ATOM records"), (".cif", "cannot be read as mmCIF"),
