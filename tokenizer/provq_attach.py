@@ -407,7 +407,7 @@ def _running_means(centroids: Tensor, counts: Tensor | None, eps: float) -> tupl
 
 
 class TamingEMAAdapter(TamingAdapter):
-    """taming-transformers' EMAVectorQuantizer (of copies that run: the original's constructor raises NameError)."""
+    """taming-transformers' EMAVectorQuantizer. Of copies that run: the original's constructor raises NameError."""
 
     classes, sizes = ("EMAVectorQuantizer",), ("num_tokens", "codebook_dim")
     needs = ("embedding.weight", "embedding.cluster_size", "embedding.embed_avg")

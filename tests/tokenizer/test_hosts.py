@@ -6,12 +6,14 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from places import ROOT
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from workers import provq_codecs
 from workers.provq_codecs import PACKAGES, STAND_INS, original
 from workers.provq_hosts import Case
 
+from scripts import hosts_table
 from tokenizer import provq_attach, provq_hosts
 from tokenizer.provq import Curriculum, ProVQ
 from tokenizer.provq_attach import adapt, attach, detach, host_state_dict
@@ -337,3 +339,11 @@ def test_every_new_adapter_has_a_case():
         warnings.simplefilter("error")
         there = {getattr(provq_hosts, name) for name in provq_hosts.__all__ if name.endswith("Adapter")}
     assert there - kinds == {provq_hosts.VARAdapter, provq_hosts.CustomAdapter, provq_hosts.CustomResidualAdapter}
+
+
+def test_the_table_in_the_readme_is_what_the_command_prints(capsys):
+    hosts_table.main([])
+    printed = capsys.readouterr().out
+    assert printed in (ROOT / "tokenizer" / "README.md").read_text(encoding="utf-8")
+    for kind in provq_attach.ADAPTERS:
+        assert f"| `{kind}` |" in printed
