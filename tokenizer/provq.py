@@ -181,7 +181,7 @@ def _require_distinct(codes: Tensor, scale: float = 0.0, what: str = "latents") 
     """Warn of equal ones of centroids (K, C), to a millionth of scale or of the largest. ValueError: all are equal."""
     distinct = len((codes / (1e-6 * max(scale, float(codes.abs().max())) or 1.0)).round().unique(dim=0))
     if distinct < min(2, len(codes)):
-        raise ValueError(f"k-means gave {len(codes)} equal codes: all {what} are equal, as of a collapsed encoder")
+        raise ValueError(f"k-means: all {what} are equal (a collapsed encoder, or as few tokens as codes)")
     if distinct < len(codes):
         warnings.warn(f"k-means gave {distinct} distinct codes of {len(codes)}: {what} have few values", stacklevel=5)
 

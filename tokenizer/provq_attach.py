@@ -216,7 +216,8 @@ class Adapter(nn.Module):
         out = type(self.module).forward(self.module, self.shaped(x))
         losses = {name: _get(out, path) for name, path in self.losses_at.items()}
         codes = _get(out, self.quantized_at).movedim(self.channel_dim if self.spatial else -1, -1)
-        indices = self.token_indices(_get(out, self.indices_at or ()), len(x))
+        none = torch.full((len(x),), -1, device=x.device)
+        indices = self.token_indices(_get(out, self.indices_at), len(x)) if self.indices_at else none
         return provq.Quantized(codes.reshape(len(x), -1), indices,
                          {name: loss for name, loss in losses.items() if loss is not None})
 
@@ -243,7 +244,7 @@ class Adapter(nn.Module):
         smooth = self.smooth(x).double()
         stats = x.new_zeros(5, dtype=torch.float64)
         if found:
-            same = (found.indices == due[1]).reshape(len(x), -1).all(1)
+            same = (found.indices == due[1]).reshape(len(x), -1).all(1) if self.indices_at else x.new_ones(len(x))
             errors = [(codes.double() - smooth).square().sum() for codes in (found.codes, due[0])]
             stats = torch.stack([same.double().sum(), *errors, smooth.square().sum(), stats[4] + len(x)])
         same, error, least, power, n = (provq._all_reduce(stats) if reduce else stats).tolist()
@@ -406,7 +407,7 @@ def _running_means(centroids: Tensor, counts: Tensor | None, eps: float) -> tupl
 
 
 class TamingEMAAdapter(TamingAdapter):
-    """taming-transformers' EMAVectorQuantizer (of copies that run: the original's constructor raises NameError)."""
+    """taming-transformers' EMAVectorQuantizer. Of copies that run: the original's constructor raises NameError."""
 
     classes, sizes = ("EMAVectorQuantizer",), ("num_tokens", "codebook_dim")
     needs = ("embedding.weight", "embedding.cluster_size", "embedding.embed_avg")

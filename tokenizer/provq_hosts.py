@@ -267,14 +267,14 @@ class IBQAdapter(provq_attach._Table):
 
 
 class VARAdapter(Adapter):
-    """VAR's multi-scale VectorQuantizer2: refused."""
+    """VAR's multi-scale VectorQuantizer2."""
 
     classes, sizes, needs = ("VectorQuantizer2",), (), ("v_patch_nums", "quant_resi", "Cvae")
+    refused = ("its one table serves every scale, and a scale quantizes averages of what those before left over of a "
+               "whole map: no latent has a code of its own that k-means could find")
 
     def __init__(self, module: Any):
-        raise ValueError(f"{type(module).__name__} of VAR is not supported: its one table serves every scale, and what "
-                         "a scale quantizes is an average of what the scales before left over of a whole map, so that "
-                         "no latent has a code of its own that k-means could find")
+        raise ValueError(f"{type(module).__name__} of VAR is not supported: {self.refused}")
 
 
 # -------------------------------------------------------------------------------------------------------- anything else

@@ -315,7 +315,6 @@ class ResidualLFQAdapter(_ResidualGrid):
         super().__init__(module)
         if module.layers[0].spherical:
             raise ValueError("ResidualLFQ: spherical = True is not supported: a sum of unit codes is no latent")
-        self.index_dtype = module.layers[0].mask.int().dtype
         self.loss_shape = self.trailing
 
 

@@ -150,7 +150,7 @@ def _host(tokens: Tensor, make=lambda: VectorQuantizer2(8, 4, 0.25)):
 @pytest.mark.parametrize("start", [_provq, _host])
 def test_codes_of_collapsed_latents(start):
     handle, tokens = start(_normal(1, 4).expand(50, 4))
-    with pytest.raises(ValueError, match=r"all latents are equal, as of a collapsed encoder"):
+    with pytest.raises(ValueError, match=r"all latents are equal \(a collapsed encoder"):
         handle.init_codebook(tokens)
     handle, tokens = start(_normal(3, 4).repeat(20, 1))
     with pytest.warns(UserWarning, match=r"k-means gave 3 distinct codes of 8: latents have few values"):
