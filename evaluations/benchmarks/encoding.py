@@ -1,7 +1,7 @@
 """Encodes many structures, kills the command once on the way, goes on, and writes down how much memory it took.
 
-    python scripts/measure_encoding.py ../shared/data/proteins/structures --ckpt runs/protein-ideal --chains 20000 \\
-        --out /tmp/bulk
+    python evaluations/benchmarks/encoding.py structures/ --ckpt runs/protein-ideal --chains 20000 \\
+        --out runs/many
 
 The files of the folder are repeated under other names (links) until there are --chains of them. OUT/memory.jsonl has a
 row per sample: seconds, shards that are done, MiB that are resident in the command and in the processes that read for
@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import Any
 
 if not __package__:
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from protein.structure_sources import find_structures, structure_name
 from tokenizer.runtime.command import CannotContinue, command, make_parser, require_flags_at_least, require_out_folder
+from tokenizer.runtime.distributed import print0
 
-PROG = "scripts/measure_encoding.py"
-ENCODE = Path(__file__).resolve().parents[1] / "protein" / "encode.py"
+PROG = "evaluations/benchmarks/encoding.py"
+ENCODE = Path(__file__).resolve().parents[2] / "protein" / "encode.py"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -120,7 +121,7 @@ def measure(args: argparse.Namespace) -> str:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with command(PROG, one_process=True):
-        print(measure(args))
+        print0(measure(args))
 
 
 if __name__ == "__main__":
