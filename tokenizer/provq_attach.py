@@ -95,8 +95,8 @@ def _beside(module: nn.Module, name: str) -> Any:
     return found
 
 
-def _device(module: nn.Module) -> torch.device:
-    return next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+def _weight(module: nn.Module) -> Tensor:  # one of its weights, for their device and dtype
+    return next((t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), torch.zeros(()))
 
 
 class Adapter(nn.Module):
@@ -237,7 +237,7 @@ class Adapter(nn.Module):
         try:
             with fork, torch.autocast(x.device.type, enabled=False):
                 x = self.cast(x)
-                found, due = self(x) if len(x) else None, self.assign(x)
+                found, due = self(x.to(_weight(self.module).dtype)) if len(x) else None, self.assign(x)
         finally:
             for module, mode in modes.items():
                 module.training = mode
@@ -257,13 +257,13 @@ class Adapter(nn.Module):
 
     def rehearse(self) -> None:
         """`require_alike` on a copy of the host with random codes: long before k-means, a look-alike is known."""
-        if not self.settable or _device(self.module).type == "meta":
+        if not self.settable or _weight(self.module).is_meta:
             return
         try:
             twin = copy.deepcopy(self, {id(self.module._modules.get("provq")): None})  # of the host alone
         except RuntimeError:  # weights of weight_norm, once they were used. The codes of k-means are checked as well
             return
-        generator, device = torch.Generator().manual_seed(0), _device(self.module)
+        generator, device = torch.Generator().manual_seed(0), _weight(self.module).device
         x = torch.randn(256, self.dim, generator=generator).to(device)
         for part in twin.parts():
             codes = torch.randn(part.table().shape, generator=generator).to(device)
@@ -838,7 +838,7 @@ def attach(module: nn.Module, curriculum: Curriculum, *, kind: str = "auto", ada
     if "forward" in module.__dict__ or hasattr(module, "provq"):
         raise RuntimeError(f"{type(module).__name__}: forward is replaced already; attach once, before others do that")
     attached = Attached(adapt(module, kind, check=check, **callables), curriculum, adaptive)
-    module.add_module("provq", attached.to(_device(module)).train(module.training))
+    module.add_module("provq", attached.to(_weight(module).device).train(module.training))
     module.forward = functools.partial(_attached_forward, module)  # unlike a closure, it survives deepcopy and pickle
     return attached
 
