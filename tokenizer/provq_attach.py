@@ -2,9 +2,9 @@
 # Copyright 2026 The ProVQ authors
 """ProVQ inside a repository whose model, loss and checkpoints stay as they are: copy this file and provq.py.
 
-The quantizers of LlamaGen, taming-transformers, SimVQ and ESM are known here; those of packages and codecs, and
-kind="custom" for anything else, in provq_packages.py and provq_hosts.py, to be copied as well. The lines for each are
-under `attach`:
+The quantizers of LlamaGen, taming-transformers and SimVQ are known here; those of other repositories, of packages and
+codecs, and kind="custom" for anything else, in provq_packages.py and provq_hosts.py, to be copied as well. The lines
+for each are under `attach`:
 
     from provq_attach import Curriculum, attach
 
@@ -39,10 +39,10 @@ else:
 
 __version__ = "0.3.0"
 __all__ = ["ADAPTERS", "RESERVOIR_CALLS", "RESERVOIR_TOKENS_PER_CODE", "Adapter", "AdaptiveWarmup", "Attached",
-           "Curriculum", "EMACodebookAdapter", "LlamaGenAdapter", "ResidualAdapter", "SimVQAdapter", "TableAdapter",
-           "TamingAdapter", "TamingEMAAdapter", "adapt", "attach", "detach", "host_state_dict"]
-_MOVED = """CustomAdapter DiVeQAdapter FSQAdapter LFQAdapter LucidrainsSimVQAdapter ResidualVQAdapter
-VectorQuantizeAdapter""".split()  # to the files of `_companions`, which are asked for them
+           "Curriculum", "LlamaGenAdapter", "ResidualAdapter", "SimVQAdapter", "TableAdapter", "TamingAdapter",
+           "adapt", "attach", "detach", "host_state_dict"]
+_MOVED = """CustomAdapter DiVeQAdapter EMACodebookAdapter FSQAdapter LFQAdapter LucidrainsSimVQAdapter
+ResidualVQAdapter TamingEMAAdapter VectorQuantizeAdapter""".split()  # to the files of `_companions`
 
 if getattr(provq, "__version__", None) != __version__:
     raise ImportError(f"provq_attach.py is of version {__version__}, but {provq.__file__} of version "
@@ -95,8 +95,8 @@ def _beside(module: nn.Module, name: str) -> Any:
     return found
 
 
-def _device(module: nn.Module) -> torch.device:
-    return next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+def _weight(module: nn.Module) -> Tensor:  # one of its weights, for their device and dtype
+    return next((t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), torch.zeros(()))
 
 
 class Adapter(nn.Module):
@@ -237,7 +237,7 @@ class Adapter(nn.Module):
         try:
             with fork, torch.autocast(x.device.type, enabled=False):
                 x = self.cast(x)
-                found, due = self(x) if len(x) else None, self.assign(x)
+                found, due = self(x.to(_weight(self.module).dtype)) if len(x) else None, self.assign(x)
         finally:
             for module, mode in modes.items():
                 module.training = mode
@@ -257,13 +257,13 @@ class Adapter(nn.Module):
 
     def rehearse(self) -> None:
         """`require_alike` on a copy of the host with random codes: long before k-means, a look-alike is known."""
-        if not self.settable or _device(self.module).type == "meta":
+        if not self.settable or _weight(self.module).is_meta:
             return
         try:
             twin = copy.deepcopy(self, {id(self.module._modules.get("provq")): None})  # of the host alone
         except RuntimeError:  # weights of weight_norm, once they were used. The codes of k-means are checked as well
             return
-        generator, device = torch.Generator().manual_seed(0), _device(self.module)
+        generator, device = torch.Generator().manual_seed(0), _weight(self.module).device
         x = torch.randn(256, self.dim, generator=generator).to(device)
         for part in twin.parts():
             codes = torch.randn(part.table().shape, generator=generator).to(device)
@@ -399,31 +399,6 @@ class TamingAdapter(TableAdapter):
         self.flat_indices = not getattr(module, "sane_index_shape", False)
 
 
-def _running_means(centroids: Tensor, counts: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """cluster_size (K,) and embed_avg (K, C) of which the hosts' smoothed quotient gives the centroids back."""
-    size = centroids.new_ones(len(centroids)) if counts is None else counts.to(centroids.dtype)
-    total = size.sum()
-    return size, centroids * ((size + eps) * total / (total + len(size) * eps))[:, None]
-
-
-class TamingEMAAdapter(TamingAdapter):
-    """taming-transformers' EMAVectorQuantizer. Of copies that run: the original's constructor raises NameError."""
-
-    classes, sizes = ("EMAVectorQuantizer",), ("num_tokens", "codebook_dim")
-    needs = ("embedding.weight", "embedding.cluster_size", "embedding.embed_avg")
-
-    @torch.no_grad()
-    def set_codebook_(self, centroids: Tensor, counts: Tensor | None = None) -> None:
-        table = self.module.embedding
-        size, average = _running_means(centroids, counts, table.eps)
-        for target, value in ((table.weight, centroids), (table.cluster_size, size), (table.embed_avg, average)):
-            target.data.copy_(value)
-
-    def silent(self, z: Tensor, quantized: Tensor, given: dict[str, Any]) -> Any:
-        out = super().silent(z, quantized, given)  # perplexity 0, and no code in the one-hot rows
-        return _put(_put(out, (2, 0), z.new_zeros(())), (2, 1), z.new_zeros(z.numel() // self.dim, self.num_codes))
-
-
 class SimVQAdapter(TamingAdapter):
     """youngsheen/SimVQ: SimVQ (images), SimVQ1D (audio). Codes are set in the frozen table, its map to the identity."""
 
@@ -452,27 +427,8 @@ def _make_identity(linear: nn.Linear) -> None:
         nn.init.zeros_(linear.bias)
 
 
-class EMACodebookAdapter(TableAdapter):
-    """ESM's EMACodebook. Its EMA update is not released, so the codebook must be frozen: it stays at the centroids."""
-
-    classes, sizes = ("EMACodebook",), ("n_codes", "embedding_dim")
-    channel_dim, spatial, ndims = -1, 1, (3,)
-    needs, supports = ("embeddings", "N", "z_avg", "freeze_codebook"), {"freeze_codebook": True}
-
-    def table(self) -> Tensor:
-        return self.module.embeddings
-
-    @torch.no_grad()
-    def set_codebook_(self, centroids: Tensor, counts: Tensor | None = None) -> None:  # noqa: ARG002
-        self.module.embeddings.copy_(centroids)
-        self.module.z_avg.copy_(centroids)
-        self.module.N.fill_(1.0)
-        self.module._need_init = False
-
-
 ADAPTERS: dict[str, type[Adapter]] = {  # provq_hosts.py, loaded by the first `adapt`, adds its own
-    "llamagen": LlamaGenAdapter, "taming": TamingAdapter, "taming-ema": TamingEMAAdapter, "simvq": SimVQAdapter,
-    "esm": EMACodebookAdapter,
+    "llamagen": LlamaGenAdapter, "taming": TamingAdapter, "simvq": SimVQAdapter,
 }
 
 
@@ -862,7 +818,7 @@ def attach(module: nn.Module, curriculum: Curriculum, *, kind: str = "auto", ada
     if "forward" in module.__dict__ or hasattr(module, "provq"):
         raise RuntimeError(f"{type(module).__name__}: forward is replaced already; attach once, before others do that")
     attached = Attached(adapt(module, kind, check=check, **callables), curriculum, adaptive, recluster)
-    module.add_module("provq", attached.to(_device(module)).train(module.training))
+    module.add_module("provq", attached.to(_weight(module).device).train(module.training))
     module.forward = functools.partial(_attached_forward, module)  # unlike a closure, it survives deepcopy and pickle
     return attached
 

@@ -2,8 +2,8 @@
 # Copyright 2026 The ProVQ authors
 """More hosts for `attach`: audio codecs, images, and kind="custom". Copy all provq*.py; provq_attach.py loads it.
 
-EnCodec (AudioCraft, WavTokenizer), descript-audio-codec, diffusers, TiTok, IBQ; each adapter says which options it does
-not support. Sizes as in provq_attach.py.
+EnCodec (AudioCraft, WavTokenizer), descript-audio-codec, taming's EMA, diffusers, TiTok, IBQ, ESM; each adapter says
+which options it does not support. Sizes as in provq_attach.py.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ else:
 
 __version__ = "0.3.0"
 __all__ = ["CustomAdapter", "CustomResidualAdapter", "DACAdapter", "DACResidualAdapter", "DiffusersAdapter",
-           "EncodecAdapter", "EncodecResidualAdapter", "IBQAdapter", "Projected", "TiTokAdapter", "VARAdapter",
-           "custom", "warn_of_expiry"]
+           "EMACodebookAdapter", "EncodecAdapter", "EncodecResidualAdapter", "IBQAdapter", "Projected",
+           "TamingEMAAdapter", "TiTokAdapter", "VARAdapter", "custom", "running_means", "warn_of_expiry"]
 
 if getattr(provq_attach, "__version__", None) != __version__:
     raise ImportError(f"provq_hosts.py is of version {__version__}, but {provq_attach.__file__} of version "
@@ -42,6 +42,13 @@ def warn_of_expiry(module: nn.Module, counts: Tensor | None, threshold: float) -
         warnings.warn(f"{type(module).__name__} will at once replace {rare:.0%} of the codes that k-means has set: in a"
                       f" batch they have fewer than threshold_ema_dead_code = {threshold} tokens. Lower it, or train "
                       "with larger batches", stacklevel=7)
+
+
+def running_means(centroids: Tensor, counts: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """cluster_size (K,) and embed_avg (K, C) of which the hosts' smoothed quotient gives the centroids back."""
+    size = centroids.new_ones(len(centroids)) if counts is None else counts.to(centroids.dtype)
+    total = size.sum()
+    return size, centroids * ((size + eps) * total / (total + len(size) * eps))[:, None]
 
 
 class Projected(Adapter):
@@ -87,7 +94,7 @@ class EncodecAdapter(Projected, TableAdapter):
     def set_codebook_(self, centroids: Tensor, counts: Tensor | None = None) -> None:
         book = self.module._codebook
         warn_of_expiry(self.module, counts, book.threshold_ema_dead_code)
-        size, average = provq_attach._running_means(centroids, counts, book.epsilon)
+        size, average = running_means(centroids, counts, book.epsilon)
         for target, value in ((book.embed, centroids), (book.cluster_size, size), (book.embed_avg, average)):
             target.data.copy_(value)
         book.inited.data.fill_(1.0)
@@ -208,6 +215,24 @@ class DACResidualAdapter(_Codec):
 
 # --------------------------------------------------------------------------------------------------------------- images
 
+class TamingEMAAdapter(TamingAdapter):
+    """taming-transformers' EMAVectorQuantizer. Of copies that run: the original's constructor raises NameError."""
+
+    classes, sizes = ("EMAVectorQuantizer",), ("num_tokens", "codebook_dim")
+    needs = ("embedding.weight", "embedding.cluster_size", "embedding.embed_avg")
+
+    @torch.no_grad()
+    def set_codebook_(self, centroids: Tensor, counts: Tensor | None = None) -> None:
+        table = self.module.embedding
+        size, average = running_means(centroids, counts, table.eps)
+        for target, value in ((table.weight, centroids), (table.cluster_size, size), (table.embed_avg, average)):
+            target.data.copy_(value)
+
+    def silent(self, z: Tensor, quantized: Tensor, given: dict[str, Any]) -> Any:
+        out = super().silent(z, quantized, given)  # perplexity 0, and no code in the one-hot rows
+        return *out[:2], (z.new_zeros(()), z.new_zeros(z.numel() // self.dim, self.num_codes), out[2][2])
+
+
 class DiffusersAdapter(TamingAdapter):
     """diffusers' VectorQuantizer, of its VQModel: taming-transformers' with another name for D."""
 
@@ -275,6 +300,26 @@ class VARAdapter(Adapter):
 
     def __init__(self, module: Any):
         raise ValueError(f"{type(module).__name__} of VAR is not supported: {self.refused}")
+
+
+# ------------------------------------------------------------------------------------------------------------- proteins
+
+class EMACodebookAdapter(TableAdapter):
+    """ESM's EMACodebook. Its EMA update is not released, so the codebook must be frozen: it stays at the centroids."""
+
+    classes, sizes = ("EMACodebook",), ("n_codes", "embedding_dim")
+    channel_dim, spatial, ndims = -1, 1, (3,)
+    needs, supports = ("embeddings", "N", "z_avg", "freeze_codebook"), {"freeze_codebook": True}
+
+    def table(self) -> Tensor:
+        return self.module.embeddings
+
+    @torch.no_grad()
+    def set_codebook_(self, centroids: Tensor, counts: Tensor | None = None) -> None:  # noqa: ARG002
+        self.module.embeddings.copy_(centroids)
+        self.module.z_avg.copy_(centroids)
+        self.module.N.fill_(1.0)
+        self.module._need_init = False
 
 
 # -------------------------------------------------------------------------------------------------------- anything else
@@ -408,7 +453,7 @@ def custom(module: nn.Module, **options: Any) -> Adapter:
 
 
 provq_attach.ADAPTERS.update({
-    "encodec": EncodecAdapter, "encodec-residual": EncodecResidualAdapter, "dac": DACAdapter,
-    "dac-residual": DACResidualAdapter, "diffusers": DiffusersAdapter, "titok": TiTokAdapter, "ibq": IBQAdapter,
-    "var": VARAdapter,
+    "taming-ema": TamingEMAAdapter, "esm": EMACodebookAdapter, "encodec": EncodecAdapter,
+    "encodec-residual": EncodecResidualAdapter, "dac": DACAdapter, "dac-residual": DACResidualAdapter,
+    "diffusers": DiffusersAdapter, "titok": TiTokAdapter, "ibq": IBQAdapter, "var": VARAdapter,
 })

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 if TYPE_CHECKING or __package__:  # the files beside this one, in a package of any name
     from . import provq, provq_attach
     from .provq_attach import Adapter, ResidualAdapter, TableAdapter
-    from .provq_hosts import Projected, warn_of_expiry
+    from .provq_hosts import Projected, running_means, warn_of_expiry
 else:
     import provq
     import provq_attach
     from provq_attach import Adapter, ResidualAdapter, TableAdapter
-    from provq_hosts import Projected, warn_of_expiry
+    from provq_hosts import Projected, running_means, warn_of_expiry
 
 __all__ = ["DiVeQAdapter", "FSQAdapter", "GroupedResidualAdapter", "LFQAdapter", "LatentQuantizeAdapter",
            "LucidrainsSimVQAdapter", "ResidualFSQAdapter", "ResidualLFQAdapter", "ResidualSimVQAdapter",
@@ -70,7 +70,7 @@ class VectorQuantizeAdapter(Projected, TableAdapter):
         warn_of_expiry(self.module, counts, book.threshold_ema_dead_code)
         if counts is not None and book.use_ddp:
             counts = counts * provq._world()  # it adds up the batches of all ranks
-        size, average = provq_attach._running_means(centroids, counts, book.eps)
+        size, average = running_means(centroids, counts, book.eps)
         for target, value in ((book.embed, centroids), (book.cluster_size, size), (book.embed_avg, average)):
             target.data.copy_(value[None])
         book.initted.data.fill_(True)

@@ -198,6 +198,18 @@ def test_a_host_in_bfloat16_goes_through_all_stages(name):
         assert module(case.z().bfloat16())[0].dtype == torch.bfloat16, step
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_host_may_have_its_dtype_before_it_is_attached_to(dtype):
+    for name in ("llamagen-euclidean", "lucidrains-projected", "lucidrains-residual"):
+        case = CASES[name]
+        module = case.make().train().to(dtype)
+        handle = attach(module, Curriculum(2, 2))
+        for step in range(5):
+            handle.set_step(step)
+            handle.maybe_init_codebook()
+            assert module(case.z(step).to(dtype))[0].dtype == dtype, (name, step)
+
+
 def test_a_grid_that_keeps_its_indices_is_not_counted():
     module = lucidrains.FSQ([8] * 12, return_indices=False)  # 7e10 codes
     handle = attach(module.train(), Curriculum(1, 1))

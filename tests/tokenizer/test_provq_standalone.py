@@ -228,7 +228,7 @@ def test_without_the_other_adapters_their_names_say_where_they_are(folder):
     assert not hasattr(attach, "nothing")
     with pytest.raises(ImportError, match=r"kind='custom' is in provq_hosts.py: copy all, provq\*\.py"):
         attach.adapt(torch.nn.Linear(2, 2), "custom")
-    with pytest.raises(TypeError, match=r"esm: EMACodebook; more if you copy all, provq\*\.py\)"):
+    with pytest.raises(TypeError, match=r"simvq: SimVQ or SimVQ1D; more if you copy all, provq\*\.py\)"):
         attach.adapt(torch.nn.Linear(2, 2))
     _copy(folder, *MORE)
     importlib.invalidate_caches()
