@@ -24,7 +24,8 @@ from places import ROOT
 PACKAGES = ("tokenizer", "autoregressive", "protein", "synthetic", "evaluations")
 FOLDERS = (*PACKAGES, "scripts", "tests")
 MAX_LINES = 600
-PROVQ, PROVQ_ATTACH = Path("tokenizer/provq.py"), Path("tokenizer/provq_attach.py")  # copied into other projects
+# copied into other projects
+PROVQ, PROVQ_ATTACH, PROVQ_CODES = (Path(f"tokenizer/{name}.py") for name in ("provq", "provq_attach", "provq_codes"))
 CURRICULUM = Path("tokenizer/curriculum.py")  # and what all tokenizers' trainers share
 # What the entry scripts of evaluations/ share. The rest of that folder are meters.
 EVALUATIONS_SHARED = {Path("evaluations/image_sets.py")}
@@ -71,7 +72,7 @@ def is_entry(tree):
 def group(path, tree):
     """(layer, name of the group that may import itself, layers that it may import)"""
     top = path.parts[0]
-    if path in (PROVQ, PROVQ_ATTACH):
+    if path in (PROVQ, PROVQ_ATTACH, PROVQ_CODES):
         return 0, "tokenizer/provq*.py", ()
     if path.name == "__init__.py":
         return 0, str(path), ()
@@ -119,7 +120,7 @@ def check_no_arrow_back(root):
 
 def check_absolute_imports(root):
     for path, tree in python_files(root).items():
-        if path == PROVQ_ATTACH:
+        if path in (PROVQ_ATTACH, PROVQ_CODES):
             continue  # in other projects it stands in packages of any name; see check_provq_stands_alone
         for line in sorted({line for line, name in imported_names(tree) if name.startswith(".")}):
             yield f"{path}:{line}: relative import; write it from the repository root"
@@ -136,7 +137,8 @@ def check_no_cycles(root):
 
 def check_provq_stands_alone(root):
     libraries = {"torch", *sys.stdlib_module_names}
-    siblings = {PROVQ: set(), PROVQ_ATTACH: {"provq", ".", "..provq"}}  # `import provq`, `from . import provq`
+    companion = {"provq", ".", "..provq"}  # `import provq`, `from . import provq`
+    siblings = {PROVQ: set(), PROVQ_ATTACH: companion, PROVQ_CODES: companion}
     files = python_files(root, ("tokenizer",))
     for path, allowed in siblings.items():
         for line, name in imported_names(files.get(path, ast.Module(body=[]))):
@@ -262,6 +264,7 @@ CHECKS = [
     (check_provq_stands_alone, {"tokenizer/provq.py": "import math\nimport numpy"}, None, 2),
     (check_provq_stands_alone, {"tokenizer/provq.py": "import provq_attach"}, None, 1),
     (check_provq_stands_alone, {"tokenizer/provq_attach.py": "import torch, provq\nimport numpy"}, None, 2),
+    (check_provq_stands_alone, {"tokenizer/provq_codes.py": "import torch, provq\nimport provq_attach"}, None, 2),
     (check_provq_stands_alone, {"tokenizer/provq_attach.py": "from . import provq\nfrom . import data"}, None, 2),
     (check_entry_guard, {"protein/train.py": "import sys\nimport protein.a\n" + MAIN}, None, 2),
     (check_entry_guard, {"protein/a/b.py": GUARD.format(depth=1) + "\nimport protein.c\n" + MAIN}, None, 3),

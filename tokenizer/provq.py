@@ -399,7 +399,8 @@ class ProVQ(nn.Module):
 
     def pop_counts(self) -> Tensor:
         """This rank's code counts (K,) int64 of the training forwards since the last call, and start over."""
-        counts, self._counts = self._counts, torch.zeros_like(self._counts)
+        counts = self._counts.clone()
+        self._counts.zero_()
         return counts
 
     def usage(self) -> dict[str, Any]:
@@ -429,8 +430,7 @@ class ProVQ(nn.Module):
     def _count(self, indices: Tensor) -> None:
         if _recomputing():
             return
-        if self._counts.device != indices.device:
-            self._counts = self._counts.to(indices.device)
+        self._counts = self._counts.to(indices.device)
         self._counts.index_add_(0, indices.clamp_min(0), (indices >= 0).long())
 
     def _flatten(self, z: Tensor, mask: Tensor | None) -> tuple[Tensor, tuple[int, ...]]:

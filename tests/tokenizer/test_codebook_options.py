@@ -9,7 +9,7 @@ from test_train_provq import STEPS, TRANSITION, WARMUP, flags
 from training_runs import Killed, assert_same_run, kill_at_step, rows
 
 from tokenizer import train_provq
-from tokenizer.curriculum import CurriculumConfig, check_curriculum
+from tokenizer.curriculum import CurriculumConfig
 from tokenizer.runtime.checkpoint import load_file
 from tokenizer.runtime.optim import learning_rate, scale_learning_rate, set_learning_rate
 
