@@ -40,6 +40,7 @@ from protein.validation import StructureMeter
 from tokenizer.code_meter import DriftMeter
 from tokenizer.curriculum import CurriculumTrainer, build_curriculum, code_usage, kmeans_batches, with_length
 from tokenizer.data import consecutive, make_loader, spread
+from tokenizer.quantizer_config import build_restart
 from tokenizer.runtime import config, distributed
 from tokenizer.runtime.ema import EMA
 from tokenizer.runtime.optim import accumulating, build_adamw, learning_rate, replicate, set_learning_rate, update
@@ -70,9 +71,11 @@ class Trainer(CurriculumTrainer):
         self.optimizer = build_adamw(self.raw, cfg, scaled=self.quantize.parameters(), scale=cfg.codebook_lr_scale)
         self.scaler = torch.amp.GradScaler(enabled=False)  # fp16 is not offered: coordinates need the range
         self.ema = EMA(self.raw, cfg.ema_decay) if cfg.ema else None
+        self.restart = build_restart(cfg, self.raw.quantize.quantizer)
         self.drift = DriftMeter()
         self.kmeans_batches = kmeans_batches(cfg, max(1, int(cfg.global_batch_size * self.train_set.observed.mean())))
-        self.run.resume({"model": self.raw, "ema": self.ema, "optimizer": self.optimizer, "drift": self.drift})
+        self.run.resume({"model": self.raw, "ema": self.ema, "optimizer": self.optimizer, "drift": self.drift,
+                         "restart": self.restart})
         self.model = replicate(self.raw, device)
 
     def _open_data(self, cfg: TrainConfig) -> dict[str, str]:
@@ -126,9 +129,7 @@ class Trainer(CurriculumTrainer):
             labels = self.position() | {"lr": learning_rate(cfg, step)}
             set_learning_rate(self.optimizer, labels["lr"])
             terms = self.train_step(batches, step)  # decodes z~ = alpha z + (1 - alpha) z_q (Eq. 2); updates once
-            quantize.set_step(step + 1)             # the steps up to this one are done
-            if self.ema:
-                self.ema.update(self.raw, step + 1)  # after set_step, which updates the codes of an ema quantizer
+            self.finish_step(step)                  # set_step(step + 1): the steps up to this one are done; averages
             run.log(terms, labels, derive=code_usage)
             with run.untimed():
                 if run.due(cfg.val_every):

@@ -24,10 +24,10 @@ from places import ROOT
 PACKAGES = ("tokenizer", "autoregressive", "protein", "synthetic", "evaluations")
 FOLDERS = (*PACKAGES, "scripts", "tests")
 MAX_LINES = 600
-# Copied into other projects.
-PROVQ, PROVQ_ATTACH = Path("tokenizer/provq.py"), Path("tokenizer/provq_attach.py")
-PROVQ_HOSTS, PROVQ_PACKAGES = Path("tokenizer/provq_hosts.py"), Path("tokenizer/provq_packages.py")
-COPIED = (PROVQ, PROVQ_ATTACH, PROVQ_HOSTS, PROVQ_PACKAGES)
+# Copied into other projects; each may need those before it.
+COPIED = (PROVQ, PROVQ_CODES, PROVQ_ATTACH, PROVQ_HOSTS, PROVQ_PACKAGES) = tuple(
+    Path(f"tokenizer/{name}.py")
+    for name in ("provq", "provq_codes", "provq_attach", "provq_hosts", "provq_packages"))
 CURRICULUM = Path("tokenizer/curriculum.py")  # and what all tokenizers' trainers share
 # What the entry scripts of evaluations/ share. The rest of that folder are meters.
 EVALUATIONS_SHARED = {Path("evaluations/image_sets.py")}
@@ -266,6 +266,7 @@ CHECKS = [
     (check_provq_stands_alone, {"tokenizer/provq.py": "import math\nimport numpy"}, None, 2),
     (check_provq_stands_alone, {"tokenizer/provq.py": "import provq_attach"}, None, 1),
     (check_provq_stands_alone, {"tokenizer/provq_attach.py": "import torch, provq\nimport numpy"}, None, 2),
+    (check_provq_stands_alone, {"tokenizer/provq_codes.py": "import torch, provq\nimport provq_attach"}, None, 2),
     (check_provq_stands_alone, {"tokenizer/provq_attach.py": "from . import provq\nfrom . import data"}, None, 2),
     (check_provq_stands_alone, {"tokenizer/provq_hosts.py": "from .provq_attach import A\nimport einops"}, None, 2),
     (check_provq_stands_alone, {"tokenizer/provq_hosts.py": "import provq_packages"}, None, 1),

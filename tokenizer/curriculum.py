@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tokenizer.code_meter import DriftMeter
 from tokenizer.provq import SCHEDULES, AdaptiveWarmup, Curriculum, ProVQ, code_statistics
+from tokenizer.provq_codes import DeadCodeRestart
 from tokenizer.quantizer_config import QuantizerConfig, check_quantizer
 from tokenizer.runtime import config, distributed
 from tokenizer.runtime.config import arg
@@ -176,6 +177,7 @@ class CurriculumTrainer(ABC):
     optimizer: torch.optim.Optimizer  # has the codebook
     ema: EMA | None
     drift: DriftMeter
+    restart: DeadCodeRestart | None   # see build_restart
     kmeans_batches: int               # see the function of this name
 
     # ------------------------------------------------------------------------------------- what a subclass provides
@@ -289,6 +291,22 @@ class CurriculumTrainer(ABC):
         starts = (sizes.cumsum(0) - sizes)[mine]
         within = torch.arange(int(lengths.sum())) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
         return torch.cat(latents), (starts.repeat_interleave(lengths) + within).to(self.device)
+
+    def finish_step(self, step: int) -> None:
+        """Collective, when the optimizer has done its step: set_step(step + 1), and what follows the weights and codes.
+
+        With --codebook-restart-below dead codes restart. The average moves after the codes of an ema quantizer.
+        """
+        quantize = self.quantize
+        if self.restart:
+            average: Any = self.ema.module if self.ema and self.restart.due else None
+            self.restart.step([self.optimizer], [] if average is None else [average.quantize.quantizer])
+        placed = getattr(quantize.quantizer, "placed", False)
+        quantize.set_step(step + 1)
+        if self.ema:
+            self.ema.update(self.raw, step + 1)
+            if placed:
+                self.ema.copy_(self.raw, "quantize.")  # following codes: their table has other units from here on
 
     # --------------------------------------------------------------------------------------------- between steps
 

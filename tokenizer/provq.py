@@ -411,7 +411,8 @@ class ProVQ(nn.Module):
 
     def pop_counts(self) -> Tensor:
         """This rank's code counts (K,) int64 of the training forwards since the last call, and start over."""
-        counts, self._counts = self._counts, torch.zeros_like(self._counts)
+        counts = self._counts.clone()
+        self._counts.zero_()
         return counts
 
     def usage(self) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from training_runs import Killed, assert_same_run, kill_at_step, rows
 
 from tokenizer import train_provq
 from tokenizer.curriculum import CurriculumConfig
+from tokenizer.pretrained import load_tokenizer, save_pretrained, to_llamagen_state_dict, tokenizer_hash
+from tokenizer.provq_codes import DeadCodeRestart
 from tokenizer.runtime.checkpoint import load_file
 from tokenizer.runtime.optim import learning_rate, scale_learning_rate, set_learning_rate
 
@@ -156,6 +158,9 @@ def test_every_quantizer_reclusters(tmp_path, changes, capsys):
     ({"recluster": True, "transition_steps": 0}, "--transition-steps 0; give --recluster-at STEP"),
     ({"recluster_at": 4}, "--recluster-at 4 is not after --warmup-steps 4"),
     ({"recluster_at": 12}, "--recluster-at 12 never comes, --max-steps 12"),
+    ({"codebook_follow": True, "quantizer": "simvq"}, "follow is True; it has an effect with --quantizer vq only"),
+    ({"codebook_follow": True, "codebook_l2_norm": True}, "--codebook-l2-norm gives them unit norm"),
+    ({"codebook_restart_below": 1}, "--codebook-restart-below is 1.0; it must be below 1"),
     ({"recluster": True, "max_steps": 8}, "--recluster comes after step 8, --max-steps 8: the run ends there"),
 ])
 def test_refused_by_name(tmp_path, capsys, changes, said):
@@ -169,3 +174,85 @@ def test_a_run_that_stops_before_may_ask_for_it(tmp_path):
     train_provq.main(flags(tmp_path, recluster=True, stop_after="transition"))
     train_provq.main(flags(tmp_path, recluster=True))
     assert (tmp_path / "latents" / f"{END:07d}_codebook_reclustered.npz").exists()
+
+
+# ------------------------------------------------------------------------------ codes that follow, codes that restart
+
+FOLLOWING = {"codebook_follow": True, "recluster": True, "ema": True}
+RESTARTING = {"codebook_restart_below": 0.9, "ema": True}
+
+
+@pytest.fixture(scope="module", params=["follow", "restart", "simvq"])
+def optional(request, tmp_path_factory):
+    """A run with an option, and its command."""
+    changes = {"follow": FOLLOWING, "restart": RESTARTING, "simvq": RESTARTING | {"quantizer": "simvq"}}[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DeadCodeRestart.__init__, "__kwdefaults__", {"every": 3})
+        train_provq.main(flags(folder / "whole", **changes))
+        yield request.param, folder / "whole", changes
+
+
+def test_optional_codes_resume_exactly(optional, tmp_path, monkeypatch):
+    """Killed in the first step after k-means, whose codes are placed but do not follow yet; and between restarts."""
+    _, whole, changes = optional
+    for at in (WARMUP + 1, WARMUP + 3):
+        words = flags(tmp_path / str(at), **changes)
+        kill_at_step(monkeypatch, train_provq.main, train_provq.Trainer, words, at)
+        train_provq.main(words)
+        assert_same_run(whole, tmp_path / str(at), STEPS)
+
+
+def test_the_average_is_of_the_same_codes(optional):
+    """Codes of an average in other units, or from before a restart, would be far from those of the model."""
+    _, whole, _ = optional
+    models = [load_tokenizer(whole, weights=name) for name in ("model", "ema")]
+    one, other = (model.quantize.codebook.detach() for model in models)
+    spread = one.std(0).mean()
+    assert (one - other).abs().max() < 0.2 * spread
+
+
+def test_following_and_restarted_tokenizers_export_as_plain_ones(optional, tmp_path):
+    name, whole, _ = optional
+    model = load_tokenizer(whole)
+    exported = load_tokenizer(save_pretrained(model, tmp_path / "export"))
+    assert (exported.config.quantizer, exported.config.codebook_follow) == ("vq", False)
+    assert exported.config.codebook_restart_below == 0
+    assert tokenizer_hash(exported) == tokenizer_hash(model)
+    assert torch.equal(exported.quantize.codebook, model.quantize.codebook)
+    assert set(to_llamagen_state_dict(model)) == set(to_llamagen_state_dict(exported))
+    x = torch.rand(4, model.config.image_channels, 16, 16, generator=torch.Generator().manual_seed(0))
+    tokens = model.encode(x)
+    assert torch.equal(exported.encode(x), tokens)
+    assert torch.equal(exported.decode_code(tokens), model.decode_code(tokens))
+    if name == "follow":
+        assert model.config.codebook_follow
+        assert int(model.quantize.quantizer.state) == model.quantize.quantizer.FOLLOWING
+
+
+def test_codes_restart_in_a_run(tmp_path, monkeypatch):
+    happened = []
+    step = DeadCodeRestart.step
+
+    def record(self, *args):
+        self.every = 2
+        happened.append(step(self, *args))
+        return happened[-1]
+
+    monkeypatch.setattr(DeadCodeRestart, "step", record)
+    train_provq.main(flags(tmp_path, codebook_restart_below=0.9, mixed_precision="bf16", gradient_accumulation_steps=2))
+    assert len(happened) == STEPS
+    assert sum(happened[:WARMUP]) == 0, "there are no codes in the warm-up"
+    assert sum(happened) > 0
+
+
+def test_two_processes_follow_like_one(tmp_path):
+    common = {"codebook_follow": True, "max_steps": WARMUP + 4, "transition_steps": 2, "val_every": 100}
+    for processes in (None, 2):
+        process = training_runs.start(train_provq.__file__, flags(tmp_path / str(processes), **common),
+                                      processes=processes)
+        out, _ = process.communicate()
+        assert process.returncode == 0, out
+    states = [checkpoint(tmp_path / name, WARMUP + 3)["model"] for name in ("None", "2")]
+    for name in (TABLE, "quantize.quantizer.mean", "quantize.quantizer.spread"):
+        torch.testing.assert_close(states[0][name], states[1][name], atol=2e-4, rtol=1e-4)
