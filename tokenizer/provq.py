@@ -37,6 +37,7 @@ import importlib
 import math
 import numbers
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable, Iterable, NamedTuple, Protocol, Sequence, cast
 
 import torch
@@ -49,8 +50,8 @@ __all__ = ["QUANTIZERS", "SCHEDULES", "AdaptiveWarmup", "Curriculum", "EMAVector
            "LinearVectorQuantizer", "ProVQ", "ProVQOutput", "Quantized", "Quantizer", "VectorQuantizer",
            "code_statistics", "kmeans", "make_quantizer", "nearest_code"]
 
-# Elements of the N x K distance matrix that exist at a time. 2 MiB of float32 stays in a CPU core's cache (3x faster
-# than one large matrix, see evaluations/benchmarks/code_search.py); a GPU wants fewer, larger launches (128 MiB).
+# Elements of the N x K distance matrix that exist at a time: on a CPU, per thread, as many as its cache holds (or twice
+# that; see evaluations/benchmarks/code_search.py); a GPU wants fewer, larger launches (128 MiB of float32).
 CPU_SEARCH_ELEMENTS, GPU_SEARCH_ELEMENTS = 2**19, 2**25
 
 _is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling  # public since torch 2.3
@@ -706,16 +707,53 @@ def _search_blocks(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     # Distances do not change, but a common offset would cancel catastrophically in |e|^2 - 2xe. (Not the mean: one code
     # far out would drag it along. On a GPU the median has no deterministic form, for use_deterministic_algorithms.)
     centre = codes.sort(0).values[(len(codes) - 1) // 2] if codes.is_cuda else codes.median(0).values
-    x, codes = x - centre, codes - centre
-    sq = codes.square().sum(1)
-    rows = max(1, (CPU_SEARCH_ELEMENTS if x.device.type == "cpu" else GPU_SEARCH_ELEMENTS) // max(1, len(codes)))
-    # Results go into two allocated tensors: small ones that outlive their block would pin its freed memory behind them.
-    value, index = x.new_empty(len(x)), torch.empty(len(x), dtype=torch.int64, device=x.device)
+    x, codes, threads = x - centre, codes - centre, torch.get_num_threads()
+    sq, elements = codes.square().sum(1), len(x) * len(codes)
     with torch.autocast(x.device.type, enabled=False):
-        for start in range(0, len(x), rows):
-            part = slice(start, start + rows)
-            value[part], index[part] = torch.addmm(sq, x[part], codes.t(), alpha=-2.0).min(1)
+        if x.device.type != "cpu" or len(codes) <= 256 or elements < 2**18:
+            value, index = _search_whole(x, codes, sq)
+        elif elements < 2**24 or threads == 1 or _is_compiling() or torch.jit.is_tracing():
+            value, index = _search_groups(x, codes, sq)
+        else:  # a share of the rows each: threads that meet after every block wait for one another on busy cores
+            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                found = list(pool.map(lambda share: _search_groups(share, codes, sq), x.chunk(threads)))
+            torch.set_num_threads(threads)  # a thread has its own number, but begins with the last one that was set
+            value, index = torch.cat([part[0] for part in found]), torch.cat([part[1] for part in found])
     return (value + x.square().sum(1)).clamp_min_(0.0), index
+
+
+# Both: least |e|^2 - 2xe of x (N, D) over codes e (K, D) with squares sq (K,), and its index. Results go into two
+# allocated tensors: small ones that outlive their block would pin its freed memory behind them.
+def _search_whole(x: Tensor, codes: Tensor, sq: Tensor) -> tuple[Tensor, Tensor]:
+    rows = max(1, (CPU_SEARCH_ELEMENTS if x.device.type == "cpu" else GPU_SEARCH_ELEMENTS) // max(1, len(codes)))
+    value, index = x.new_empty(len(x)), torch.empty(len(x), dtype=torch.int64, device=x.device)
+    for start in range(0, len(x), rows):
+        part = slice(start, start + rows)
+        value[part], index[part] = torch.addmm(sq, x[part], codes.t(), alpha=-2.0).min(1)
+    return value, index
+
+
+def _search_groups(x: Tensor, codes: Tensor, sq: Tensor) -> tuple[Tensor, Tensor]:
+    # A CPU finds a minimum with its index by scalars, without it by vectors: first of each group, then of one group.
+    width = max(64, math.isqrt(len(codes)) // 64 * 64)
+    pad, rows = -len(codes) % width, min(len(x), max(128, 2 * CPU_SEARCH_ELEMENTS // len(codes)))
+    sq = F.pad(sq, (0, pad), value=math.inf).view(-1, 1, width)
+    groups = F.pad(codes, (0, 0, 0, pad)).view(len(sq), width, -1).transpose(1, 2)
+    many, row = max(1, min(len(sq), 2 * CPU_SEARCH_ELEMENTS // (rows * width))), torch.arange(rows)
+    value, index = x.new_full((len(x),), math.inf), torch.zeros(len(x), dtype=torch.int64)
+    block = x.new_empty(many * rows * width)  # used again and again: to map new memory takes as long as the product
+    for start in range(0, len(x), rows):
+        part, least, at = (t[start : start + rows] for t in (x, value, index))
+        for first in range(0, len(sq), many):
+            bias, table = sq[first : first + many], groups[first : first + many]
+            out = block[: len(bias) * len(part) * width].view(len(bias), len(part), width)
+            torch.baddbmm(bias, part.expand(len(bias), -1, -1), table, alpha=-2.0, out=out)
+            found, group = out.amin(2).min(0)
+            near = out.flatten(0, 1).index_select(0, group * len(part) + row[: len(part)]).min(1).indices
+            closer = ~((found >= least) | least.isnan())  # of equals the first, and of NaN
+            least[:] = torch.where(closer, found, least)
+            at[:] = torch.where(closer, (first + group) * width + near, at)
+    return value, index
 
 
 class KMeansResult(NamedTuple):
@@ -775,34 +813,40 @@ def kmeans(x: Tensor, num_codes: int, *, iters: int = 20, start: str = "kmeans++
     centroids = _kmeans_plus_plus(points, num_codes, generator) if start == "kmeans++" else points
     centroids = _broadcast(centroids.contiguous())
 
-    done = 0
-    for _ in range(iters):
+    for done in range(iters + 1):
         sums, counts, far = _assign(x, centroids)
+        if done == iters:
+            break
         new = torch.where(counts[:, None] > 0, (sums / counts.clamp_min(1)[:, None]).float(), centroids)
         new = F.normalize(new, dim=1) if spherical else new
-        new = _reseed_empty(new, counts, x, far, order, rank)
-        done += 1
-        moved = not torch.equal(_broadcast(new), centroids)
-        centroids = new
-        if not moved:
+        new = _broadcast(_reseed_empty(new, counts, x, far, order, rank))
+        if torch.equal(new, centroids):
             break
-    _, counts, far = _assign(x, centroids)
+        centroids = new
     inertia = _all_reduce(far.sum(dtype=torch.float64)).item() / total
-    return KMeansResult(centroids, counts.long(), inertia, done)
+    return KMeansResult(centroids, counts.long(), inertia, min(done + 1, iters))
 
 
 def _kmeans_plus_plus(points: Tensor, num_codes: int, generator: torch.Generator) -> Tensor:
-    # Each next seed is drawn with probability proportional to its squared distance from the seeds so far.
-    draws = torch.rand(num_codes, generator=generator, dtype=torch.float64).to(points.device)
-    seeds = torch.zeros(num_codes, dtype=torch.int64, device=points.device)
-    seeds[0] = (draws[0] * len(points)).long()
-    nearest = (points - points[seeds[0]]).square().sum(1)
-    for k in range(1, num_codes):
+    # Each next seed is drawn with probability proportional to its squared distance from the seeds so far. In blocks, by
+    # rejection: of candidates drawn together, one stays if those that stay before it leave it more than a uniform share
+    # of its distance. That is the same distribution.
+    place, share = torch.rand(2, 1, generator=generator, dtype=torch.float64).to(points.device)
+    seeds = points[(place * len(points)).long()]
+    nearest = (points - seeds).square().sum(1)
+    while len(seeds) < num_codes:
+        size = 2, min(len(seeds), 1024)
+        place, share = torch.rand(size, generator=generator, dtype=torch.float64).to(points.device)
         cumulative = nearest.cumsum(0, dtype=torch.float64)
-        drawn = torch.searchsorted(cumulative, draws[k : k + 1] * cumulative[-1], right=True)[0]
-        seeds[k] = drawn.clamp(max=len(points) - 1)
-        torch.minimum(nearest, (points - points[seeds[k]]).square().sum(1), out=nearest)
-    return points[seeds]
+        drawn = torch.searchsorted(cumulative, place * cumulative[-1], right=True).clamp_(max=len(points) - 1)
+        new = points[drawn]
+        apart = torch.cdist(new, new, compute_mode="donot_use_mm_for_euclid_dist").square()
+        blocks, stays, before = (apart < (share * nearest[drawn])[:, None]).tril(-1), drawn >= 0, None
+        while before is None or not torch.equal(stays, before):  # at most a pass for each candidate; mostly 2 to 4
+            before, stays = stays, ~(blocks & stays).any(1)
+        seeds, new = torch.cat([seeds, new[stays]]), new[stays]
+        torch.minimum(nearest, (points - new[_search(points, new)[1]]).square().sum(1), out=nearest)
+    return seeds[:num_codes]
 
 
 def _assign(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
