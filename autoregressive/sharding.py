@@ -33,11 +33,13 @@ def shard(model: nn.Module, blocks: nn.ModuleList, device: torch.device, dtype: 
     """
     state = model.state_dict() if distributed.is_main() else {}
     state = {key: value.cpu() for key, value in state.items()}
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32)
+    # Between blocks activations keep the dtype that they have, and the float32 rotary table is not cast on the way in.
+    inner = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    outer = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32)
     mesh = init_device_mesh(device.type, (distributed.world_size(),))
     for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=inner)
+    fully_shard(model, mesh=mesh, mp_policy=outer)
     load_full_state(model, state)
 
 

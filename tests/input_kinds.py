@@ -39,8 +39,10 @@ from protein.benchmark.task_archives import Archive, read_raw
 from protein.benchmark.tasks import load_prepared, read_task, save_prepared, task_identity
 from protein.pretrained import load_structure_tokenizer
 from protein.pretrained import save_pretrained as save_structure_tokenizer
-from protein.structure_data import open_structures, write_cache
-from protein.structure_io import find_structures, read_structure
+from protein.structure_cache import write_cache
+from protein.structure_data import open_structures
+from protein.structure_io import read_structure
+from protein.structure_sources import find_structures
 from protein.token_files import TokenChain, read_tokens, write_tokens
 from scripts import compare_runs, make_imagenet100
 from tokenizer import train_config, train_provq

@@ -13,6 +13,9 @@ Sensitivity is the correlation, over pairs, of how alike the tokens are with how
 mean of both normalizations). Token similarity is the score of a global alignment of both token sequences, gap -10, in
 which two codes score 100 times their cosine, cut to an integer. "as coded" is that score, which grows with the chain's
 length, so that long pairs look alike; "per residue" is the score divided by the mean length.
+
+With --chains and several tokenizers, how much the tokens of each say about those of the first, residue by residue: with
+`--tokenizer foldseek ProVQ=RUN`, what ours know of 3Di.
 """
 
 from __future__ import annotations
@@ -35,9 +38,11 @@ from torch import Tensor
 
 from protein.benchmark.archive_files import read_table
 from protein.benchmark.baselines import ChainTokenizer, Tokens, open_tokenizer
+from protein.benchmark.information import mutual_information
 from protein.benchmark.task_archives import Archive, read_chains
 from protein.benchmark.tasks import MAX_LENGTH
-from protein.structure_io import Chain, read_folder, read_structure
+from protein.structure_io import Chain, read_structure
+from protein.structure_sources import read_folder
 from tokenizer.code_meter import mean_pairwise_distance
 from tokenizer.provq import code_statistics
 from tokenizer.runtime import distributed
@@ -275,6 +280,14 @@ def tables(report: dict[str, Any]) -> list[Table]:
             table.rows.append([Cell(label), Cell(str(row["codes"])), Cell(str(row["chains"])), *cells,
                                Cell(f"{row['code distance']:.2f}")])
         out.append(table)
+    for name, rows in report["information"].items():
+        of = next(iter(rows.values()))["of"]
+        table = Table(f"Information about {of}, {name}.", f"Bits per residue; {of} has "
+                      f"{next(iter(rows.values()))['entropy']:.2f}.", ["Tokenizer", "Residues", "Bits", "Percent"])
+        for label, row in rows.items():
+            table.rows.append([Cell(label), Cell(str(row["residues"])), Cell(f"{row['information']:.3f}"),
+                               _percent(row["share"])])
+        out.append(table)
     return out
 
 
@@ -331,7 +344,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     tokenizers = [open_tokenizer(name, device) for name in args.tokenizer]
     archive = None if args.data is None else Archive.open(args.data, args.pdb_data)
     found: dict[str, Any]
-    report: dict[str, dict[str, Any]] = {"sensitivity": {}, "utilisation": {}}
+    report: dict[str, dict[str, Any]] = {"sensitivity": {}, "utilisation": {}, "information": {}}
     for name, (pairs, targets) in _open_pairs(args, archive).items():
         report["sensitivity"][name] = found = {}
         for tokenizer in tokenizers:
@@ -347,6 +360,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for tokenizer in tokenizers:
             tokenizer.fit(chains)
             found[_fresh(tokenizer.label, found)] = utilisation(tokenizer, chains)
+        if len(tokenizers) > 1:
+            about: dict[str, Any] = {}
+            report["information"][source] = about
+            tokens = [tokenizer.encode(chains) for tokenizer in tokenizers]
+            for tokenizer, others in zip(tokenizers[1:], tokens[1:], strict=True):
+                about[_fresh(tokenizer.label, about)] = {
+                    "of": tokenizers[0].label, **mutual_information(tokens[0], others)}
     return report
 
 
