@@ -1,5 +1,4 @@
-"""Options of the structure trainer that are not in the paper; those of images: tests/tokenizer/test_codebook_options.py.
-"""
+"""Options of the structure trainer that are not in the paper (those of images: tests/tokenizer/)."""
 
 import pytest
 import training_runs
