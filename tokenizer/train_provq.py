@@ -8,11 +8,10 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from torchvision.utils import save_image
 
 from tokenizer import losses
-from tokenizer.code_meter import DriftMeter
+from tokenizer.code_meter import PaceMeter
 from tokenizer.curriculum import CurriculumTrainer, build_curriculum, code_usage, kmeans_batches, with_length
 from tokenizer.data import (
     BadImageCounter,
@@ -90,7 +89,7 @@ class Trainer(CurriculumTrainer):
         self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.mixed_precision == "fp16")
         self.ema = EMA(self.raw, cfg.ema_decay) if cfg.ema else None
         self.restart = build_restart(cfg, self.raw.quantize.quantizer)
-        self.drift = DriftMeter()
+        self.drift = PaceMeter()
         self.kmeans_batches = kmeans_batches(cfg, tokens_per_batch(cfg))
         self.run.resume({"model": self.raw, "ema": self.ema, "optimizer": self.optimizer, "discriminator": self.disc,
                          "optimizer_disc": self.opt_d, "scaler": self.scaler, "drift": self.drift,
@@ -139,7 +138,7 @@ class Trainer(CurriculumTrainer):
             self.finish_step(step)                  # set_step(step + 1): the steps up to this one are done; averages
             if run.due(cfg.log_every):
                 self.bad.agree()                    # on too many unreadable images all ranks stop together
-            run.log(terms, position, derive=code_usage)
+            run.log(terms, position, derive=lambda row: self.with_pace(row["step"], code_usage(row)))
             with run.untimed():
                 if run.due(cfg.val_every):
                     self.validate()
@@ -232,9 +231,13 @@ class Trainer(CurriculumTrainer):
 
     def probe(self, model: VQModel) -> Tensor:
         """Of 64 images."""
-        images = (self.val_set[i]["image"] for i in spread(len(self.val_set), 64))
-        parts = iter(lambda: list(itertools.islice(images, self.run.micro_batch())), [])
-        return torch.cat([channels_last(model.encode_latents(torch.stack(part).to(self.device))) for part in parts])
+        parts = self._probe_images.split(self.run.micro_batch())
+        return torch.cat([channels_last(model.encode_latents(part.to(self.device))) for part in parts])
+
+    @cached_property
+    def _probe_images(self) -> Tensor:
+        """(64, C, H, W) on the CPU: read once, looked at with every log row."""
+        return torch.stack([self.val_set[i]["image"] for i in spread(len(self.val_set), 64)])
 
     def count_codes(self, model: VQModel) -> Tensor:
         counts = torch.zeros(model.quantize.num_codes, dtype=torch.int64, device=self.device)

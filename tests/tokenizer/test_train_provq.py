@@ -301,8 +301,9 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(straight, tmp_path
         raise Killed
 
     words = flags(tmp_path, ema=True, ckpt_every=100)
+    usage = train_provq.code_usage
     with monkeypatch.context() as patch:
-        patch.setattr(train_provq, "code_usage", lambda row: kill() if row["step"] == 9 else {})
+        patch.setattr(train_provq, "code_usage", lambda row: kill() if row["step"] == 9 else usage(row))
         with pytest.raises(Killed):
             train_provq.main(words)
     assert (tmp_path / "checkpoints" / "best.pt").exists()

@@ -202,7 +202,8 @@ class Run:
         """(name, value there, value now) of settings that must not differ. One that is newer than the checkpoint had
         its default there.
         """
-        defaults = {f.name: f.default for f in fields(self.cfg) if f.default is not MISSING}
+        defaults = {f.name: list(f.default) if isinstance(f.default, tuple) else f.default  # as config.to_dict has them
+                    for f in fields(self.cfg) if f.default is not MISSING}
         recorded = {**{name: value for name, value in defaults.items() if name not in recorded}, **recorded}
         return [entry for entry in config.diff(recorded, self.identity()) if entry[0] not in self._resumable]
 
