@@ -690,8 +690,21 @@ def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
 
 def _search(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     """Nearest row of codes (K, D) for each row of x (N, D): squared distances (N,), indices (N,) int64."""
-    # Inside a compiled region the process-wide precision is the host's: changing it there would break the graph.
-    if not x.is_cuda or _is_compiling():
+    # Inside a compiled region process-wide settings are the host's: changing them there would break the graph.
+    if _is_compiling() or torch.jit.is_tracing():
+        return _search_blocks(x, codes)
+    threads = torch.get_num_threads()
+    if x.device.type == "cpu" and threads > 1 and len(x) * len(codes) >= 2**25:
+        # A share of the tokens for each thread: if all met after every block, they would wait for one another wherever
+        # cores are busy. set_num_threads is for the calling thread, and for those that begin later.
+        torch.set_num_threads(1)
+        try:
+            with ThreadPoolExecutor(threads) as pool:
+                found = list(pool.map(lambda share: _search_blocks(share, codes.detach()), x.detach().chunk(threads)))
+        finally:
+            torch.set_num_threads(threads)
+        return torch.cat([part[0] for part in found]), torch.cat([part[1] for part in found])
+    if not x.is_cuda:
         return _search_blocks(x, codes)
     matmul = torch.backends.cuda.matmul  # torch 2.9 renamed the switch, and refuses a mixture of both names
     switch, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
@@ -707,18 +720,11 @@ def _search_blocks(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     # Distances do not change, but a common offset would cancel catastrophically in |e|^2 - 2xe. (Not the mean: one code
     # far out would drag it along. On a GPU the median has no deterministic form, for use_deterministic_algorithms.)
     centre = codes.sort(0).values[(len(codes) - 1) // 2] if codes.is_cuda else codes.median(0).values
-    x, codes, threads = x - centre, codes - centre, torch.get_num_threads()
+    x, codes = x - centre, codes - centre
     sq, elements = codes.square().sum(1), len(x) * len(codes)
     with torch.autocast(x.device.type, enabled=False):
-        if x.device.type != "cpu" or len(codes) <= 256 or elements < 2**18:
-            value, index = _search_whole(x, codes, sq)
-        elif elements < 2**24 or threads == 1 or _is_compiling() or torch.jit.is_tracing():
-            value, index = _search_groups(x, codes, sq)
-        else:  # a share of the rows each: threads that meet after every block wait for one another on busy cores
-            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                found = list(pool.map(lambda share: _search_groups(share, codes, sq), x.chunk(threads)))
-            torch.set_num_threads(threads)  # a thread has its own number, but begins with the last one that was set
-            value, index = torch.cat([part[0] for part in found]), torch.cat([part[1] for part in found])
+        few = x.device.type != "cpu" or len(codes) <= 256 or elements < 2**18
+        value, index = (_search_whole if few else _search_groups)(x, codes, sq)
     return (value + x.square().sum(1)).clamp_min_(0.0), index
 
 
@@ -735,7 +741,7 @@ def _search_whole(x: Tensor, codes: Tensor, sq: Tensor) -> tuple[Tensor, Tensor]
 
 def _search_groups(x: Tensor, codes: Tensor, sq: Tensor) -> tuple[Tensor, Tensor]:
     # A CPU finds a minimum with its index by scalars, without it by vectors: first of each group, then of one group.
-    width = max(64, math.isqrt(len(codes)) // 64 * 64)
+    width = max(64, int(len(codes) ** 0.5) // 64 * 64)
     pad, rows = -len(codes) % width, min(len(x), max(128, 2 * CPU_SEARCH_ELEMENTS // len(codes)))
     sq = F.pad(sq, (0, pad), value=math.inf).view(-1, 1, width)
     groups = F.pad(codes, (0, 0, 0, pad)).view(len(sq), width, -1).transpose(1, 2)
