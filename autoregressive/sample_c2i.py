@@ -265,19 +265,19 @@ def sample(args: argparse.Namespace, device: torch.device) -> None:
         atomic_write_json(args.out / SETTINGS, settings)
         atomic_write(args.out / "labels.npy", lambda file: np.save(file, np.array(labels)))
     distributed.barrier()
-    rank, world = distributed.rank(), distributed.world_size()
     compiled = compile_decoding(model) if args.compile else None
     starts = range(0, args.num_samples, args.batch_size)
-    with tqdm(total=args.num_samples, unit="image", disable=None if rank == 0 else True) as shown:
-        for number, start in enumerate(starts):
+    with tqdm(total=args.num_samples, unit="image", disable=None if distributed.is_main() else True) as shown:
+        for number in distributed.deal_out(len(starts)):
+            start = starts[number]
             places = list(range(start, min(start + args.batch_size, args.num_samples)))
             files = [images / f"{place:06d}.png" for place in places]
-            if number % world == rank and not all(file.exists() for file in files):
+            shown.update(start - shown.n)  # those before are done, or other processes' now
+            if not all(file.exists() for file in files):
                 for pixels, file in zip(draw_batch(model, vq, places, labels, args, compiled), files, strict=True):
                     picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
                     atomic_write(file, partial(picture.save, format="PNG"))
             shown.update(len(places))
-    distributed.barrier()
     if distributed.is_main():
         write_npz(images, args.num_samples, args.out / "samples.npz")
         draw_grid(images, labels, classes, args.out / "grid.png")
