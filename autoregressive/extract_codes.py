@@ -44,7 +44,7 @@ PROG = "autoregressive/extract_codes.py"
 SETTINGS, PARTS = "extraction.json", "parts"  # of a folder that is not finished
 SHARDS, LEAST, MOST = 32, 256, 4096           # shards of a data set, and images in one: a minute or two of a GPU
 MOST_BEFORE = 65536                           # in folders whose manifest does not say how many
-LATER = ("shard_images",)                     # entries of the manifest that older folders do not have, and need not
+LATER = ("shard_images", "tf32")              # entries of the manifest that older folders do not have, and need not
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -117,6 +117,7 @@ def describe(model: VQModel, source: ImageSource, args: argparse.Namespace) -> d
         "crops": f"ten of a center crop to {enlarged(args)}" if args.ten_crop else
                  "center" + (" and its mirror image" if args.flip else ""),
         "mixed_precision": args.mixed_precision,
+        "tf32": False,  # see runtime/command.py
         "source_images": len(source),
         "source_fingerprint": source.fingerprint(),
         "shard_images": images_per_shard(len(source), MOST),

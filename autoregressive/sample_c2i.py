@@ -194,7 +194,7 @@ def check_folder(args: argparse.Namespace, settings: dict[str, Any]) -> bool:
         if not lock.is_unused(args.out):
             raise ValueError(f"--out {args.out} holds other files; name a new folder")
         return False
-    there = config.load(known)
+    there = {"tf32": False} | config.load(known)  # older folders do not say
     before = there.get("num_samples")
     grows = type(before) is int and before < args.num_samples
     there |= {"num_samples": args.num_samples} if grows else {}
@@ -247,7 +247,7 @@ def sample(args: argparse.Namespace, device: torch.device) -> None:
     require_guidance(loaded, args.sampling)
     classes = class_list(args, loaded)
     settings = {**asdict(args.sampling), "num_samples": args.num_samples, "classes": classes,
-                "global_seed": args.global_seed, "mixed_precision": precision, "gpt": loaded.name,
+                "global_seed": args.global_seed, "mixed_precision": precision, "tf32": False, "gpt": loaded.name,
                 "gpt_sha256": _weights_hash(model), "tokenizer_sha256": tokenizer_hash(vq),
                 "image_size_eval": args.image_size_eval, "batch_size": args.batch_size}
     check_folder(args, settings)
