@@ -101,16 +101,23 @@ def draw(logits: Tensor, uniform: Tensor, config: SamplingConfig) -> Tensor:
 def generate(
     model: GPT, labels: Tensor, *, seeds: Sequence[int], config: SamplingConfig, num_codes: int | None = None,
     compiled: Callable[..., Tensor] | None = None, progress: Callable[[int], object] | None = None,
+    prefix: Tensor | None = None,
 ) -> Tensor:
     """Codes (B, num_codes) int64 of images of the classes labels (B,) int64.
 
     model: in eval mode; its parameters' dtype and device are used. seeds: one int per image. num_codes: the first so
     many codes of an image; None: all. compiled: what compile_decoding made of this model (worth its minutes for many
-    images). progress: called with the number of codes done, after each.
-    ValueError: a model in training mode, labels or seeds that do not fit.
+    images). progress: called with the number of codes done, after each. prefix: (B, P) int64, the first codes, which
+    are given and not drawn.
+    ValueError: a model in training mode, labels, seeds or a prefix that do not fit.
     """
     total = model.config.block_size if num_codes is None else num_codes
     check_request(model, labels, seeds, total)
+    given = 0 if prefix is None else prefix.shape[1]
+    if prefix is not None and (prefix.shape[0] != len(labels) or given > total or prefix.dtype != torch.int64 or
+                               not 0 <= int(prefix.min()) <= int(prefix.max()) < model.config.vocab_size):
+        raise ValueError(f"a prefix of {prefix.dtype} {tuple(prefix.shape)} for {len(labels)} sequences of {total} "
+                         f"codes below {model.config.vocab_size}")
     weight = model.output.weight
     labels = labels.to(weight.device)
     batch = len(labels)
@@ -135,7 +142,7 @@ def generate(
         if both:
             with_class, without = logits[:batch], logits[batch:]
             logits = without + (with_class - without) * config.scale(t, total) if guided[t] else with_class
-        codes[:, t] = draw(logits, uniform[:, t], config)
+        codes[:, t] = draw(logits, uniform[:, t], config) if prefix is None or t >= given else prefix[:, t]
         if progress is not None:
             progress(t + 1)
     return codes

@@ -24,9 +24,9 @@ SPATIAL_CHANNELS = 7  # sFID takes the first 7 channels of a 17 x 17 map: 2,023 
 class Features(NamedTuple):
     """Of N images, float32."""
 
-    pooled: Tensor           # (N, D); Inception: pool_3, D = 2048. FID, KID, precision, recall
-    logits: Tensor | None    # (N, C); Inception: 1,008 classes, without bias as in ADM's evaluator. Inception Score
-    spatial: Tensor | None   # (N, S); Inception: 2,023. sFID
+    pooled: Tensor                 # (N, D); Inception: pool_3, D = 2048. FID, KID, precision, recall
+    logits: Tensor | None = None   # (N, C); Inception: 1,008 classes, without bias as ADM's evaluator. Inception Score
+    spatial: Tensor | None = None  # (N, S); Inception: 2,023. sFID
 
 
 class Extractor(nn.Module):

@@ -13,11 +13,12 @@ import math
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
@@ -33,6 +34,8 @@ from tokenizer.runtime import distributed
 from tokenizer.runtime.checkpoint import atomic_write
 from tokenizer.runtime.npz import Header, Npz
 from tokenizer.runtime.parsing import parsing
+
+T = TypeVar("T", Features, Gaussian)
 
 CHUNK = 250          # images; of 256 x 256 pixels 49 MB
 MAX_SIDE = 2048      # pixels of an .npz's images: a chunk of them has 3 GB
@@ -216,33 +219,48 @@ class FeatureCache:
         """images uint8 (n, 3, H, W), on the CPU -> their features, on the CPU, and the hash of their pixels."""
         digest = pixel_hash(images)
 
-        def compute() -> dict[str, Tensor]:
-            found = extractor(images.to(device))
-            return {k: v.cpu() for k, v in found._asdict().items() if v is not None}
+        def compute() -> Features:
+            pooled, logits, spatial = extractor(images.to(device))
+            return Features(pooled.cpu(), None if logits is None else logits.cpu(),
+                            None if spatial is None else spatial.cpu())
 
-        arrays = self._cached(extractor, f"features-{digest[:40]}", compute)
-        return Features(arrays["pooled"], arrays.get("logits"), arrays.get("spatial")), digest
+        return self._cached(extractor, f"features-{digest[:40]}", Features, compute), digest
 
     def gaussian(self, extractor: Extractor, digest: str, kind: str, features: Tensor) -> Gaussian:
         """The Gaussian of a set's features (N, D); digest: of the set's pixels; kind: "pooled" or "spatial"."""
-        arrays = self._cached(extractor, f"{kind}-{digest[:40]}", lambda: gaussian_statistics(features)._asdict())
-        return Gaussian(**arrays)
+        return self._cached(extractor, f"{kind}-{digest[:40]}", Gaussian, lambda: gaussian_statistics(features))
 
-    def _cached(self, extractor: Extractor, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    def _cached(self, extractor: Extractor, name: str, form: type[T], compute: Callable[[], T]) -> T:
+        """A named tuple of tensors, or None."""
         if self.folder is None:
             return compute()
         path = self.folder / extractor.sha256[:16] / f"{name}.npz"
         if path.exists():
             try:
                 with parsing(path), np.load(path) as file:
-                    return {key: torch.from_numpy(file[key]) for key in file.files}
+                    kept = dict(file)
+                    if str(kept.pop(_DIGEST, None)) != _digest(kept):
+                        raise ValueError("other contents than were written")
+                    return form(**{key: torch.from_numpy(value) for key, value in kept.items()})
             except ValueError as error:
                 print(f"computing again what the cache should hold: {error}", file=sys.stderr)  # noqa: T201
         found = compute()
-        arrays: dict[str, Any] = {key: value.numpy() for key, value in found.items()}
+        arrays: dict[str, Any] = {key: value.numpy() for key, value in found._asdict().items() if value is not None}
+        arrays[_DIGEST] = _digest(arrays)
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, lambda file: np.savez(file, **arrays))
         return found
+
+
+_DIGEST = "sha256"  # of the other arrays of a file
+
+
+def _digest(arrays: Mapping[str, npt.NDArray[Any]]) -> str:
+    """Names, types and sizes as well: zip's checksums do not notice an array that was exchanged."""
+    digest = hashlib.sha256()
+    for name, array in arrays.items():
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode() + array.tobytes())
+    return digest.hexdigest()
 
 
 class SetFeatures(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +10,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from protein.structure_io import Chain, find_structures, read_structure, structure_name
+from protein.structure_io import Chain
 
 MAX_RESIDUES = 4096  # of a batch, padding included; longer chains go alone
+EMBEDDINGS = ("quantized", "continuous")
 
 
 def length_batches(lengths: Sequence[int], max_residues: int = MAX_RESIDUES) -> Iterator[list[int]]:
@@ -61,6 +61,35 @@ def encode_chains(
 
 
 @torch.inference_mode()
+def embed_chains(
+    tokenizer: Any, chains: Sequence[Chain], device: torch.device, kind: str, *, max_residues: int = MAX_RESIDUES,
+    progress: Callable[[int], object] | None = None,
+) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]:
+    """Of each chain the tokens, int64 (L,), and vectors, float32 (L, D), NaN for residues without a backbone.
+
+    kind: "quantized", the codes of the tokens, or "continuous", the latents before quantization.
+    ValueError: another kind.
+    """
+    if kind not in EMBEDDINGS:
+        raise ValueError(f"embeddings {kind!r} are none of {', '.join(EMBEDDINGS)}")
+    codebook = tokenizer.codebook().float()
+    out: list[Any] = [None] * len(chains)
+    for batch in length_batches([len(chain) for chain in chains], max_residues):
+        coords, mask, index = padded_chains([chains[i] for i in batch], device)
+        tokens = tokenizer.encode(coords, mask, index)
+        if kind == "quantized":
+            vectors = codebook[tokens.clamp_min(0)]
+        else:
+            vectors = tokenizer.embed(coords, mask, index).float()
+        vectors = torch.where((tokens >= 0)[..., None], vectors, torch.nan).cpu().numpy()
+        for i, row, ids in zip(batch, vectors, tokens.cpu().numpy(), strict=True):
+            out[i] = ids[: len(chains[i])], row[: len(chains[i])].copy()  # a view would keep the padded batch
+        if progress is not None:
+            progress(len(batch))
+    return out
+
+
+@torch.inference_mode()
 def decode_tokens(
     tokenizer: Any, tokens: Sequence[npt.NDArray[np.int64]], device: torch.device, *, max_residues: int = MAX_RESIDUES,
     progress: Callable[[int], object] | None = None,
@@ -76,46 +105,3 @@ def decode_tokens(
         if progress is not None:
             progress(len(batch))
     return coords
-
-
-def list_structures(paths: Sequence[Path]) -> list[tuple[Path, str]]:
-    """Structure files, and those of folders, each with the name that its chains get.
-
-    FileNotFoundError: no such file or folder. ValueError: a folder without structures, two files of one name.
-    """
-    files: list[tuple[Path, str]] = []
-    for path in paths:
-        if path.is_dir():
-            files += [(file, structure_name(file, path)) for file in find_structures(path)]
-        elif path.exists():
-            files.append((path, structure_name(path, path.parent)))
-        else:
-            raise FileNotFoundError(f"{path}: no such file or folder")
-    seen: dict[str, Path] = {}
-    for path, name in files:
-        if name in seen:
-            raise ValueError(f"{seen[name]} and {path} would both be called {name}; encode them separately")
-        seen[name] = path
-    return files
-
-
-def read_chains(
-    files: Sequence[tuple[Path, str]], *, max_bad: int, progress: Callable[[int], object] | None = None, **options: Any
-) -> tuple[list[Chain], list[str]]:
-    """Chains of files as list_structures gives them, and why files were left out. options: of read_structure.
-
-    ValueError, with the reasons, for more than max_bad unreadable files.
-    """
-    chains: list[Chain] = []
-    reasons: list[str] = []
-    for path, name in files:
-        try:
-            chains += read_structure(path, name=name, **options)
-        except (ValueError, OSError) as error:
-            reasons.append(str(error))
-            if len(reasons) > max_bad:
-                raise ValueError(f"{len(reasons)} structure file(s) cannot be read, --max-bad-structures {max_bad} are "
-                                 f"tolerated: {'; '.join(reasons[:20])}") from error
-        if progress is not None:
-            progress(1)
-    return chains, reasons

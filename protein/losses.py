@@ -27,6 +27,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -56,6 +58,11 @@ def sequence_ids(sequence: str) -> Tensor:
     except KeyError as error:
         raise ValueError(f"{error.args[0]!r} at position {sequence.index(error.args[0])} is none of the amino acids "
                          f"{''.join(_IDS)}") from None
+
+
+def sequence_letters(ids: npt.NDArray[np.uint8]) -> str:
+    """The way back: ids (L,) of amino acids -> one-letter codes."""
+    return "".join(_LETTERS[i - 4] for i in ids.tolist())
 
 
 def structure_losses(

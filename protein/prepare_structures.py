@@ -1,16 +1,17 @@
-"""Reads a folder of protein structures once, into a cache that training opens at once and shares between processes.
+"""Reads protein structures once, into a cache that training opens at once and shares between processes.
 
     python protein/prepare_structures.py pdb/ --out pdb-cache
+    python protein/prepare_structures.py UP000005640_9606.tar --out predicted-cache --min-plddt 70
     torchrun --nproc_per_node=8 protein/train_provq.py --preset paper --data-path pdb-cache
 
 All protein chains of all files are kept, with their residues' N, CA, C, O and CB; --min-length and --max-length of the
-training choose among them. CACHE appears when it is complete.
+training choose among them. Residues under --min-plddt have no coordinates; B-factors, pLDDT of predictions, are kept.
+CACHE appears when it is complete.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,8 +22,10 @@ if not __package__:
 
 from tqdm import tqdm
 
-from protein.structure_data import write_cache
-from protein.structure_io import EXTENSIONS, Chain, Failure, find_structures, iterate_folder
+from protein.reading_flags import WHAT, add_reading_flags, check_reading_flags, reading_options
+from protein.structure_cache import write_cache
+from protein.structure_io import Chain
+from protein.structure_sources import collected, list_sources, read_sources, reading_workers
 from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_folder
 from tokenizer.runtime.distributed import print0
 
@@ -32,36 +35,50 @@ PROG = "protein/prepare_structures.py"
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(PROG, __doc__)
     add = parser.add_argument
-    add("folder", type=Path, help=f"structure files, also in subfolders: {' '.join(EXTENSIONS)}, also with .gz")
+    add("structures", nargs="+", type=Path, metavar="FILE", help=WHAT)
     add("--out", type=Path, required=True, metavar="CACHE", help="folder to write; must be new")
-    add("--num-workers", type=int, default=os.cpu_count() or 1, help="reading processes; 0: this one (default: cores)")
+    add_reading_flags(parser)
     add("--max-bad-structures", type=int, default=100, help="unreadable files to skip before it stops (default: 100)")
     args = parser.parse_args(argv)
-    require_flags_at_least(parser, args, 0, "num_workers max_bad_structures")
+    require_flags_at_least(parser, args, 0, "max_bad_structures")
+    check_reading_flags(parser, args)
     return args
 
 
 def prepare(args: argparse.Namespace) -> str:
-    """Writes the cache -> a line about it. ValueError and OSError: see write_cache and iterate_folder."""
+    """Writes the cache -> a line about it. ValueError and OSError: see write_cache and list_sources."""
     if args.out.exists():
         raise ValueError(f"--out {args.out} exists already; name a new folder")
     require_out_folder(args.out)
-    files = len(find_structures(args.folder))
-    summary: dict[str, Any] = {"files": files, "skipped": []}
+    with collected() as notes:
+        sources = list_sources(args.structures, args.ids)
+    for note in notes:
+        print0(f"note: {note}")
+    summary: dict[str, Any] = {"files": len(sources), "skipped": [], "filtered": 0,
+                               "min_plddt": args.min_plddt, "plddt_from": args.plddt_from}
 
     def chains() -> Iterator[Chain]:
-        found = iterate_folder(args.folder, max_failures=args.max_bad_structures, num_workers=args.num_workers)
-        for result in tqdm(found, total=files, unit="file", disable=None):
-            if isinstance(result, Failure):
-                tqdm.write(f"skipped {result.reason}", file=sys.stderr)
-                summary["skipped"].append(result.reason)
-            else:
-                yield from result
+        workers = reading_workers(len(sources), args.num_workers)
+        found = read_sources(sources, num_workers=workers, **reading_options(args))
+        for reading in tqdm(found, total=len(sources), unit="file", disable=None):
+            for note in reading.notes:
+                tqdm.write(f"note: {note}", file=sys.stderr)
+            if reading.failure and reading.filtered:
+                summary["filtered"] += 1
+            elif reading.failure:
+                tqdm.write(f"skipped {reading.failure}", file=sys.stderr)
+                summary["skipped"].append(reading.failure)
+                if len(summary["skipped"]) > args.max_bad_structures:
+                    raise ValueError(f"{len(summary['skipped'])} unreadable structure file(s), --max-bad-structures "
+                                     f"{args.max_bad_structures} are tolerated: {'; '.join(summary['skipped'][:20])}")
+            yield from reading.chains
 
     written = write_cache(args.out, chains(), summary)
     residues, observed = int(written.offsets[-1]), int(written.observed.sum())
-    return (f"wrote {args.out}: {len(written)} chains of {files - len(summary['skipped'])} files, {residues} residues, "
-            f"{residues - observed} of them without N, CA or C; {len(summary['skipped'])} files skipped")
+    read = len(sources) - len(summary["skipped"]) - summary["filtered"]
+    more = f", {summary['filtered']} filtered out" if summary["filtered"] else ""
+    return (f"wrote {args.out}: {len(written)} chains of {read} files, {residues} residues, "
+            f"{residues - observed} of them without N, CA or C; {len(summary['skipped'])} files skipped{more}")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -61,6 +61,10 @@ class StructureTokenizer(nn.Module, ABC):
         """
 
     @abstractmethod
+    def embed(self, coords: Tensor, mask: Tensor | None = None, residue_index: Tensor | None = None) -> Tensor:
+        """Arguments and errors of encode -> latents before quantization (B, L, D); undefined where encode says -1."""
+
+    @abstractmethod
     def decode(self, tokens: Tensor, mask: Tensor | None = None) -> Decoded:
         """tokens (B, L) int64, -1 = none; mask (B, L) bool as in encode -> see Decoded; 0 where there is no token.
 
@@ -87,6 +91,9 @@ class VQTokenizer(StructureTokenizer):
 
     def encode(self, coords: Tensor, mask: Tensor | None = None, residue_index: Tensor | None = None) -> Tensor:
         return self.model.encode(coords, mask, residue_index)
+
+    def embed(self, coords: Tensor, mask: Tensor | None = None, residue_index: Tensor | None = None) -> Tensor:
+        return self.model.encode_latents(coords, mask, residue_index)
 
     def decode(self, tokens: Tensor, mask: Tensor | None = None) -> Decoded:
         return self.model.decode(tokens, mask)
@@ -144,6 +151,9 @@ class ESM3Tokenizer(StructureTokenizer):
         tokens = valid.new_full(valid.shape, -1, dtype=torch.int64)
         tokens[valid] = nearest_code(z[valid], self.codebook())
         return tokens
+
+    def embed(self, coords: Tensor, mask: Tensor | None = None, residue_index: Tensor | None = None) -> Tensor:
+        return self.encoder(coords[:, :, :3], check_residues(coords, mask), residue_index)
 
     def decode(self, tokens: Tensor, mask: Tensor | None = None) -> Decoded:
         if self.decoder is None:

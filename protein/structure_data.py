@@ -1,27 +1,14 @@
-"""Protein chains for training: sources, a cache, entries held out, crops, batches of similar lengths.
+"""Protein chains for training: sources, entries held out, crops, batches of similar lengths.
 
 A source is a folder of structure files, a folder that protein/prepare_structures.py wrote, or generated backbones; all
 give the same `StructureSet`. Everything random about an item is a function of (seed, epoch, index), see tokenizer/data.
-
-    CACHE/manifest.json       format, numbers, fingerprint of the content, files that could not be read
-    CACHE/names.json          names and ids of the n chains
-    CACHE/offsets.npy         (n + 1,) int64: chain i has rows offsets[i] to offsets[i + 1] of
-    CACHE/coords.npy          (residues, 5, 3) float32: N, CA, C, O, CB in Angstrom, NaN where absent
-    CACHE/sequence.npy        (residues,) uint8: letters as losses.sequence_ids numbers them
-    CACHE/residue_index.npy   (residues,) int32: see Chain.residue_index
-    CACHE/bfactors.npy        (residues,) float32: see Chain
-    CACHE/observed.npy        (n,) int32: residues that have N, CA and C
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,113 +18,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from protein.losses import PADDING, sequence_ids
-from protein.structure_io import ATOMS, Chain, Failure, iterate_folder
-from tokenizer.runtime import config, distributed, lock
-from tokenizer.runtime.checkpoint import atomic_write, atomic_write_json, atomic_write_text, located, sync_folder
-from tokenizer.runtime.mapped import map_array
+from protein.losses import PADDING
+from protein.structure_cache import MANIFEST, ROWS, StructureSet, read_cache, structure_set
+from protein.structure_io import Chain
+from protein.structure_sources import Failure, iterate_folder
+from tokenizer.runtime import distributed
 from tokenizer.runtime.seeding import StepSampler, fold
 
-FORMAT = "provq-structures-1"
-MANIFEST, NAMES, OFFSETS, OBSERVED = "manifest.json", "names.json", "offsets.npy", "observed.npy"
-_ROWS: dict[str, tuple[str, tuple[int, ...]]] = {  # one row per residue: name -> type and shape of a row
-    "coords": ("<f4", (len(ATOMS), 3)), "sequence": ("|u1", ()), "residue_index": ("<i4", ()), "bfactors": ("<f4", ()),
-}
-_HEADER = 128  # bytes of an .npy header of any of these arrays
 OVERLONG = ("crop", "drop")
 WINDOW = 32  # global batches
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# chains as arrays
-
-
-class ChainArrays(NamedTuple):
-    """One chain or a stretch of it, L residues: views of the set's arrays."""
-
-    coords: npt.NDArray[Any]         # float32 (L, 5, 3), see structure_io.ATOMS; NaN where absent
-    sequence: npt.NDArray[Any]       # uint8 (L,), see losses.sequence_ids
-    residue_index: npt.NDArray[Any]  # int32 (L,), see Chain.residue_index
-    bfactors: npt.NDArray[Any]       # float32 (L,), see Chain
-
-    @property
-    def mask(self) -> npt.NDArray[np.bool_]:
-        """bool (L,): N, CA and C are all there."""
-        return np.asarray(np.isfinite(self.coords[:, :3]).all((1, 2)))
-
-
-@dataclass(frozen=True, eq=False)
-class StructureSet:
-    """n chains, laid end to end. names: of their structures, see Chain.name; several chains may share one."""
-
-    names: list[str]
-    chain_ids: list[str]
-    offsets: npt.NDArray[np.int64]   # (n + 1,)
-    arrays: ChainArrays              # of all chains; memory-mapped if they come from a cache
-    observed: npt.NDArray[np.int32]  # (n,) residues that have N, CA and C
-    content: str                     # hash of the above
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, i: int) -> ChainArrays:
-        if not 0 <= i < len(self):
-            raise IndexError(f"chain {i} of {len(self)}")
-        return self.residues(i, 0, int(self.offsets[i + 1] - self.offsets[i]))
-
-    def residues(self, i: int, start: int, stop: int) -> ChainArrays:
-        """Residues [start, stop) of chain i, counted in its arrays."""
-        first = int(self.offsets[i])
-        return ChainArrays(*(array[first + start : first + stop] for array in self.arrays))
-
-    @property
-    def lengths(self) -> npt.NDArray[np.int64]:
-        """(n,) residues of each chain, with or without coordinates."""
-        return np.diff(self.offsets)
-
-    def fingerprint(self) -> str:
-        """64 hex digits of the content; a cache has the same as the folder that it was made from."""
-        return self.content
-
-
-def _arrays(chain: Chain) -> ChainArrays:
-    return ChainArrays(
-        np.ascontiguousarray(chain.coords, dtype="<f4"),
-        sequence_ids(chain.sequence).numpy().astype(np.uint8),
-        chain.residue_index().astype("<i4"),
-        np.ascontiguousarray(chain.bfactors, dtype="<f4"),
-    )
-
-
-class _Hash:
-    """Of chains in their order; the same whether they lie in memory or go to a file one by one."""
-
-    def __init__(self) -> None:
-        self._sha256 = hashlib.sha256()
-
-    def add(self, chain: Chain, arrays: ChainArrays) -> None:
-        self._sha256.update(json.dumps([chain.name, chain.chain_id, len(chain)]).encode())
-        for array in arrays:
-            self._sha256.update(array.tobytes())
-
-    def result(self) -> str:
-        return self._sha256.hexdigest()
-
-
-def structure_set(chains: Iterable[Chain]) -> StructureSet:
-    """Chains in memory -> a set. ValueError: no chain."""
-    names, chain_ids, parts, content = [], [], [], _Hash()
-    for chain in chains:
-        names.append(chain.name)
-        chain_ids.append(chain.chain_id)
-        parts.append(_arrays(chain))
-        content.add(chain, parts[-1])
-    if not parts:
-        raise ValueError("no chains")
-    offsets = np.cumsum([0, *(len(part.sequence) for part in parts)])
-    arrays = ChainArrays(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
-    observed = np.array([part.mask.sum() for part in parts], dtype=np.int32)
-    return StructureSet(names, chain_ids, offsets, arrays, observed, content.result())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -145,13 +34,17 @@ def structure_set(chains: Iterable[Chain]) -> StructureSet:
 
 
 def open_structures(
-    path: str | Path | None, *, max_bad: int = 0, num_workers: int = 0, ideal_chains: int = 2000, seed: int = 0
+    path: str | Path | None, *, max_bad: int = 0, num_workers: int = 0, ideal_chains: int = 2000, seed: int = 0,
+    min_plddt: float | None = None, plddt_from: str = "b_factor",
 ) -> StructureSet:
     """The chains of a folder of structure files (with its subfolders), of a cache, or, without a path, generated ones.
 
     max_bad: unreadable files to skip, each with a line that says why. num_workers: processes that read files.
     ideal_chains, seed: of the generated backbones. Files are read anew by every process of a distributed run: make a
     cache of more than some thousands.
+
+    min_plddt, plddt_from: residues under it have no coordinates, see structure_io.read_structure; a cache has what it
+    was prepared with in its B-factors.
 
     Raises FileNotFoundError, and ValueError naming the file: more unreadable files than max_bad, a damaged cache.
     """
@@ -165,10 +58,17 @@ def open_structures(
     if path.is_file():
         raise ValueError(f"{path} is a file; name the folder of structure files, or of prepare_structures.py")
     if (path / MANIFEST).exists():
-        return read_cache(path)
-    if all((path / f"{name}.npy").exists() for name in _ROWS):
+        found = read_cache(path)
+        if plddt_from != "b_factor":
+            raise ValueError(f"{path} is a cache; pass --plddt-from {plddt_from} to prepare_structures.py")
+        try:
+            return found.masked(min_plddt)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    if all((path / f"{name}.npy").exists() for name in ROWS):
         raise ValueError(f"{path} has no {MANIFEST}, but the other files of prepare_structures.py; run it again")
-    return structure_set(chain for found in iterate_folder(path, max_failures=max_bad, num_workers=num_workers)
+    return structure_set(chain for found in iterate_folder(path, max_failures=max_bad, num_workers=num_workers,
+                                                            min_plddt=min_plddt, plddt_from=plddt_from)
                          for chain in report_failure(found))
 
 
@@ -178,87 +78,6 @@ def report_failure(found: list[Chain] | Failure) -> list[Chain]:
         distributed.print0(f"skipped {found.reason}")
         return []
     return found
-
-
-def write_cache(folder: str | Path, chains: Iterable[Chain], description: Mapping[str, Any]) -> StructureSet:
-    """Write chains to a new folder, one by one, and open it. The folder appears when it is complete.
-
-    description: what else the manifest should say; read when the chains are through.
-    ValueError: the folder exists, another process is writing it, or there are no chains. OSError names the folder.
-    """
-    folder = Path(folder)
-    if folder.exists():
-        raise ValueError(f"{folder} exists already; name a new folder")
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    lock.own(temporary, f"{folder}: its unfinished folder")
-    try:
-        with located(folder):
-            _write_arrays(temporary, chains, description)
-            os.rename(temporary, folder)  # fails where another process has finished one in the meantime
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    finally:
-        lock.release(temporary)
-    sync_folder(folder.parent)
-    return read_cache(folder)
-
-
-def _write_arrays(folder: Path, chains: Iterable[Chain], description: Mapping[str, Any]) -> None:
-    for left in folder.iterdir():  # by a process that was killed
-        if left.name != lock.LOCK_FILE:
-            left.unlink()
-    names, chain_ids, offsets, observed, content = [], [], [0], [], _Hash()
-    with ExitStack() as stack:
-        files = [stack.enter_context(open(folder / f"{name}.npy", "wb")) for name in _ROWS]
-        for file in files:
-            file.write(bytes(_HEADER))
-        for chain in chains:
-            arrays = _arrays(chain)
-            for file, array in zip(files, arrays, strict=True):
-                file.write(array.tobytes())
-            content.add(chain, arrays)
-            names.append(chain.name)
-            chain_ids.append(chain.chain_id)
-            offsets.append(offsets[-1] + len(chain))
-            observed.append(arrays.mask.sum())
-        if not names:
-            raise ValueError("no chains")
-        for file, (kind, row) in zip(files, _ROWS.values(), strict=True):
-            file.seek(0)
-            np.lib.format.write_array_header_1_0(
-                file, {"descr": kind, "fortran_order": False, "shape": (offsets[-1], *row)})
-            assert file.tell() == _HEADER, (kind, file.tell())
-            file.flush()
-            os.fsync(file.fileno())
-    atomic_write(folder / OFFSETS, lambda file: np.save(file, np.array(offsets, dtype=np.int64)))
-    atomic_write(folder / OBSERVED, lambda file: np.save(file, np.array(observed, dtype=np.int32)))
-    atomic_write_text(folder / NAMES, json.dumps({"names": names, "chain_ids": chain_ids}))
-    manifest = {"format": FORMAT, "chains": len(names), "residues": offsets[-1], "fingerprint": content.result()}
-    atomic_write_json(folder / MANIFEST, {**manifest, **description})
-
-
-def read_cache(folder: Path) -> StructureSet:
-    """Open what `write_cache` wrote. ValueError: names the file that is absent, cut short or of another kind."""
-    again = "run protein/prepare_structures.py again"
-    manifest = config.load(folder / MANIFEST)
-    if manifest.get("format") != FORMAT:
-        raise ValueError(f"{folder / MANIFEST} has format {manifest.get('format')!r}, expected {FORMAT!r}; {again}")
-    chains, residues, content = (manifest.get(key) for key in ("chains", "residues", "fingerprint"))
-    if not (isinstance(chains, int) and isinstance(residues, int) and isinstance(content, str)):
-        raise ValueError(f"{folder / MANIFEST} lacks chains, residues or fingerprint; {again}")
-    offsets = map_array(folder / OFFSETS, (chains + 1,), "<i8", again)
-    if offsets[0] != 0 or offsets[-1] != residues or (np.diff(offsets) < 1).any():
-        raise ValueError(f"{folder / OFFSETS} does not divide {residues} residues into {chains} chains; {again}")
-    names = config.load(folder / NAMES)
-    listed = [names.get(key) for key in ("names", "chain_ids")]
-    if not all(isinstance(texts, list) and len(texts) == chains and all(isinstance(text, str) for text in texts)
-               for texts in listed):
-        raise ValueError(f"{folder / NAMES} does not have the names of {chains} chains; {again}")
-    arrays = ChainArrays(*(map_array(folder / f"{name}.npy", (residues, *row), kind, again)
-                           for name, (kind, row) in _ROWS.items()))
-    observed = map_array(folder / OBSERVED, (chains,), "<i4", again)
-    return StructureSet(names["names"], names["chain_ids"], offsets, arrays, observed, content)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -308,21 +127,23 @@ def entry(name: str) -> str:
 
 
 def hold_out_entries(
-    structures: StructureSet, indices: npt.NDArray[np.int64], fraction: float, seed: int
+    structures: StructureSet, indices: npt.NDArray[np.int64], fraction: float, seed: int,
+    clusters: Sequence[str] | None = None,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Divide chains into training and held-out ones by entries: indices (n,) -> two arrays of them, ascending.
 
     fraction of the entries, at least one if it is not 0, is held out: those with the smallest hash of seed and entry.
     So who is held out depends on the names only, and few change sides when others join. Sequences may still be alike
-    on both sides: cluster them and use two folders, if that matters.
+    on both sides; clusters, the name of each chain's (see clusters.py), are held out instead of entries if given.
 
     Raises ValueError when nothing would be left to train on.
     """
-    entries = {int(i): entry(structures.names[i]) for i in indices}
+    entries = {int(i): entry(structures.names[i]) if clusters is None else clusters[i] for i in indices}
     ranked = sorted(set(entries.values()), key=lambda e: hashlib.sha256(f"{seed}/{e}".encode()).digest())
     size = max(1, round(fraction * len(ranked))) if fraction else 0
     if size >= len(ranked):
-        raise ValueError(f"cannot hold out {size} of {len(ranked)} entries (such as {ranked[0]}; names alike up to the "
+        what = "entries" if clusters is None else "clusters"
+        raise ValueError(f"cannot hold out {size} of {len(ranked)} {what} ({ranked[0]}, for one; names alike up to the "
                          'first "_" are one): one at least must remain for training. Validate on a folder of its own')
     chosen = set(ranked[:size])
     held_out = np.array([entries[int(i)] in chosen for i in indices], dtype=bool)
@@ -337,15 +158,17 @@ class StructureDataset(Dataset):
     """Chains by (epoch, position), or by position alone, which is epoch 0.
 
     indices: of the chains in the set, positions count within them. max_length: residues; of longer chains a stretch of
-    that length, whose place is a function of seed, epoch and index.
+    that length, whose place is a function of seed, epoch and index. clusters: groups of indices, see clusters.members;
+    then positions count within these, and an epoch has one chain of each, drawn by seed, epoch and position.
     """
 
     def __init__(self, structures: StructureSet, indices: Sequence[int] | npt.NDArray[np.int64], *, max_length: int,
-                 seed: int = 0):
+                 seed: int = 0, clusters: Sequence[npt.NDArray[np.int64]] | None = None):
         self.structures = structures
         self.indices = np.array(indices, dtype=np.int64)
         self.max_length = max_length
         self.seed = seed
+        self.clusters = clusters
         if not len(self.indices):
             raise ValueError("the subset of chains is empty")
         if max_length < 1 or self.indices.min() < 0 or self.indices.max() >= len(structures):
@@ -353,16 +176,28 @@ class StructureDataset(Dataset):
                              f"{self.indices.max()}] among the {len(structures)} chains")
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.indices) if self.clusters is None else len(self.clusters)
+
+    def index(self, epoch: int, position: int) -> int:
+        """Which chain of the set an epoch has at a position."""
+        if self.clusters is None:
+            return int(self.indices[position])
+        cluster = self.clusters[position]
+        return int(cluster[fold(self.seed, epoch, position) % len(cluster)])
+
+    def length(self, epoch: int, position: int) -> int:
+        """Residues of that item."""
+        return int(min(self.structures.offsets[(i := self.index(epoch, position)) + 1] - self.structures.offsets[i],
+                       self.max_length))
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """(n,) residues of each item."""
+        """(n,) residues of each chain's item."""
         return np.minimum(self.structures.lengths[self.indices], self.max_length)
 
     @property
     def observed(self) -> npt.NDArray[np.float64]:
-        """(n,) residues of each item that have N, CA and C; of a stretch as many as the chain's share lets expect."""
+        """(n,) residues of each chain's item that have N, CA and C; of a stretch, what the chain's share suggests."""
         share = self.structures.observed[self.indices] / self.structures.lengths[self.indices]
         return np.asarray(share * self.lengths, dtype=np.float64)
 
@@ -373,7 +208,7 @@ class StructureDataset(Dataset):
         Not turned at random: the encoder sees relative frames, the losses distances and products of vectors.
         """
         epoch, position = key if isinstance(key, tuple) else (0, key)
-        index = int(self.indices[position])
+        index = self.index(epoch, position)
         length = int(self.structures.lengths[index])
         start = fold(self.seed, epoch, index) % (length - self.max_length + 1) if length > self.max_length else 0
         chain = self.structures.residues(index, start, min(length, start + self.max_length))
@@ -414,12 +249,14 @@ class StructureBatchSampler(StepSampler):
     epoch (a window may reach into the next one), batches are a function of the step, and the rows of a step, in the
     order of their lengths, do not depend on world or micro_batches.
 
-    lengths: (n,) residues of each sample. Other arguments and errors: StepSampler.
+    lengths: (n,) residues of each sample. length_of: of (epoch, position) instead, where samples change with the
+    epoch. Other arguments and errors: StepSampler.
     """
 
     def __init__(self, lengths: Sequence[int] | npt.NDArray[np.int64], global_batch: int, *, seed: int,
-                 window: int = WINDOW, **options: Any):
+                 window: int = WINDOW, length_of: Callable[[int, int], int] | None = None, **options: Any):
         super().__init__(len(lengths), global_batch, seed=seed, **options)
+        self.length_of = length_of
         if window < 1:
             raise ValueError(f"window {window} must be at least 1")
         self.lengths = np.asarray(lengths, dtype=np.int64)
@@ -437,7 +274,8 @@ class StructureBatchSampler(StepSampler):
         size = self.window * self.global_batch
         sample = super()._sample
         keys = [sample(position) for position in range(number * size, (number + 1) * size)]
-        keys.sort(key=lambda key: self.lengths[key[1]])  # stable: equal lengths stay shuffled
+        length_of = self.length_of or (lambda _, position: int(self.lengths[position]))
+        keys.sort(key=lambda key: length_of(*key))  # stable: equal lengths stay shuffled
         batches = [keys[i : i + self.global_batch] for i in range(0, size, self.global_batch)]
         order = sorted(range(self.window), key=lambda batch: fold(self.seed, number, batch))
         return [key for batch in order for key in batches[batch]]

@@ -35,7 +35,7 @@ SEQUENCE_VOCABULARY = 33  # ESM's alphabet: the inverse folding head scores thes
 class StructureModelConfig(ModelConfig):
     """Rebuilds a structure tokenizer; defaults are StructTokenBench's sizes. ValueError: impossible values."""
 
-    LATER = {"codebook_l2_norm": False, "rotation": False}  # noqa: RUF012  # settable since version 0.3
+    LATER = {**ModelConfig.LATER, "codebook_l2_norm": False, "rotation": False}  # noqa: RUF012  # since version 0.3
 
     encoder_width: int = 1024       # channels of a slot
     encoder_heads: int = 128        # vector heads of geometric attention
@@ -194,9 +194,10 @@ _QUANTIZER_KEYS = {  # ours -> StructTokenBench's, below quantize.quantizer. and
 
 def _structtokenbench_keys(model: StructureVQModel) -> dict[str, str]:
     """StructTokenBench's name for each weight of the model, ours -> theirs; ProVQ's own state has none."""
-    if model.config.quantizer not in _QUANTIZER_KEYS:
+    if model.config.quantizer not in _QUANTIZER_KEYS or model.config.codebook_follow:
+        following = " with codebook_follow (its export is a plain table)" if model.config.codebook_follow else ""
         raise ValueError("StructTokenBench has the quantizers VanillaVQ (quantizer='vq') and AminoAseed "
-                         f"('aminoaseed'), no {model.config.quantizer!r}")
+                         f"('aminoaseed'), no {model.config.quantizer!r}{following}")
     names = {key: key for key in model.state_dict() if not key.startswith("quantize.")}
     for ours, theirs in _QUANTIZER_KEYS[model.config.quantizer].items():
         names[f"quantize.quantizer.{ours}"] = f"quantizer.{theirs}"

@@ -1,12 +1,14 @@
 """Structure tokens on disk: .fasta (people read it), .jsonl (programs read it line by line), .npz (arrays).
 
 A residue without a backbone has token -1. Each file keeps what decode.py needs to write a structure: sequence, residue
-numbers, insertion codes, and the hash of the tokenizer, since tokens mean nothing to another one.
+numbers, insertion codes, pLDDT if it is known to be one, and the hash of the tokenizer, since tokens mean nothing to
+another one. A folder of token_shards.py is read like a file.
 
     >1abc_A chain=A tokenizer=9f86d081 sequence=MKV numbers=5,6,7A     .fasta: one header, one line of tokens per chain
     17 402 -1
     {"name": "1abc", "chain": "A", "tokens": [17, 402, -1], ...}    .jsonl: the fields of TokenChain, one chain per line
-    tokens, offsets, names, chains, sequences, numbers, tokenizer   .npz: chain i is tokens[offsets[i]:offsets[i + 1]]
+    tokens, offsets, names, chains, sequences, numbers, tokenizer   .npz: chain i is tokens[offsets[i]:offsets[i + 1]];
+                                                                    plddt, float32, likewise, NaN where unknown
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from protein.structure_io import Chain
 from tokenizer.runtime.checkpoint import atomic_write, atomic_write_text
 from tokenizer.runtime.npz import Npz
 from tokenizer.runtime.parsing import brief, from_json, parsing, require_file
@@ -40,7 +43,8 @@ class TokenChain:
     """The tokens of one chain of L residues. ValueError, naming the chain, for parts that do not fit together.
 
     tokens: int64 (L,), -1 for none. numbers: L residue numbers with insertion codes, such as "52A". tokenizer: its
-    hash; "" if unknown.
+    hash; "" if unknown. plddt: float32 (L,), NaN where unknown; None: the structure is none of a prediction, or nobody
+    said so.
     """
 
     name: str
@@ -49,11 +53,13 @@ class TokenChain:
     sequence: str
     numbers: tuple[str, ...]
     tokenizer: str = ""
+    plddt: npt.NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         if len(self.label) > MAX_NAME:
             raise ValueError(f"chain {brief(self.label)}: a name of {len(self.label)} characters, at most {MAX_NAME}")
         lengths = {"tokens": len(self.tokens), "sequence": len(self.sequence), "numbers": len(self.numbers)}
+        lengths |= {} if self.plddt is None else {"plddt": len(self.plddt)}
         if len(set(lengths.values())) > 1 or not len(self.tokens):
             counts = ", ".join(f"{n} {what}" for what, n in lengths.items())
             raise ValueError(f"chain {self.label}: {counts}; they must be equally many, and at least 1")
@@ -76,6 +82,17 @@ class TokenChain:
         parts = [_NUMBER.fullmatch(number) for number in self.numbers]
         return (np.array([int(part[1]) for part in parts if part], dtype=np.int64),
                 tuple(part[2] for part in parts if part))
+
+
+def token_chain(chain: Chain, tokenizer: str, *, renumber: bool = False, plddt: bool = False) -> TokenChain:
+    """The entry of a chain, all of its tokens -1. renumber: its residues from 1. plddt: its B-factors are pLDDT.
+
+    ValueError: what token files cannot hold.
+    """
+    numbers = (tuple(map(str, range(1, len(chain) + 1))) if renumber else
+               tuple(f"{n}{code}" for n, code in zip(chain.residue_numbers, chain.insertion_codes, strict=True)))
+    return TokenChain(chain.name, chain.chain_id, np.full(len(chain), -1, dtype=np.int64), chain.sequence, numbers,
+                      tokenizer, chain.bfactors if plddt else None)
 
 
 def check_name(path: Path) -> str:
@@ -109,20 +126,26 @@ def write_tokens(path: Path, chains: Sequence[TokenChain]) -> None:
             "numbers": np.array([",".join(chain.numbers) for chain in chains]),
             "tokenizer": np.array([chain.tokenizer for chain in chains]),
         }
+        if any(chain.plddt is not None for chain in chains):
+            arrays["plddt"] = np.concatenate([np.full(len(c.tokens), np.nan, np.float32) if c.plddt is None else c.plddt
+                                              for c in chains]).astype(np.float32)
         atomic_write(path, lambda file: np.savez_compressed(file, **arrays))
     else:
         atomic_write_text(path, "".join((_fasta if kind == ".fasta" else _json)(chain) for chain in chains))
 
 
 def _fasta(chain: TokenChain) -> str:
+    plddt = "" if chain.plddt is None else f" plddt={','.join(f'{value:g}' for value in chain.plddt.tolist())}"
     return (f">{chain.label} chain={chain.chain} tokenizer={chain.tokenizer} sequence={chain.sequence} "
-            f"numbers={','.join(chain.numbers)}\n{' '.join(map(str, chain.tokens))}\n")
+            f"numbers={','.join(chain.numbers)}{plddt}\n{' '.join(map(str, chain.tokens))}\n")
 
 
 def _json(chain: TokenChain) -> str:
+    plddt = {} if chain.plddt is None else {
+        "plddt": [float(f"{v:g}") if math.isfinite(v) else None for v in chain.plddt.tolist()]}
     return json.dumps({"name": chain.name, "chain": chain.chain, "tokens": chain.tokens.tolist(),
                        "sequence": chain.sequence, "numbers": list(chain.numbers),
-                       "tokenizer": chain.tokenizer}) + "\n"
+                       "tokenizer": chain.tokenizer} | plddt) + "\n"
 
 
 def read_tokens(path: Path) -> list[TokenChain]:
@@ -159,10 +182,15 @@ def _chain(values: Any) -> TokenChain:
     numbers = values["numbers"]
     if not isinstance(numbers, list) or not all(type(number) in (str, int) for number in numbers):
         texts.append("numbers")
+    plddt = values.get("plddt")
+    if plddt is not None and not (isinstance(plddt, list) and all(v is None or type(v) in (int, float) for v in plddt)):
+        texts.append("plddt")
     if texts:
         raise ValueError(f"{texts[0]} is of the wrong type: {brief(values[texts[0]])}")
+    if plddt is not None:
+        plddt = np.array([math.nan if v is None or abs(v) > 1e6 else v for v in plddt], dtype=np.float32)
     return TokenChain(values["name"], values["chain"], np.array(tokens, dtype=np.int64), values["sequence"],
-                      tuple(n if isinstance(n, str) else brief(n) for n in numbers), values["tokenizer"])
+                      tuple(n if isinstance(n, str) else brief(n) for n in numbers), values["tokenizer"], plddt)
 
 
 def _from_lines(path: Path, kind: str) -> Iterable[TokenChain]:
@@ -195,7 +223,8 @@ def _fasta_header(line: str) -> dict[str, Any]:
     chain, numbers = fields.get("chain", ""), fields.get("numbers")
     return {"name": label.removesuffix(f"_{chain}") if chain else label, "chain": chain,
             "sequence": fields.get("sequence"), "numbers": numbers.split(",") if numbers else None,
-            "tokenizer": fields.get("tokenizer")}
+            "tokenizer": fields.get("tokenizer"),
+            "plddt": [float(value) for value in fields["plddt"].split(",")] if fields.get("plddt") else None}
 
 
 def _from_npz(path: Path) -> Iterator[TokenChain]:
@@ -218,12 +247,20 @@ def _from_npz(path: Path) -> Iterator[TokenChain]:
         longest = int(np.diff(offsets).max()) if count else 0
         if longest > MAX_LENGTH:
             raise ValueError(f"{path}: a chain of {longest} residues; at most {MAX_LENGTH} are read")
+        plddt = None
+        if "plddt" in file.names:
+            header = file.header("plddt")
+            if header.shape != tokens.shape or header.dtype.kind != "f":
+                raise ValueError(f"{path}: plddt must be a number for each of {len(tokens)} tokens, not {header}")
+            plddt = file.array("plddt")
         columns = {field: _texts(file, key, count, longest) for key, field in _TEXTS.items() if key in file.names}
         for i in range(count):
             texts = {field: next(column) for field, column in columns.items()}
             numbers = texts["numbers"].split(",") if texts.get("numbers") else None
+            more = {} if plddt is None else {"plddt": plddt[offsets[i] : offsets[i + 1]].tolist()}
             try:
-                yield _chain(texts | {"numbers": numbers, "tokens": tokens[offsets[i] : offsets[i + 1]].tolist()})
+                yield _chain(texts | more | {"numbers": numbers,
+                                             "tokens": tokens[offsets[i] : offsets[i + 1]].tolist()})
             except ValueError as error:
                 raise ValueError(f"{path}, entry {i}: {error}") from error
 

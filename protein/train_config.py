@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from protein.atom_files import PLDDT_SOURCES
 from protein.structure_model import PRESETS as MODELS
 from tokenizer.curriculum import CODEBOOK_INITS, CurriculumConfig, check_curriculum
 from tokenizer.runtime import config
@@ -34,6 +35,12 @@ class TrainConfig(CurriculumConfig):
                                       "folder of prepare_structures.py; none: generated ideal backbones")
     val_path: str | None = arg(None, "validation structures, likewise; none: entries are held out of --data-path")
     val_fraction: float = arg(0.1, "share of the entries held out; StructTokenBench: 0.1")
+    clusters: str | None = arg(None, "text file of chains and their clusters, such as PREFIX_cluster.tsv of foldseek "
+                                     "or mmseqs; then clusters are held out instead of entries")
+    sample_by: str = arg("chain", "what an epoch has once: each chain, or one of each of --clusters",
+                         choices=("chain", "cluster"))
+    min_plddt: float | None = arg(None, "mask residues whose pLDDT, on the file's scale, is lower; none: mask none")
+    plddt_from: str = arg("b_factor", "where predictions keep their pLDDT", choices=PLDDT_SOURCES)
     val_size: int = arg(500, "chains to validate on at most, evenly spaced; 0: all")
     ideal_chains: int = arg(2000, "generated backbones, without --data-path")
     min_length: int = arg(10, "leave out chains with fewer residues that have N, CA and C")
@@ -115,7 +122,7 @@ def check(cfg: TrainConfig, world_size: int) -> None:
     check_curriculum(cfg, world_size)
     check_optimizer(cfg)
     config.require_at_least(cfg, 0, "val_size num_workers max_bad_structures distance_weight direction_weight "
-                            "binned_distance_weight binned_direction_weight inverse_folding_weight")
+                            "binned_distance_weight binned_direction_weight inverse_folding_weight min_plddt")
     config.require_at_least(cfg, 1, "ideal_chains min_length encoder_width encoder_heads encoder_layers neighbours "
                             "decoder_width decoder_heads decoder_layers")
     config.require_at_most(cfg, 2**24, "ideal_chains")
@@ -130,6 +137,12 @@ def check(cfg: TrainConfig, world_size: int) -> None:
     if not any(loss_weights(cfg).values()):
         flags = ", ".join(flag_name(f"{name}_weight") for name in loss_weights(cfg))
         raise ValueError(f"{flags} are all 0: nothing would be learned")
+    if cfg.sample_by == "cluster" and not cfg.clusters:
+        raise ValueError("--sample-by cluster needs --clusters: the file that says who is in which")
+    if cfg.clusters and not cfg.data_path:
+        raise ValueError("--clusters needs --data-path; generated backbones have none")
+    if cfg.plddt_from != "b_factor" and cfg.min_plddt is None:
+        raise ValueError(f"--plddt-from {cfg.plddt_from} changes nothing without --min-plddt")
     if cfg.val_path and not cfg.data_path:
         raise ValueError("--val-path needs --data-path; without it generated backbones are held out")
 

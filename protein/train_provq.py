@@ -22,6 +22,7 @@ if not __package__:
 import torch
 from torch import Tensor
 
+from protein.clusters import members, read_clusters
 from protein.losses import structure_losses
 from protein.structure_data import (
     StructureBatchSampler,
@@ -39,6 +40,7 @@ from protein.validation import StructureMeter
 from tokenizer.code_meter import DriftMeter
 from tokenizer.curriculum import CurriculumTrainer, build_curriculum, code_usage, kmeans_batches, with_length
 from tokenizer.data import consecutive, make_loader, spread
+from tokenizer.quantizer_config import build_restart
 from tokenizer.runtime import config, distributed
 from tokenizer.runtime.ema import EMA
 from tokenizer.runtime.optim import accumulating, build_adamw, learning_rate, replicate, set_learning_rate, update
@@ -68,34 +70,44 @@ class Trainer(CurriculumTrainer):
         self.cfg, self.device = cfg, device
         self.run = Run(cfg, device, resumable=RESUMABLE, inputs=fingerprints)
         self.raw = build_model(cfg).to(device)
-        self.optimizer = build_adamw(self.raw, cfg)
+        self.optimizer = build_adamw(self.raw, cfg, scaled=self.quantize.parameters(), scale=cfg.codebook_lr_scale)
         self.scaler = torch.amp.GradScaler(enabled=False)  # fp16 is not offered: coordinates need the range
         self.ema = EMA(self.raw, cfg.ema_decay) if cfg.ema else None
+        self.restart = build_restart(cfg, self.raw.quantize.quantizer)
         self.drift = DriftMeter()
         self.kmeans_batches = kmeans_batches(cfg, max(1, int(cfg.global_batch_size * self.train_set.observed.mean())))
-        self.run.resume({"model": self.raw, "ema": self.ema, "optimizer": self.optimizer, "drift": self.drift})
+        self.run.resume({"model": self.raw, "ema": self.ema, "optimizer": self.optimizer, "drift": self.drift,
+                         "restart": self.restart})
         self.model = replicate(self.raw, device)
 
     def _open_data(self, cfg: TrainConfig) -> dict[str, str]:
         def opened(flag: str, path: str | None) -> StructureSet:
             try:
                 return open_structures(path, max_bad=cfg.max_bad_structures, num_workers=cfg.num_workers,
-                                       ideal_chains=cfg.ideal_chains, seed=cfg.global_seed)
+                                       ideal_chains=cfg.ideal_chains, seed=cfg.global_seed, min_plddt=cfg.min_plddt,
+                                       plddt_from=cfg.plddt_from)
             except (ValueError, OSError) as error:
                 raise ValueError(f"{flag}: {error}") from error
 
         structures = opened("--data-path", cfg.data_path)
         val_structures = opened("--val-path", cfg.val_path) if cfg.val_path else structures
         chains = usable_chains(structures, min_length=cfg.min_length, max_length=cfg.max_length, overlong=cfg.overlong)
+        clusters = None
+        if cfg.clusters:
+            clusters, unlisted = read_clusters(cfg.clusters, structures)
+            distributed.print0(f"--clusters: {len(set(clusters))} clusters; {unlisted} of {len(structures)} chains are "
+                               "not listed, each is one of its own")
         if cfg.val_path:
             train, val = chains.indices, usable_chains(
                 val_structures, min_length=cfg.min_length, max_length=cfg.max_length, overlong=cfg.overlong).indices
         else:
-            train, val = hold_out_entries(structures, chains.indices, cfg.val_fraction, cfg.global_seed)
+            train, val = hold_out_entries(structures, chains.indices, cfg.val_fraction, cfg.global_seed, clusters)
         if not len(val):
             raise ValueError("no chain is held out for validation: give --val-path, or --val-fraction above 0")
         val = val[spread(len(val), cfg.val_size or len(val))]
-        self.train_set = StructureDataset(structures, train, max_length=cfg.max_length, seed=cfg.global_seed)
+        groups = members(clusters, train) if clusters and cfg.sample_by == "cluster" else None
+        self.train_set = StructureDataset(structures, train, max_length=cfg.max_length, seed=cfg.global_seed,
+                                          clusters=groups)
         self.val_set = StructureDataset(val_structures, val, max_length=cfg.max_length)
         watched = spread(len(val), PROBED)
         if not any(self.val_set[i]["coords"].isfinite().all((1, 2)).sum() >= 3 for i in watched):
@@ -119,9 +131,7 @@ class Trainer(CurriculumTrainer):
             labels = self.position() | {"lr": learning_rate(cfg, step)}
             set_learning_rate(self.optimizer, labels["lr"])
             terms = self.train_step(batches, step)  # decodes z~ = alpha z + (1 - alpha) z_q (Eq. 2); updates once
-            quantize.set_step(step + 1)             # the steps up to this one are done
-            if self.ema:
-                self.ema.update(self.raw, step + 1)  # after set_step, which updates the codes of an ema quantizer
+            self.finish_step(step)                  # set_step(step + 1): the steps up to this one are done; averages
             run.log(terms, labels, derive=code_usage)
             with run.untimed():
                 if run.due(cfg.val_every):
@@ -132,23 +142,27 @@ class Trainer(CurriculumTrainer):
     def train_step(self, batches: Iterator[dict[str, Tensor]], step: int) -> dict[str, Tensor]:  # noqa: ARG002
         """-> unweighted terms, means over the micro-batches; code_counts.
 
-        Losses are means over chains, so that the gradient is that of the global batch however it is split; the
-        quantizer's is a mean over the tokens of a micro-batch, of which all have about as many.
+        Losses are means over chains, so that the gradient is that of the global batch however it is split. The
+        quantizer's is a mean over the tokens of a micro-batch: it is weighted by their share of the global batch's.
         """
         cfg, parts = self.cfg, self.cfg.gradient_accumulation_steps
         totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
-        for part in range(parts):
-            batch = next(batches)
+        together = [next(batches) for _ in range(parts)]
+        tokens = torch.stack([self.raw.residues(batch["coords"], batch["mask"]).sum() for batch in together]).double()
+        every = distributed.all_reduce_(tokens.sum().clone()).clamp_min(1)
+        weights = (tokens * (parts * distributed.world_size()) / every).float()  # of one micro-batch: exactly 1
+        for part, batch in enumerate(together):
             with accumulating(self.model, part < parts - 1):
                 with self.autocast():
                     out = self.model(batch["coords"], batch["mask"], batch["residue_index"])
                 terms = structure_losses(out, batch["coords"], batch["sequence"], batch["residue_index"],
                                          as_coded=cfg.losses_as_coded)
                 weighted = [weight * terms[name] for name, weight in loss_weights(cfg).items()]
-                loss = torch.stack(weighted).sum() + out.quantized.loss
+                loss = torch.stack(weighted).sum() + weights[part] * out.quantized.loss
                 (loss / parts).backward()
             logged = {f"{name}_loss": value.detach() for name, value in terms.items()} | {"loss": loss.detach()}
-            logged |= {f"{k}_loss": out.quantized.losses.get(k, loss.new_zeros(())) for k in ("codebook", "commit")}
+            logged |= {f"{k}_loss": weights[part] * out.quantized.losses.get(k, loss.new_zeros(()))
+                       for k in ("codebook", "commit")}
             for name, value in logged.items():
                 totals[name] = totals[name] + value / parts
         totals["grad_norm"] = update(self.optimizer, self.raw, self.scaler, cfg.max_grad_norm)
@@ -158,8 +172,10 @@ class Trainer(CurriculumTrainer):
 
     def batches(self, start: int, end: int) -> Iterator[dict[str, Tensor]]:
         cfg = self.cfg
+        data = self.train_set
         sampler = StructureBatchSampler(
-            self.train_set.lengths, cfg.global_batch_size, seed=cfg.global_seed, start_step=start, end_step=end,
+            data.lengths if data.clusters is None else [0] * len(data), cfg.global_batch_size, seed=cfg.global_seed,
+            length_of=None if data.clusters is None else data.length, start_step=start, end_step=end,
             rank=distributed.rank(), world=distributed.world_size(), micro_batches=cfg.gradient_accumulation_steps,
         )
         yield from self._load(self.train_set, sampler)

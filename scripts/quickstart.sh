@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# From nothing to sampled digits: installs, trains a plain VQ tokenizer and ProVQ on scikit-learn's handwritten digits at
-# equal steps and prints both side by side; then encodes the digits, trains a small GPT on the codes, samples every class
-# and scores the samples. Minutes on 2 CPU cores; from any directory; run it again to see the tables again.
+# From nothing to sampled digits: installs; shows the disease and the cure on waves; trains a plain VQ tokenizer and ProVQ
+# on scikit-learn's handwritten digits at equal steps and prints both side by side; then encodes the digits, trains a
+# small GPT on the codes, samples every class and scores the samples. Minutes on 2 CPU cores; from any directory; run it
+# again to see the tables again.
 # PYTHON=/path/to/python uses that interpreter instead of .venv.
 set -euo pipefail
 
@@ -17,6 +18,9 @@ train() {
     say "tokenizer: $1"
     "$PYTHON" "$ROOT/tokenizer/train_provq.py" --preset digits --results-dir "$OUT/$1" "${@:2}"
 }
+
+say "the disease and the cure: waves through 64 codes"
+OMP_NUM_THREADS=1 "$PYTHON" "$ROOT/synthetic/demo.py" --out "$OUT/demo.png"
 
 train vanilla --warmup-steps 0 --transition-steps 0
 train provq
@@ -42,6 +46,7 @@ done
 say "results"
 "$PYTHON" "$ROOT/scripts/compare_runs.py" "$OUT/vanilla" "$OUT/provq" --picture "$OUT/comparison.png"
 echo
+echo "waves, with and without ProVQ: $OUT/demo.png"
 echo "reconstructions at each stage boundary: $OUT/provq/images/"
 echo "the tables, curves and latents on one page: $OUT/report.html"
 echo "sampled digits, a row per class: $OUT/samples/grid.png"

@@ -4,15 +4,17 @@ import io
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from PIL import Image
+from torch import Tensor
 
 from synthetic.topodisc import Report, Run, mean_interval
 from synthetic.tuning import Cell, error
@@ -24,6 +26,17 @@ WIDTH = 8.0  # inches of every picture
 DPI = 140  # 1120 pixels: sharp at 800 on screens that show two pixels for one
 TEXT = 9  # points
 FEW = 5  # methods whose names fit side by side, and whose bars have room for a number
+
+
+class Panel(NamedTuple):
+    """What demo.py shows of an arm: held-out waves (n, P) and what comes back, their latents (N, D), the codes (K, D).
+    """
+
+    title: str
+    waves: Tensor
+    returned: Tensor
+    latents: Tensor
+    codes: Tensor
 
 
 def _figure(height: float) -> Figure:
@@ -277,4 +290,27 @@ def learning_rates(cells: Sequence[Cell], methods: Sequence[str], num_codes: int
                   loc="outside right center", handlelength=1.2)
     _tidy(gap, f"(b) {methods[0]}: gap to codes")
     _tidy(bend, f"(c) {methods[0]}: inward bend")
+    _save(figure, path)
+
+
+# ------------------------------------------------------------------------------------------------------- demo.py
+
+def waves(panels: Sequence[Panel], path: Path) -> None:
+    """A column per arm: waves and what comes back, latents and codes in the latents' two principal components."""
+    figure = _figure(4.0)
+    above, below = figure.subplots(2, len(panels))
+    for panel, top, bottom in zip(panels, above, below, strict=True):
+        for i, (wave, returned) in enumerate(zip(panel.waves.numpy(), panel.returned.numpy(), strict=True)):
+            top.plot(wave - 2.6 * i, color="#b0b0b0", linewidth=2.5)
+            top.plot(returned - 2.6 * i, color=OUTLINE, linewidth=1.2)
+        _tidy(top, panel.title.replace(": ", "\n"))
+        mean = panel.latents.mean(0)
+        plane = torch.linalg.svd(panel.latents - mean, full_matrices=False).Vh[:2].T  # (D, 2)
+        latents, codes = (((points - mean) @ plane).numpy() for points in (panel.latents, panel.codes))
+        bottom.plot(*latents.T, ".", color=DISK, markersize=1.5)
+        bottom.plot(*codes.T, "*", color=CODES, markersize=5, markeredgewidth=0)
+        _tidy(bottom, "")
+        for axes in (top, bottom):
+            axes.set_xticks([])
+            axes.set_yticks([])
     _save(figure, path)

@@ -26,19 +26,23 @@ from training_runs import to_words
 from autoregressive import convert_codes, extract_codes, train_c2i
 from autoregressive import train_config as gpt_config
 from autoregressive.code_shards import open_codes
+from autoregressive.gpt import GPT, GPT_PRESETS
 from autoregressive.pretrained import load_gpt
 from evaluations import generation, report
 from evaluations.distribution import gaussian_statistics
 from evaluations.evidence import store
 from protein import train_config as protein_config
 from protein import train_provq as train_protein
+from protein.benchmark import train_task
 from protein.benchmark.released_tasks import list_files, read_released
-from protein.benchmark.task_archives import Archive
-from protein.benchmark.tasks import read_task, task_identity
+from protein.benchmark.task_archives import Archive, read_raw
+from protein.benchmark.tasks import load_prepared, read_task, save_prepared, task_identity
 from protein.pretrained import load_structure_tokenizer
 from protein.pretrained import save_pretrained as save_structure_tokenizer
-from protein.structure_data import open_structures, write_cache
-from protein.structure_io import find_structures, read_structure
+from protein.structure_cache import write_cache
+from protein.structure_data import open_structures
+from protein.structure_io import read_structure
+from protein.structure_sources import find_structures
 from protein.token_files import TokenChain, read_tokens, write_tokens
 from scripts import compare_runs, make_imagenet100
 from tokenizer import train_config, train_provq
@@ -135,6 +139,12 @@ def _saved(make):
 def _gpt_state():
     return {"model": tiny().state_dict(), "ema": None, "gpt": dataclasses.asdict(TINY_GPT),
             "config": {"tokenizer_hash": ""}, "step": 3}
+
+
+def _gpt_of_llamagen():
+    """Without a word about its size."""
+    config = dataclasses.replace(GPT_PRESETS["GPT-tiny"], vocab_size=20, block_size=16, num_classes=5)
+    return {"model": GPT(config).state_dict()}
 
 
 def _train_image(folder):
@@ -236,6 +246,12 @@ def _generation(folder):
     generation.main([str(folder / "reference.npz"), str(folder / "samples.npz"), "--features",
                      f"torchscript:{folder / 'net.pt'}", "--device", "cpu", "--no-cache", "--out",
                      str(folder / "out.json")])
+
+
+def _keep_features(folder):
+    generation.main([str(folder / "reference.npz"), str(folder / "samples.npz"), "--features",
+                     f"torchscript:{folder / 'net.pt'}", "--device", "cpu", "--cache-dir", str(folder / "cache"),
+                     "--out", str(folder / "out.json")])
 
 
 def _report(folder):
@@ -345,6 +361,42 @@ def _read_lists(folder):
         read_released(archive, name)
 
 
+RAW = {"BindInt": "interpro", "BindBio": "biolip", "BindShake": "proteinshake", "Ept": "epitopes",
+       "FlexRMSF": "atlas", "Homo": "homology"}  # task -> the raw files that it is read from
+
+
+def _raw_files(folder):
+    mini = MiniArchive(folder)
+    for source in RAW.values():
+        getattr(mini, source)()
+
+
+def _read_raw_files(folder):
+    archive = Archive.open(folder / "struct_token_bench_release_data", folder / "pdb_data" / "mmcif_files")
+    for name in RAW:
+        read_raw(archive, name)
+
+
+def _prepared(folder):
+    _task("binary")(folder)
+    save_prepared(read_task(folder / "task.jsonl"), folder / "task.npz", "the source")
+
+
+def _read_prepared(folder):
+    assert load_prepared(folder / "task.npz", "the source") is not None
+
+
+def _probe(folder):
+    _task("binary")(folder)
+    _read_probe(folder)
+
+
+def _read_probe(folder):
+    train_task.main(["--task", str(folder / "task.jsonl"), "--tokenizer", "foldseek", "--results-dir",
+                     str(folder / "out"), "--max-steps", "2", "--warmup-steps", "1", "--seeds", "1",
+                     "--learning-rates", "0.01", "--device", "cpu"])
+
+
 KINDS = {kind.name: kind for kind in [
     Kind("image folder", lambda folder: write_folder(folder, _pictures()), images),
     Kind("image zip", lambda folder: write_zip(folder / "images.zip", _pictures()), lambda f: images(f / "images.zip")),
@@ -363,6 +415,7 @@ KINDS = {kind.name: kind for kind in [
          lambda f: load_tokenizer(f / "model.pt")),
     Kind("tokenizer export", lambda f: write_tokenizer(f / "export"), lambda f: load_tokenizer(f / "export")),
     Kind("GPT checkpoint", _saved(_gpt_state), lambda f: load_gpt(f / "model.pt")),
+    Kind("GPT of LlamaGen", _saved(_gpt_of_llamagen), lambda f: load_gpt(f / "model.pt", num_codes=16)),
     Kind("GPT export", lambda f: (write_tokenizer(f / "vq"), write_gpt(f / "export", f / "vq")),
          lambda f: load_gpt(f / "export"), "export/*"),
     Kind("structure tokenizer checkpoint", _saved(lambda: {"model": build().state_dict(), "config": SMALL.to_dict()}),
@@ -377,6 +430,7 @@ KINDS = {kind.name: kind for kind in [
     Kind("code shards", _shards_alone, codes),
     Kind("codes of LlamaGen", _llamagen_codes, _convert),
     Kind("image sets and statistics", _sets, _generation),
+    Kind("features that are kept", lambda f: (_sets(f), _keep_features(f)), _keep_features, "cache/**/*.npz"),
     Kind("runs of report.py", _train_image, _report, "run/*[!0-9]*/*.[jnp]*"),
     Kind("runs of compare_runs.py", _train_image, _compare, "run/*.json*"),
     Kind("results of the evidence bed", _evidence, lambda f: store.read(f / "results.jsonl")),
@@ -389,6 +443,9 @@ KINDS = {kind.name: kind for kind in [
     Kind("binary task .jsonl", _task("binary"), _read_task),
     Kind("classification task .jsonl", _task("classification"), _read_task),
     Kind("lists of StructTokenBench", _lists, _read_lists, "**/processed*", values=_damage_list),
+    Kind("raw files of StructTokenBench", _raw_files, _read_raw_files, "struct*/**/*.*"),
+    Kind("prepared task", _prepared, _read_prepared, "task.npz"),
+    Kind("results of train_task.py", _probe, _read_probe, "out/**/*.[jn]*"),
 ]}
 
 

@@ -28,6 +28,7 @@ class Row:
     record: str = "ATOM"
     model: int = 1
     label_chain: str = ""  # of mmCIF
+    label_number: str = ""  # of mmCIF, as it is written; "." for what is no part of a polymer
 
 
 def residue(place, name="ALA", chain="A", number=None, atoms=ATOMS, **options):
@@ -65,7 +66,8 @@ def cif_text(rows, left_out=()):
                "pdbx_PDB_model_num": []}
     for serial, row in enumerate(rows, start=1):
         values = [row.record, serial, row.atom[0], row.atom, row.altloc or ".", row.residue,
-                  row.label_chain or row.chain, 1, row.number, row.code or "?", *numbers_of(row, 4), row.occupancy,
+                  row.label_chain or row.chain, 1, row.label_number or row.number, row.code or "?",
+                  *numbers_of(row, 4), row.occupancy,
                   row.bfactor, row.number, row.residue, row.chain, row.atom, row.model]
         for column, value in zip(columns.values(), values, strict=True):
             column.append(str(value))

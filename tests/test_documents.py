@@ -4,19 +4,17 @@ Each check takes a repository root and returns complaints as "file:line: what", 
 small wrong document as well. A flag is one if the parser of its script knows it: scripts are asked for --help.
 """
 
-import argparse
 import ast
 import itertools
 import re
-import runpy
 import shlex
 import shutil
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
+from entry_flags import flags
 from places import ROOT
 
 FOLDERS = ("tokenizer", "autoregressive", "protein", "synthetic", "evaluations", "scripts", "tests")
@@ -30,6 +28,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 PATCHED = re.compile(r"`[\w/]+\.py`:\n\n(?=```diff)")  # a file of the repository that the patch is for, not of ours
 OUR_PATH = re.compile(rf"(?:{'|'.join(FOLDERS)})/[\w.*/-]*|[\w*]+\.(?:py|sh)")
+OWN_FLAG = re.compile(r"^ +(--[\w-]+)\)", re.MULTILINE)  # flags that a shell script reads itself
 FORWARDS = re.compile(r'\$ROOT/([\w/]+\.py)" "\$@"')  # a shell script that hands its flags on
 
 
@@ -97,30 +96,13 @@ def find(root, name):
     return sorted(found for folder in FOLDERS for found in (root / folder).rglob(name))
 
 
-@cache
-def flags(script):
-    """The flags that the command's parser knows when --help asks for them."""
-    found = set()
-
-    def note(parser, file=None):  # noqa: ARG001
-        found.update(flag for action in parser._actions for flag in action.option_strings)
-
-    with pytest.MonkeyPatch.context() as patch:  # in this process: importing torch takes longer than all else
-        patch.setattr(argparse.ArgumentParser, "print_help", note)
-        patch.setattr(sys, "argv", [str(script), "--help"])
-        patch.setattr(sys, "path", [str(script.parent), *sys.path])  # the entry guard replaces the first
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(script), run_name="__main__")
-    assert end.value.code == 0, f"{script} --help ends with {end.value.code}"
-    return found
-
-
 def flags_of(script):
     """Of a Python script, or of the one that a shell script of scripts/ hands its flags to."""
     if script.suffix == ".py":
         return flags(script)
-    target = FORWARDS.search(script.read_text(encoding="utf-8"))
-    return flags(script.parents[1] / target[1]) if target else set()
+    text = script.read_text(encoding="utf-8")
+    target = FORWARDS.search(text)
+    return flags(script.parents[1] / target[1]) if target else set(OWN_FLAG.findall(text))
 
 
 # ---------------------------------------------------------------------------------------------------------- checks

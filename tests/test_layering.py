@@ -24,11 +24,14 @@ from places import ROOT
 PACKAGES = ("tokenizer", "autoregressive", "protein", "synthetic", "evaluations")
 FOLDERS = (*PACKAGES, "scripts", "tests")
 MAX_LINES = 600
-PROVQ, PROVQ_ATTACH = Path("tokenizer/provq.py"), Path("tokenizer/provq_attach.py")  # copied into other projects
+# Copied into other projects; each may need those before it.
+COPIED = (PROVQ, PROVQ_CODES, PROVQ_ATTACH, PROVQ_HOSTS, PROVQ_PACKAGES) = tuple(
+    Path(f"tokenizer/{name}.py")
+    for name in ("provq", "provq_codes", "provq_attach", "provq_hosts", "provq_packages"))
 CURRICULUM = Path("tokenizer/curriculum.py")  # and what all tokenizers' trainers share
 # What the entry scripts of evaluations/ share. The rest of that folder are meters.
 EVALUATIONS_SHARED = {Path("evaluations/image_sets.py")}
-LONGER = {PROVQ: 870, PROVQ_ATTACH: 870}  # as few files as can be: they are copied by hand
+LONGER = {PROVQ: 930, PROVQ_ATTACH: 900}  # as few files as can be: they are copied by hand
 GUARD = "if not __package__:\n    sys.path[0] = str(Path(__file__).resolve().parents[{depth}])"
 
 
@@ -71,7 +74,7 @@ def is_entry(tree):
 def group(path, tree):
     """(layer, name of the group that may import itself, layers that it may import)"""
     top = path.parts[0]
-    if path in (PROVQ, PROVQ_ATTACH):
+    if path in COPIED:
         return 0, "tokenizer/provq*.py", ()
     if path.name == "__init__.py":
         return 0, str(path), ()
@@ -119,7 +122,7 @@ def check_no_arrow_back(root):
 
 def check_absolute_imports(root):
     for path, tree in python_files(root).items():
-        if path == PROVQ_ATTACH:
+        if path in COPIED[1:]:
             continue  # in other projects it stands in packages of any name; see check_provq_stands_alone
         for line in sorted({line for line, name in imported_names(tree) if name.startswith(".")}):
             yield f"{path}:{line}: relative import; write it from the repository root"
@@ -136,12 +139,13 @@ def check_no_cycles(root):
 
 def check_provq_stands_alone(root):
     libraries = {"torch", *sys.stdlib_module_names}
-    siblings = {PROVQ: set(), PROVQ_ATTACH: {"provq", ".", "..provq"}}  # `import provq`, `from . import provq`
     files = python_files(root, ("tokenizer",))
-    for path, allowed in siblings.items():
+    for i, path in enumerate(COPIED):
+        above = {other.stem for other in COPIED[:i]}  # beside it, flat or in a package: `import provq`, `from . import`
         for line, name in imported_names(files.get(path, ast.Module(body=[]))):
-            if name.split(".")[0] not in libraries and name not in allowed:
-                also = ", provq.py" if allowed else ""
+            stem = name.lstrip(".").split(".")[0]
+            if name.split(".")[0] not in libraries and stem not in above | ({""} if above else set()):
+                also = f", {', '.join(other.name for other in COPIED[:i])}" if above else ""
                 yield f"{path}:{line}: imports {name}; this file must work with torch{also} and the standard library"
 
 
@@ -262,7 +266,10 @@ CHECKS = [
     (check_provq_stands_alone, {"tokenizer/provq.py": "import math\nimport numpy"}, None, 2),
     (check_provq_stands_alone, {"tokenizer/provq.py": "import provq_attach"}, None, 1),
     (check_provq_stands_alone, {"tokenizer/provq_attach.py": "import torch, provq\nimport numpy"}, None, 2),
+    (check_provq_stands_alone, {"tokenizer/provq_codes.py": "import torch, provq\nimport provq_attach"}, None, 2),
     (check_provq_stands_alone, {"tokenizer/provq_attach.py": "from . import provq\nfrom . import data"}, None, 2),
+    (check_provq_stands_alone, {"tokenizer/provq_hosts.py": "from .provq_attach import A\nimport einops"}, None, 2),
+    (check_provq_stands_alone, {"tokenizer/provq_hosts.py": "import provq_packages"}, None, 1),
     (check_entry_guard, {"protein/train.py": "import sys\nimport protein.a\n" + MAIN}, None, 2),
     (check_entry_guard, {"protein/a/b.py": GUARD.format(depth=1) + "\nimport protein.c\n" + MAIN}, None, 3),
     (check_entry_guard, {"protein/a.py": "import protein.c\n" + GUARD.format(depth=1) + "\n" + MAIN}, None, 1),
@@ -276,7 +283,7 @@ CHECKS = [
     (check_commands, {"scripts/a.py": "import argparse\nargparse.ArgumentParser(description=__doc__)"}, None, 2),
     (check_commands, {"protein/a.py": "try:\n  f()\nexcept OSError as e:\n  raise SystemExit(f'{e}') from e"}, None, 4),
     (check_length, {"tests/a.py": "x = 1\n" * 601}, None, 601),
-    (check_length, {"tokenizer/provq.py": "x = 1\n" * 871, "tokenizer/provq_attach.py": "x = 1\n" * 870}, None, 871),
+    (check_length, {"tokenizer/provq.py": "x = 1\n" * 931, "tokenizer/provq_attach.py": "x = 1\n" * 900}, None, 931),
     (
         check_no_dead_flags,
         {"synthetic/a.py": "class C:\n  n: int = config.arg(1)\n  m: int = arg(2)\n  k: int = 3\nC().n"},

@@ -56,6 +56,16 @@ def drift(before: Tensor, after: Tensor) -> float:
     return ((after - before).square().sum(1).mean().sqrt() / spread.clamp_min(1e-12)).item()
 
 
+def spread(x: Tensor) -> float:
+    """Standard deviation of a channel of rows x (N, D), root mean square over channels."""
+    return x.double().var(0, unbiased=False).mean().sqrt().item()
+
+
+def moved(before: Tensor, after: Tensor) -> float:
+    """How far rows (N, D) moved, root mean square over tokens and channels, in the units of `spread`."""
+    return F.mse_loss(after.double(), before.double()).sqrt().item()
+
+
 class CodeMeter:
     """Exact statistics over all tokens of all ranks, whatever their batches.
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tokenizer.code_meter import DriftMeter
 from tokenizer.provq import SCHEDULES, AdaptiveWarmup, Curriculum, ProVQ, code_statistics
+from tokenizer.provq_codes import DeadCodeRestart
 from tokenizer.quantizer_config import QuantizerConfig, check_quantizer
 from tokenizer.runtime import config, distributed
 from tokenizer.runtime.config import arg
@@ -48,6 +49,9 @@ class CurriculumConfig(QuantizerConfig, RunConfig):
                                  "batches if those give every code one; paper: one batch")
     kmeans_iters: int = arg(20, "Lloyd iterations at most; paper: not given")
     kmeans_start: str = arg("kmeans++", "first centroids of k-means; paper: not given", choices=("kmeans++", "random"))
+    recluster: bool = arg(False, "k-means again where the transition ends; ours, not in the paper")
+    recluster_at: tuple[int, ...] = arg((), "k-means again at these steps; ours, not in the paper")
+    codebook_lr_scale: float = arg(1.0, "learning rate of the codes, in units of --lr; ours, not in the paper: 1")
 
 
 def check_curriculum(cfg: CurriculumConfig, world_size: int) -> None:
@@ -56,6 +60,11 @@ def check_curriculum(cfg: CurriculumConfig, world_size: int) -> None:
     check_quantizer(cfg, flags=True)
     config.require_at_least(cfg, 0, "kmeans_batches kmeans_iters adaptive_warmup_patience adaptive_warmup_min_steps "
                             "warmup_steps transition_steps")
+    config.require_positive(cfg, "codebook_lr_scale")
+    config.require_at_most(cfg, 2**20, "codebook_lr_scale")
+    if cfg.quantizer == "ema" and cfg.codebook_lr_scale != 1.0:
+        raise ValueError(f"--codebook-lr-scale {cfg.codebook_lr_scale}: no optimizer trains the codes of --quantizer "
+                         "ema; for faster codes lower --codebook-ema-decay")
     config.require_at_most(cfg, 2**24, "codebook_size")
     config.require_at_most(cfg, 2**20, "kmeans_batches")
     config.require_at_most(cfg, 2**16, "codebook_embed_dim")
@@ -71,6 +80,14 @@ def check_curriculum(cfg: CurriculumConfig, world_size: int) -> None:
                          "--adaptive-warmup-patience nobody does")
     if cfg.stop_after and not getattr(cfg, f"{cfg.stop_after}_steps"):
         raise ValueError(f"--stop-after {cfg.stop_after}: there is no such stage with --{cfg.stop_after}-steps 0")
+    if cfg.recluster and not cfg.transition_steps:
+        raise ValueError("--recluster is for the end of the transition, and there is none with --transition-steps 0; "
+                         "give --recluster-at STEP")
+    config.require_at_least(cfg, 0, "recluster_at")
+    for step in cfg.recluster_at:
+        if step <= cfg.warmup_steps:
+            raise ValueError(f"--recluster-at {step} is not after --warmup-steps {cfg.warmup_steps}, where the first "
+                             "k-means is; before it there are no codes")
     if cfg.max_steps is not None:
         _require_all_stages(cfg, cfg.max_steps, f"--max-steps {cfg.max_steps}")
 
@@ -96,6 +113,12 @@ def _require_all_stages(cfg: Any, steps: int, what: str) -> None:
     if cfg.adaptive_warmup_patience:  # it may end early
         warmup = min(warmup, max(1, cfg.adaptive_warmup_min_steps))
     least = warmup + max(transition, 1)  # the codebook starts with the first step after the warm-up
+    late = [step for step in cfg.recluster_at if step >= steps]
+    if late and cfg.stop_after is None:
+        raise ValueError(f"--recluster-at {late[0]} never comes, {what}: the run ends after {steps} steps")
+    if cfg.recluster and cfg.stop_after is None and warmup + transition >= steps >= least:
+        raise ValueError(f"--recluster comes after step {warmup + transition}, {what}: the run ends there; give one "
+                         "more step, or leave --recluster out")
     if cfg.stop_after is None and steps < least:
         stage = "warmup" if steps <= warmup else "transition"
         raise ValueError(f"{what}: the run would end after {steps} steps, before stage 3, with no discrete tokenizer. "
@@ -119,11 +142,11 @@ def codebook_init(cfg: CurriculumConfig) -> str:
 
 
 def kmeans_batches(cfg: Any, tokens_per_batch: int) -> int:
-    """Global batches whose latents the codebook starts from: --kmeans-batches, or what its 0 stands for; 0: none.
+    """Global batches whose latents are clustered: --kmeans-batches, or what its 0 stands for; 0: k-means never comes.
 
     ValueError: they hold fewer latents than there are codes.
     """
-    if codebook_init(cfg) == "none":
+    if codebook_init(cfg) == "none" and not (cfg.recluster or cfg.recluster_at):
         return 0
 
     def batches(latents: int) -> int:
@@ -154,6 +177,7 @@ class CurriculumTrainer(ABC):
     optimizer: torch.optim.Optimizer  # has the codebook
     ema: EMA | None
     drift: DriftMeter
+    restart: DeadCodeRestart | None   # see build_restart
     kmeans_batches: int               # see the function of this name
 
     # ------------------------------------------------------------------------------------- what a subclass provides
@@ -203,22 +227,32 @@ class CurriculumTrainer(ABC):
     def start_codebook(self, step: int) -> None:
         """Once: set the codes to k-means centroids of the latents of the batches that come next (section 4.1).
 
-        When the warm-up has ended; without one before the first step, if --codebook-init says so. Else does nothing.
+        When the warm-up has ended; without one before the first step, if --codebook-init says so. Else does nothing,
+        but where --recluster and --recluster-at, which are not in the paper, say so: k-means again.
         """
         cfg, quantize, init = self.cfg, self.quantize, codebook_init(self.cfg)
         from_start = init != "none" and step == 0 and quantize.stage > 1  # without a warm-up
-        if not (quantize.needs_init or from_start):
-            return
+        if quantize.needs_init or from_start:
+            self._set_codes(step, quantize.init_codebook, init, "initialised")
+        elif step in cfg.recluster_at or (cfg.recluster and step == self._transition_end()):
+            self._set_codes(step, quantize.recluster, "kmeans", "reclustered")
+
+    def _transition_end(self) -> int:
+        curriculum = self.quantize.curriculum  # the one in force: an adaptive warm-up may have ended early
+        return curriculum.warmup_steps + curriculum.transition_steps
+
+    def _set_codes(self, step: int, place: Callable[..., dict[str, float]], init: str, what: str) -> None:
+        cfg, quantize = self.cfg, self.quantize
         with self.run.metrics.untimed():
             latents, order = self._collect_latents(step) if init != "none" else (None, None)
             iters, start = (cfg.kmeans_iters, cfg.kmeans_start) if init == "kmeans" else (0, "random")
-            info = quantize.init_codebook(latents, iters=iters, start=start, seed=cfg.global_seed, order=order,
-                                          optimizers=[self.optimizer])
+            info = place(latents, iters=iters, start=start, seed=cfg.global_seed, order=order,
+                         optimizers=[self.optimizer])
             self.drift.restart(code=quantize.codebook)
             if self.ema:
                 self.ema.copy_(self.raw, "quantize.")  # an average with codes from before k-means would mean nothing
-            distributed.print0(f"codebook initialised at step {step}: {info or 'kept as it was'}")
-            self.save_boundary(step, "codebook_initialised", quantize.stage)
+            distributed.print0(f"codebook {what} at step {step}: {info or 'kept as it was'}")
+            self.save_boundary(step, f"codebook_{what}", quantize.stage)
 
     @torch.no_grad()
     def _collect_latents(self, step: int) -> tuple[Tensor, Tensor]:
@@ -257,6 +291,22 @@ class CurriculumTrainer(ABC):
         starts = (sizes.cumsum(0) - sizes)[mine]
         within = torch.arange(int(lengths.sum())) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
         return torch.cat(latents), (starts.repeat_interleave(lengths) + within).to(self.device)
+
+    def finish_step(self, step: int) -> None:
+        """Collective, when the optimizer has done its step: set_step(step + 1), and what follows the weights and codes.
+
+        With --codebook-restart-below dead codes restart. The average moves after the codes of an ema quantizer.
+        """
+        quantize = self.quantize
+        if self.restart:
+            average: Any = self.ema.module if self.ema and self.restart.due else None
+            self.restart.step([self.optimizer], [] if average is None else [average.quantize.quantizer])
+        placed = getattr(quantize.quantizer, "placed", False)
+        quantize.set_step(step + 1)
+        if self.ema:
+            self.ema.update(self.raw, step + 1)
+            if placed:
+                self.ema.copy_(self.raw, "quantize.")  # following codes: their table has other units from here on
 
     # --------------------------------------------------------------------------------------------- between steps
 

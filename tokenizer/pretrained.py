@@ -40,7 +40,7 @@ _USAGE_SIZE = 65536
 def to_llamagen_state_dict(model: VQModel) -> dict[str, Tensor]:
     """LlamaGen's state dict of a tokenizer: its keys and their shapes, on the CPU, not sharing memory with the model.
 
-    The codebook is the effective one, `model.quantize.codebook`, so SimVQ and EMA tokenizers come out as plain tables
+    The codebook is the effective one, `model.quantize.codebook`: SimVQ, EMA, following codes come out as plain tables
     (unit rows if codebook_l2_norm; pass the same flag on the other side). LlamaGen itself knows VQ-8 and VQ-16; a VQ-4
     dict has the same layout. ValueError: the codebook is not initialised yet (still in warm-up).
     """
@@ -66,8 +66,10 @@ def load_llamagen_state_dict(model: VQModel, state: Mapping[str, Tensor], *, sou
 def _fitting(model: VQModel, state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     """A LlamaGen state dict without its usage buffer. ValueError: it does not fit the model (or its skeleton)."""
     own = model.state_dict()
-    if _OWN_CODEBOOK not in own:
-        raise ValueError(f"a LlamaGen codebook fits quantizer='vq' only, this model has {model.config.quantizer!r}")
+    if _OWN_CODEBOOK not in own or model.config.codebook_follow:
+        following = " with codebook_follow" if model.config.codebook_follow else ""
+        raise ValueError("a LlamaGen codebook fits quantizer='vq' only, "
+                         f"this model has {model.config.quantizer!r}{following}")
     shared = {key: value for key, value in own.items() if not key.startswith("quantize.")}
     given = {key: value for key, value in state.items() if key != _USAGE}
     check_state_dict(given, shared | {_CODEBOOK: own[_OWN_CODEBOOK]}, source)
@@ -117,7 +119,7 @@ def write_table_export(folder: Path, kind: str, cfg: Any, state: Mapping[str, Te
     """`write_export` of a tokenizer whose quantizer has become a plain table. kind: the format; cfg: of its model."""
     defaults = type(cfg)()
     exported = replace(cfg, quantizer="vq", codebook_ema_decay=defaults.codebook_ema_decay,
-                       codebook_restart_below=defaults.codebook_restart_below)
+                       codebook_restart_below=defaults.codebook_restart_below, codebook_follow=False)
     description = {
         "format": kind,
         "trained_quantizer": cfg.quantizer,  # for the reader; the table needs no more than "vq"

@@ -24,7 +24,7 @@ and moves it along a curriculum (arXiv 2603.22304, section 4): (1) a plain autoe
     tokens = provq.encode(encoder(x))                               # (B, h, w) int64; provq.decode(tokens) -> codes
 
 Below: curriculum, ProVQ, quantizers, k-means. For a repository whose model, loss and checkpoints stay as they are, copy
-provq_attach.py as well: its `attach` puts the model's quantizer on the curriculum where it stands.
+provq_attach.py as well: its `attach` puts the model's quantizer on the curriculum. Beyond the paper: provq_codes.py.
 Sizes: N tokens, D latent channels, K codes. Distances, losses and statistics are float32 or better under any autocast.
 Every collective is a no-op in one process. Checkpoints: `state_dict()` holds tensors only.
 """
@@ -35,6 +35,9 @@ import abc
 import dataclasses
 import importlib
 import math
+import numbers
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable, Iterable, NamedTuple, Protocol, Sequence, cast
 
 import torch
@@ -47,8 +50,8 @@ __all__ = ["QUANTIZERS", "SCHEDULES", "AdaptiveWarmup", "Curriculum", "EMAVector
            "LinearVectorQuantizer", "ProVQ", "ProVQOutput", "Quantized", "Quantizer", "VectorQuantizer",
            "code_statistics", "kmeans", "make_quantizer", "nearest_code"]
 
-# Elements of the N x K distance matrix that exist at a time. 2 MiB of float32 stays in a CPU core's cache (3x faster
-# than one large matrix, see evaluations/benchmarks/code_search.py); a GPU wants fewer, larger launches (128 MiB).
+# Elements of the N x K distance matrix that exist at a time: on a CPU, per thread, as many as its cache holds (or twice
+# that; see evaluations/benchmarks/code_search.py); a GPU wants fewer, larger launches (128 MiB of float32).
 CPU_SEARCH_ELEMENTS, GPU_SEARCH_ELEMENTS = 2**19, 2**25
 
 _is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling  # public since torch 2.3
@@ -85,7 +88,7 @@ class Curriculum:
 
     def __post_init__(self) -> None:
         for name in ("warmup_steps", "transition_steps"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
+            if not isinstance(getattr(self, name), numbers.Integral) or getattr(self, name) < 0:
                 raise ValueError(f"{name} must be an int >= 0, in optimizer steps, got {getattr(self, name)!r}")
         if not 0.0 <= self.loss_floor <= 1.0:
             raise ValueError(f"loss_floor (lambda of Eq. 4) must lie in [0, 1], got {self.loss_floor}")
@@ -98,9 +101,8 @@ class Curriculum:
 
     def alpha(self, step: int) -> float:
         """Share of the continuous latent, Eq. 3: 1 in stage 1, 0 in stage 3."""
-        stage = self.stage(step)
-        if stage != 2:
-            return 1.0 if stage == 1 else 0.0
+        if self.stage(step) != 2:
+            return 1.0 if self.stage(step) == 1 else 0.0
         schedule = self.schedule if callable(self.schedule) else SCHEDULES[self.schedule]
         value = float(schedule((step - self.warmup_steps) / self.transition_steps))
         if not 0.0 <= value <= 1.0:
@@ -165,6 +167,7 @@ class Quantizer(Protocol):
 
     def fit_codebook_(self, x: Tensor, **options: Any) -> dict[str, float]:  # codes := k-means of tokens x (N, D)
         result = kmeans(self.latent(x), self.num_codes, spherical=getattr(self, "l2_norm", False), **options)
+        _require_distinct(result.centroids)
         self.set_codebook_(result.centroids, result.counts)
         return result.info()
 
@@ -173,6 +176,15 @@ class Quantizer(Protocol):
 
     def update_(self) -> None:  # called after an optimizer step past the warm-up, on all ranks
         return None
+
+
+def _require_distinct(codes: Tensor, scale: float = 0.0, what: str = "latents") -> None:
+    """Warn of equal ones of centroids (K, C), to a millionth of scale or of the largest. ValueError: all are equal."""
+    distinct = len((codes / (1e-6 * max(scale, float(codes.abs().max())) or 1.0)).round().unique(dim=0))
+    if distinct < min(2, len(codes)):
+        raise ValueError(f"k-means: all {what} are equal (a collapsed encoder, or as few tokens as codes)")
+    if distinct < len(codes):
+        warnings.warn(f"k-means gave {distinct} distinct codes of {len(codes)}: {what} have few values", stacklevel=5)
 
 
 class ProVQOutput(NamedTuple):
@@ -222,13 +234,11 @@ class ProVQ(nn.Module):
                             "(a foreign module: adapt() it, or attach() to it, see provq_attach.py)")
         if channel_dim not in (1, -1):
             raise ValueError(f"channel_dim must be 1 (B, D, ...) or -1 (B, ..., D), got {channel_dim}")
-        if adaptive and curriculum.warmup_steps == 0:
-            raise ValueError("adaptive needs a warm-up to end: give the curriculum warmup_steps > 0")
-        if adaptive and adaptive.min_steps > curriculum.warmup_steps:
-            raise ValueError(f"adaptive min_steps {adaptive.min_steps} > warmup_steps {curriculum.warmup_steps}")
+        if adaptive and not 0 < curriculum.warmup_steps >= adaptive.min_steps:
+            raise ValueError("adaptive needs a warm-up to end: give the curriculum warmup_steps > 0 and no less than "
+                             f"min_steps {adaptive.min_steps}, not {curriculum.warmup_steps}")
         self.quantizer, self.adaptive, self.channel_dim = cast(Quantizer, quantizer), adaptive, channel_dim
-        self.num_codes, self.dim = self.quantizer.num_codes, self.quantizer.dim
-        self._full_curriculum = curriculum
+        self._full_curriculum, self.num_codes, self.dim = curriculum, self.quantizer.num_codes, self.quantizer.dim
         self.register_buffer("step", torch.tensor(0))
         self.register_buffer("initialised", torch.tensor(0.0))
         self.register_buffer("warmup_end", torch.tensor(-1 if curriculum.warmup_steps else 0))
@@ -243,14 +253,13 @@ class ProVQ(nn.Module):
     def _mirror(self) -> None:
         # Python copies of the state: forward must not synchronise with the device to know its stage.
         self._initialised = bool(self.initialised)
-        end, longest = int(self.warmup_end), self._full_curriculum.warmup_steps
-        warmup = min(end, longest) if end > 0 else longest
-        self.curriculum = dataclasses.replace(self._full_curriculum, warmup_steps=warmup)
-        self._from_start = end == longest == 0  # the codes trained without a warm-up; not so a warm-up's checkpoint
+        end, most = int(self.warmup_end), self._full_curriculum.warmup_steps
+        self.curriculum = dataclasses.replace(self._full_curriculum, warmup_steps=min(end, most) if end > 0 else most)
+        self._from_start = end == most == 0  # the codes trained without a warm-up; not so a warm-up's checkpoint
         self._enter(int(self.step))
 
     def _enter(self, step: int) -> None:
-        self._step, self.stage = step, self.curriculum.stage(step)
+        self._step, self.stage = int(step), self.curriculum.stage(step)
         self.alpha, self.omega = self.curriculum.alpha(step), self.curriculum.omega(step)
         self._alpha.fill_(self.alpha)
         self._omega.fill_(self.omega)
@@ -299,17 +308,18 @@ class ProVQ(nn.Module):
 
         TypeError: not an int. ValueError: negative. RuntimeError: back into the warm-up of an initialised codebook.
         """
-        if isinstance(step, bool) or not isinstance(step, int):
-            raise TypeError(f"step must be a Python int (a tensor would synchronise), got {type(step).__name__}")
+        if isinstance(step, bool) or not isinstance(step, numbers.Integral):  # a number of NumPy will do
+            raise TypeError(f"step must be an int (a tensor would synchronise), got {type(step).__name__}")
         if step < 0:
             raise ValueError(f"step must be >= 0, got {step}")
         if self.training and step < self._step and self._initialised and self.curriculum.stage(step) == 1:
             raise RuntimeError(f"step {step} is in the warm-up, but the codebook was initialised by step {self._step}: "
-                               "train on with Curriculum(0, 0), or for a new warm-up load the weights without the "
-                               "curriculum's state (host_state_dict, or the quantizer's own)")
+                               "train on with Curriculum(0, 0), or load weights alone (see host_state_dict)")
         if step > self._step and self.stage > 1:
             self._ask("update_")
-        self.step.fill_(step)
+        if self.training and (self.stage, self.curriculum.stage(step)) == (1, 3) and self.curriculum.transition_steps:
+            warnings.warn(f"set_step({step}) after {self._step} skips all of stage 2: {self.curriculum}", stacklevel=2)
+        self.step.fill_(int(step))
         self._enter(step)
 
     @property
@@ -324,35 +334,43 @@ class ProVQ(nn.Module):
             self._initialised = bool(self.initialised)  # averages of models (EMA, SWA) are written to directly
         return self._initialised or self._from_start
 
-    @torch.no_grad()
     def init_codebook(self, latents: Tensor | None, *, iters: int = 20, start: str = "kmeans++", seed: int = 0,
                       order: Tensor | None = None, optimizers: Sequence[optim.Optimizer] = ()) -> dict[str, float]:
         """Set the codes to the k-means centroids of latents (N_rank, D), valid tokens only. Once; collective.
 
-        None keeps the codes as they are (an ablation). optimizers: forget what they gathered about the codebook: zero
-        gradients of the warm-up have already advanced Adam's step count. Other arguments: see `kmeans`. Returns
-        inertia, iterations, tokens and empty (codes). RuntimeError: a second call. ValueError: see `kmeans`.
+        None keeps the codes (an ablation). optimizers: forget what they gathered about the codebook: zero gradients of
+        the warm-up have already advanced Adam's step count. Other arguments: see `kmeans`. Returns inertia, iterations,
+        tokens and empty (codes). RuntimeError: a second call. ValueError: see `kmeans`.
         """
         if self._initialised:
             raise RuntimeError("init_codebook was called before: the codebook is initialised once")
+        info = self._place(latents, optimizers, iters=iters, start=start, seed=seed, order=order)
+        self.initialised.fill_(1.0)
+        self._initialised = True
+        return info
+
+    def recluster(self, latents: Tensor, **options: Any) -> dict[str, float]:
+        """`init_codebook` again, at any later step: ours, not in the paper. RuntimeError: there are no codes yet."""
+        if not self.has_codebook:
+            raise RuntimeError("recluster() before init_codebook(): there are no codes yet")
+        return self._place(latents, **options)
+
+    @torch.no_grad()
+    def _place(self, latents: Tensor | None, optimizers: Any = (), **options: Any) -> dict[str, float]:
         optimizers = [optimizers] if isinstance(optimizers, optim.Optimizer) else list(optimizers)
-        info: dict[str, float] = {}
-        if latents is not None:
-            self._check_tokens(latents)
-            info = self._fit(latents, iters=iters, start=start, seed=seed, order=order)
+        info = {} if latents is None else self._fit(self._checked(latents), **options)
         for optimizer in optimizers:
             for parameter in self._ask("codebook_parameters"):
                 optimizer.state.pop(parameter, None)
-        self.initialised.fill_(1.0)
-        self._initialised = True
         return info
 
     def _fit(self, latents: Tensor, **options: Any) -> dict[str, float]:
         return self._ask("fit_codebook_", latents, **options)
 
-    def _check_tokens(self, latents: Tensor) -> None:
+    def _checked(self, latents: Tensor) -> Tensor:
         if latents.ndim != 2 or latents.shape[1] != self.dim:
             raise ValueError(f"latents must be (N, D = {self.dim}), got {tuple(latents.shape)}")
+        return latents
 
     def observe(self, score: float) -> bool:
         """Report a validation score in stage 1; True if that ended the warm-up (see AdaptiveWarmup).
@@ -425,8 +443,7 @@ class ProVQ(nn.Module):
     def _count(self, indices: Tensor) -> None:
         if _recomputing():
             return
-        if self._counts.device != indices.device:
-            self._counts = self._counts.to(indices.device)
+        self._counts = self._counts.to(indices.device)
         self._counts.index_add_(0, indices.clamp_min(0), (indices >= 0).long())
 
     def _flatten(self, z: Tensor, mask: Tensor | None) -> tuple[Tensor, tuple[int, ...]]:
@@ -436,11 +453,9 @@ class ProVQ(nn.Module):
         if z.ndim < 2 or z.shape[self.channel_dim] != self.dim:
             raise ValueError(f"latents need {self.dim} channels in dimension {self.channel_dim}, got {tuple(z.shape)}")
         last = z.movedim(self.channel_dim, -1)
-        if mask is None:
-            return last.reshape(-1, self.dim), tuple(last.shape[:-1])
-        if mask.dtype != torch.bool or mask.shape != last.shape[:-1]:
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != last.shape[:-1]):
             raise ValueError(f"mask must be bool {tuple(last.shape[:-1])}, got {mask.dtype} {tuple(mask.shape)}")
-        return last[mask], tuple(last.shape[:-1])
+        return last.reshape(-1, self.dim) if mask is None else last[mask], tuple(last.shape[:-1])
 
     def extra_repr(self) -> str:
         return f"{self._full_curriculum}, {self.adaptive}, channel_dim={self.channel_dim}"
@@ -528,9 +543,8 @@ class VectorQuantizer(nn.Module, Quantizer):
             u, q = latent / z_norm.clamp_min(1e-6), code / e_norm.clamp_min(1e-6)
             r = F.normalize(u + q, dim=1, eps=1e-6)
             scale = e_norm / z_norm.clamp_min(1e-6)
-        turned = latent - 2 * r * (r * latent).sum(1, keepdim=True) + 2 * q * (u * latent).sum(1, keepdim=True)
-        turned = scale * turned
-        return code + (turned - turned.detach())
+        moved = scale * (latent - 2 * r * (r * latent).sum(1, keepdim=True) + 2 * q * (u * latent).sum(1, keepdim=True))
+        return code + (moved - moved.detach())
 
     def _observe(self, latent: Tensor, indices: Tensor) -> None:
         """Gather statistics in a training forward; the trained table needs none."""
@@ -610,8 +624,7 @@ class EMAVectorQuantizer(VectorQuantizer):
 
     @torch.no_grad()
     def _observe(self, latent: Tensor, indices: Tensor) -> None:
-        if self._pending.device != latent.device:
-            self._pending, self._last = self._pending.to(latent.device), self._last.to(latent.device)
+        self._pending, self._last = self._pending.to(latent.device), self._last.to(latent.device)
         self._pending.index_add_(0, indices, F.pad(latent.double(), (0, 1), value=1.0))
         if self.restart_below > 0:
             self._last = latent.float()
@@ -645,10 +658,8 @@ class EMAVectorQuantizer(VectorQuantizer):
         self._pending.zero_()
 
 
-QUANTIZERS: dict[str, type[VectorQuantizer]] = {
-    "vq": VectorQuantizer, "simvq": LinearVectorQuantizer, "aminoaseed": LinearVectorQuantizer,
-    "ema": EMAVectorQuantizer,
-}
+QUANTIZERS: dict[str, type[VectorQuantizer]] = {"vq": VectorQuantizer, "simvq": LinearVectorQuantizer,
+                                                "aminoaseed": LinearVectorQuantizer, "ema": EMAVectorQuantizer}
 
 
 def make_quantizer(name: str, num_codes: int, dim: int, **options: Any) -> VectorQuantizer:
@@ -696,16 +707,53 @@ def _search_blocks(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     # Distances do not change, but a common offset would cancel catastrophically in |e|^2 - 2xe. (Not the mean: one code
     # far out would drag it along. On a GPU the median has no deterministic form, for use_deterministic_algorithms.)
     centre = codes.sort(0).values[(len(codes) - 1) // 2] if codes.is_cuda else codes.median(0).values
-    x, codes = x - centre, codes - centre
-    sq = codes.square().sum(1)
-    rows = max(1, (CPU_SEARCH_ELEMENTS if x.device.type == "cpu" else GPU_SEARCH_ELEMENTS) // max(1, len(codes)))
-    # Results go into two allocated tensors: small ones that outlive their block would pin its freed memory behind them.
-    value, index = x.new_empty(len(x)), torch.empty(len(x), dtype=torch.int64, device=x.device)
+    x, codes, threads = x - centre, codes - centre, torch.get_num_threads()
+    sq, elements = codes.square().sum(1), len(x) * len(codes)
     with torch.autocast(x.device.type, enabled=False):
-        for start in range(0, len(x), rows):
-            part = slice(start, start + rows)
-            value[part], index[part] = torch.addmm(sq, x[part], codes.t(), alpha=-2.0).min(1)
+        if x.device.type != "cpu" or len(codes) <= 256 or elements < 2**18:
+            value, index = _search_whole(x, codes, sq)
+        elif elements < 2**24 or threads == 1 or _is_compiling() or torch.jit.is_tracing():
+            value, index = _search_groups(x, codes, sq)
+        else:  # a share of the rows each: threads that meet after every block wait for one another on busy cores
+            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                found = list(pool.map(lambda share: _search_groups(share, codes, sq), x.chunk(threads)))
+            torch.set_num_threads(threads)  # a thread has its own number, but begins with the last one that was set
+            value, index = torch.cat([part[0] for part in found]), torch.cat([part[1] for part in found])
     return (value + x.square().sum(1)).clamp_min_(0.0), index
+
+
+# Both: least |e|^2 - 2xe of x (N, D) over codes e (K, D) with squares sq (K,), and its index. Results go into two
+# allocated tensors: small ones that outlive their block would pin its freed memory behind them.
+def _search_whole(x: Tensor, codes: Tensor, sq: Tensor) -> tuple[Tensor, Tensor]:
+    rows = max(1, (CPU_SEARCH_ELEMENTS if x.device.type == "cpu" else GPU_SEARCH_ELEMENTS) // max(1, len(codes)))
+    value, index = x.new_empty(len(x)), torch.empty(len(x), dtype=torch.int64, device=x.device)
+    for start in range(0, len(x), rows):
+        part = slice(start, start + rows)
+        value[part], index[part] = torch.addmm(sq, x[part], codes.t(), alpha=-2.0).min(1)
+    return value, index
+
+
+def _search_groups(x: Tensor, codes: Tensor, sq: Tensor) -> tuple[Tensor, Tensor]:
+    # A CPU finds a minimum with its index by scalars, without it by vectors: first of each group, then of one group.
+    width = max(64, math.isqrt(len(codes)) // 64 * 64)
+    pad, rows = -len(codes) % width, min(len(x), max(128, 2 * CPU_SEARCH_ELEMENTS // len(codes)))
+    sq = F.pad(sq, (0, pad), value=math.inf).view(-1, 1, width)
+    groups = F.pad(codes, (0, 0, 0, pad)).view(len(sq), width, -1).transpose(1, 2)
+    many, row = max(1, min(len(sq), 2 * CPU_SEARCH_ELEMENTS // (rows * width))), torch.arange(rows)
+    value, index = x.new_full((len(x),), math.inf), torch.zeros(len(x), dtype=torch.int64)
+    block = x.new_empty(many * rows * width)  # used again and again: to map new memory takes as long as the product
+    for start in range(0, len(x), rows):
+        part, least, at = (t[start : start + rows] for t in (x, value, index))
+        for first in range(0, len(sq), many):
+            bias, table = sq[first : first + many], groups[first : first + many]
+            out = block[: len(bias) * len(part) * width].view(len(bias), len(part), width)
+            torch.baddbmm(bias, part.expand(len(bias), -1, -1), table, alpha=-2.0, out=out)
+            found, group = out.amin(2).min(0)
+            near = out.flatten(0, 1).index_select(0, group * len(part) + row[: len(part)]).min(1).indices
+            closer = ~((found >= least) | least.isnan())  # of equals the first, and of NaN
+            least[:] = torch.where(closer, found, least)
+            at[:] = torch.where(closer, (first + group) * width + near, at)
+    return value, index
 
 
 class KMeansResult(NamedTuple):
@@ -765,34 +813,40 @@ def kmeans(x: Tensor, num_codes: int, *, iters: int = 20, start: str = "kmeans++
     centroids = _kmeans_plus_plus(points, num_codes, generator) if start == "kmeans++" else points
     centroids = _broadcast(centroids.contiguous())
 
-    done = 0
-    for _ in range(iters):
+    for done in range(iters + 1):
         sums, counts, far = _assign(x, centroids)
+        if done == iters:
+            break
         new = torch.where(counts[:, None] > 0, (sums / counts.clamp_min(1)[:, None]).float(), centroids)
         new = F.normalize(new, dim=1) if spherical else new
-        new = _reseed_empty(new, counts, x, far, order, rank)
-        done += 1
-        moved = not torch.equal(_broadcast(new), centroids)
-        centroids = new
-        if not moved:
+        new = _broadcast(_reseed_empty(new, counts, x, far, order, rank))
+        if torch.equal(new, centroids):
             break
-    _, counts, far = _assign(x, centroids)
+        centroids = new
     inertia = _all_reduce(far.sum(dtype=torch.float64)).item() / total
-    return KMeansResult(centroids, counts.long(), inertia, done)
+    return KMeansResult(centroids, counts.long(), inertia, min(done + 1, iters))
 
 
 def _kmeans_plus_plus(points: Tensor, num_codes: int, generator: torch.Generator) -> Tensor:
-    # Each next seed is drawn with probability proportional to its squared distance from the seeds so far.
-    draws = torch.rand(num_codes, generator=generator, dtype=torch.float64).to(points.device)
-    seeds = torch.zeros(num_codes, dtype=torch.int64, device=points.device)
-    seeds[0] = (draws[0] * len(points)).long()
-    nearest = (points - points[seeds[0]]).square().sum(1)
-    for k in range(1, num_codes):
+    # Each next seed is drawn with probability proportional to its squared distance from the seeds so far. In blocks, by
+    # rejection: of candidates drawn together, one stays if those that stay before it leave it more than a uniform share
+    # of its distance. That is the same distribution.
+    place, share = torch.rand(2, 1, generator=generator, dtype=torch.float64).to(points.device)
+    seeds = points[(place * len(points)).long()]
+    nearest = (points - seeds).square().sum(1)
+    while len(seeds) < num_codes:
+        size = 2, min(len(seeds), 1024)
+        place, share = torch.rand(size, generator=generator, dtype=torch.float64).to(points.device)
         cumulative = nearest.cumsum(0, dtype=torch.float64)
-        drawn = torch.searchsorted(cumulative, draws[k : k + 1] * cumulative[-1], right=True)[0]
-        seeds[k] = drawn.clamp(max=len(points) - 1)
-        torch.minimum(nearest, (points - points[seeds[k]]).square().sum(1), out=nearest)
-    return points[seeds]
+        drawn = torch.searchsorted(cumulative, place * cumulative[-1], right=True).clamp_(max=len(points) - 1)
+        new = points[drawn]
+        apart = torch.cdist(new, new, compute_mode="donot_use_mm_for_euclid_dist").square()
+        blocks, stays, before = (apart < (share * nearest[drawn])[:, None]).tril(-1), drawn >= 0, None
+        while before is None or not torch.equal(stays, before):  # at most a pass for each candidate; mostly 2 to 4
+            before, stays = stays, ~(blocks & stays).any(1)
+        seeds, new = torch.cat([seeds, new[stays]]), new[stays]
+        torch.minimum(nearest, (points - new[_search(points, new)[1]]).square().sum(1), out=nearest)
+    return seeds[:num_codes]
 
 
 def _assign(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -851,7 +905,8 @@ def _recomputing() -> bool:
 # What was in this file in version 0.2: loaded from the file beside it when asked for.
 _OF_ATTACH = """ADAPTERS Adapter Attached CustomAdapter DiVeQAdapter EMACodebookAdapter FSQAdapter LFQAdapter
 LlamaGenAdapter LucidrainsSimVQAdapter RESERVOIR_CALLS RESERVOIR_TOKENS_PER_CODE ResidualVQAdapter SimVQAdapter
-TableAdapter TamingAdapter TamingEMAAdapter VectorQuantizeAdapter adapt attach detach host_state_dict""".split()
+TableAdapter TamingAdapter TamingEMAAdapter VectorQuantizeAdapter ResidualAdapter adapt attach detach
+host_state_dict""".split()
 
 
 def __getattr__(name: str) -> Any:

@@ -2,8 +2,9 @@
 # Copyright 2026 The ProVQ authors
 """ProVQ inside a repository whose model, loss and checkpoints stay as they are: copy this file and provq.py.
 
-The quantizers of LlamaGen, taming-transformers, SimVQ, vector-quantize-pytorch, diveq and ESM are known (the lines for
-each are under `attach`); for anything else there is `adapt`:
+The quantizers of LlamaGen, taming-transformers and SimVQ are known here; those of other repositories, of packages and
+codecs, and kind="custom" for anything else, in provq_packages.py and provq_hosts.py, to be copied as well. The lines
+for each are under `attach`:
 
     from provq_attach import Curriculum, attach
 
@@ -17,10 +18,15 @@ Sizes: N tokens, D channels of the host's latents, C of its codes (D but where i
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
+import gc
+import importlib
 import inspect
-import operator
-from typing import TYPE_CHECKING, Any, Callable, Iterable, Sequence
+import warnings
+import weakref
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Mapping, Sequence, Union
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +39,10 @@ else:
 
 __version__ = "0.3.0"
 __all__ = ["ADAPTERS", "RESERVOIR_CALLS", "RESERVOIR_TOKENS_PER_CODE", "Adapter", "AdaptiveWarmup", "Attached",
-           "Curriculum", "CustomAdapter", "DiVeQAdapter", "EMACodebookAdapter", "FSQAdapter", "LFQAdapter",
-           "LlamaGenAdapter", "LucidrainsSimVQAdapter", "ResidualVQAdapter", "SimVQAdapter", "TableAdapter",
-           "TamingAdapter", "TamingEMAAdapter", "VectorQuantizeAdapter", "adapt", "attach", "detach", "host_state_dict"]
+           "Curriculum", "LlamaGenAdapter", "ResidualAdapter", "SimVQAdapter", "TableAdapter", "TamingAdapter",
+           "adapt", "attach", "detach", "host_state_dict"]
+_MOVED = """CustomAdapter DiVeQAdapter EMACodebookAdapter FSQAdapter LFQAdapter LucidrainsSimVQAdapter
+ResidualVQAdapter TamingEMAAdapter VectorQuantizeAdapter""".split()  # to the files of `_companions`
 
 if getattr(provq, "__version__", None) != __version__:
     raise ImportError(f"provq_attach.py is of version {__version__}, but {provq.__file__} of version "
@@ -46,24 +53,37 @@ Curriculum = provq.Curriculum
 
 # `Attached.collect` keeps this many tokens per code, over all ranks, of at least this many calls.
 RESERVOIR_TOKENS_PER_CODE, RESERVOIR_CALLS = 16, 16
+FORWARDS_OF_A_STEP = 1000  # in training, before a warning that nobody calls set_step
 
 
 # ------------------------------------------------------------------------------------------------------------- adapters
 
-Path = tuple[int, ...]  # where something is in a host's return value: (1, 0) is out[1][0]
+Path = tuple[Union[int, str], ...]  # where something is in a return value: (1, 0) is out[1][0], ("loss",) out["loss"]
 
 
 def _get(out: Any, path: Path) -> Any:
-    return functools.reduce(operator.getitem, path, out)
+    for step in path:
+        out = getattr(out, step) if isinstance(step, str) and not isinstance(out, Mapping) else out[step]
+    return out
 
 
 def _put(out: Any, path: Path, value: Any) -> Any:
-    """out, a tuple of tuples (or of named ones), with value in that place."""
+    """out, of tuples, lists, mappings and dataclasses, with value in that place."""
     if not path:
         return value
+    step = path[0]
+    inner = _put(_get(out, (step,)), path[1:], value)
+    if dataclasses.is_dataclass(out):
+        return dataclasses.replace(out, **{str(step): inner})  # type: ignore[type-var]
+    if isinstance(out, Mapping):
+        changed: Any = copy.copy(out)
+        changed[step] = inner
+        return changed
+    if isinstance(step, str):
+        return out._replace(**{step: inner})  # a named tuple
     items = list(out)
-    items[path[0]] = _put(out[path[0]], path[1:], value)
-    return type(out)(*items) if hasattr(out, "_fields") else tuple(items)
+    items[step] = inner
+    return type(out)(*items) if hasattr(out, "_fields") else type(out)(items)
 
 
 def _beside(module: nn.Module, name: str) -> Any:
@@ -71,8 +91,12 @@ def _beside(module: nn.Module, name: str) -> Any:
     scopes = (vars(cls)["forward"].__globals__ for cls in type(module).__mro__ if "forward" in vars(cls))
     found = next((scope[name] for scope in scopes if name in scope), None)
     if found is None:
-        raise TypeError(f"{type(module).__name__}: no {name} beside its class: a version that is not supported?")
+        raise TypeError(f"{type(module).__name__}: no {name} in the file of its class, as the supported version has")
     return found
+
+
+def _weight(module: nn.Module) -> Tensor:  # one of its weights, for their device and dtype
+    return next((t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), torch.zeros(()))
 
 
 class Adapter(nn.Module):
@@ -84,19 +108,23 @@ class Adapter(nn.Module):
     """
 
     classes: tuple[str, ...]  # class names that "auto" recognises, if the attributes are there as well
-    sizes = ("n_e", "e_dim")  # attributes of the host: K and D
+    package = ""  # that they come from, if not from a repository whose files are copied
+    sizes: tuple[str, ...] = ("n_e", "e_dim")  # attributes of the host: K and D; () where the subclass finds them
     needs: tuple[str, ...]  # further attributes
     supports: dict[str, Any] = {}  # noqa: RUF012  # option of the host -> the only value that is supported
-    accepts: tuple[str, ...] = ()  # what its forward may be given besides z, by keyword
+    accepts: tuple[str, ...] | None = ()  # what its forward may be given besides z, by keyword; None: anything
     settable = True  # whether there are codes to set
+    projections = ("project_in", "project_out")  # names of submodules that hold no codes
+    check = True  # whether the host is run to see that it does with codes what the adapter thinks
 
     channel_dim = 1  # of z: 1 (B, D, ...) or -1 (B, ..., D)
-    spatial = 2  # dimensions of z besides batch and channels
-    ndims: Path = (4,)  # of z that the host takes; (): any
+    spatial = 2  # dimensions of z besides batch and channels; 0 for (N, D)
+    ndims: tuple[int, ...] = (4,)  # of z that the host takes; (): any
     flat_indices = False  # (B h w,) instead of (B, h, w)
     index_dtype = torch.int64
-    trailing: Path = ()  # shape of indices beyond that
-    loss_shape: Path = ()
+    trailing: tuple[int, ...] = ()  # shape of indices beyond that; it may stand elsewhere:
+    level_axis = -1
+    loss_shape: tuple[int, ...] = ()
     l2_norm = False  # codes and latents on the unit sphere
 
     template: Any = (None, None, None)  # the return value, of a host that has not been called
@@ -109,7 +137,8 @@ class Adapter(nn.Module):
         self.module = module
         parameters = list(inspect.signature(type(module).forward).parameters.values())[2:]
         self.defaults = {p.name: p.default for p in parameters}  # of what the host's forward takes besides z, in order
-        self.num_codes, self.dim = (getattr(module, name, 0) for name in self.sizes)
+        if self.sizes:
+            self.num_codes, self.dim = (getattr(module, name) for name in self.sizes)
         for option, value in self.supports.items():
             got = module
             for name in option.split("."):
@@ -129,9 +158,17 @@ class Adapter(nn.Module):
         """Codes, or latents in their place, as the host hands them to the decoder: (..., D)."""
         return codes
 
+    def smooth(self, x: Tensor) -> Tensor:
+        """What the host would hand to the decoder of tokens (..., D) if it did not round."""
+        return self.output(self.latent(x))
+
     def channels(self, z: Tensor) -> int:
         """Channel dimension of this z."""
         return -1 if z.ndim == 2 else self.channel_dim
+
+    def parts(self) -> Sequence[_Table]:
+        """The tables of codes: one, a residual quantizer's levels, or none."""
+        return []
 
     def fit_codebook_(
         self, x: Tensor, *, batch: Tensor | None = None, **options: Any,  # noqa: ARG002
@@ -139,43 +176,104 @@ class Adapter(nn.Module):
         """Make the centroids of tokens x (N, D) the codes. batch, float64 []: tokens of one rank's batch.
 
         Running means start at the size of a batch, or without it of the clusters. options, result: as of provq.kmeans,
-        `KMeansResult.info`. TypeError: there are no codes to set.
+        `KMeansResult.info`. TypeError: there are no codes to set. ValueError: see `provq.kmeans`, `require_alike`.
         """
         raise TypeError(f"{type(self.module).__name__} has no codes to set: init_codebook(None)")
 
+    def assign(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens x (N, D) -> what the host should return for them (N, D), and its indices (N,) or (N, levels)."""
+        raise NotImplementedError
+
     def codebook_parameters(self) -> Iterable[nn.Parameter]:
         """What optimizers must forget when codes are set. Projections go on as they are."""
-        return [p for name, p in self.module.named_parameters() if not name.startswith("project_")]
+        return [p for name, p in self.module.named_parameters() if not {*name.split(".")} & {*self.projections}]
 
     def countable(self, indices: Tensor) -> Tensor:
         """Indices of the host as indices into the counts of `ProVQ.usage`; negative: not counted."""
         return indices
 
-    def silent(self, z: Tensor, quantized: Tensor) -> Any:
-        """The host's return value in the warm-up: losses 0, indices -1."""
+    def silent(self, z: Tensor, quantized: Tensor, given: dict[str, Any]) -> Any:  # noqa: ARG002
+        """The host's return value in the warm-up: losses 0, indices -1. given: what else it was called with."""
         out = _put(self.template, self.quantized_at, quantized)
         if self.indices_at:
             lead = z.movedim(self.channels(z), -1).shape[:-1]
             shape = (lead.numel(),) if self.flat_indices else (*lead, *self.trailing)
-            out = _put(out, self.indices_at, torch.full(shape, -1, dtype=self.index_dtype, device=z.device))
+            none = torch.full(shape, -1, dtype=self.index_dtype, device=z.device)
+            out = _put(out, self.indices_at, none.movedim(-1, self.level_axis))
         for path in self.losses_at.values():
             out = _put(out, path, torch.zeros(self.loss_shape, device=z.device))
         return out
 
+    def shaped(self, x: Tensor) -> Tensor:
+        """Tokens x (N, D) as latents in the host's layout."""
+        if not self.spatial:
+            return x.contiguous()
+        z = x.reshape(1, -1, *[1] * (self.spatial - 1), x.shape[1])
+        return z.movedim(-1, 1).contiguous() if self.channel_dim == 1 else z
+
     def forward(self, x: Tensor) -> provq.Quantized:
-        """Quantize tokens x (N, D) by the host; see `Quantized`. Used by ProVQ(adapt(module), ...), not by `attach`."""
-        z = x.contiguous()[None]
-        if self.channel_dim == 1:
-            z = z.movedim(-1, 1).reshape(1, self.dim, -1, *[1] * (self.spatial - 1))
-        out = self.module(z)
+        """Quantize tokens x (N, D) by the host; see `Quantized`. `attach` only checks by it that codes are in use."""
+        out = type(self.module).forward(self.module, self.shaped(x))
         losses = {name: _get(out, path) for name, path in self.losses_at.items()}
-        codes = _get(out, self.quantized_at).movedim(self.channel_dim, -1).reshape(-1, self.dim)
-        return provq.Quantized(codes, _get(out, self.indices_at or ()).reshape(-1).long(),
+        codes = _get(out, self.quantized_at).movedim(self.channel_dim if self.spatial else -1, -1)
+        none = torch.full((len(x),), -1, device=x.device)
+        indices = self.token_indices(_get(out, self.indices_at), len(x)) if self.indices_at else none
+        return provq.Quantized(codes.reshape(len(x), -1), indices,
                          {name: loss for name, loss in losses.items() if loss is not None})
 
+    def token_indices(self, indices: Tensor, n: int) -> Tensor:
+        """Indices as the host returned them for n tokens -> int64 (n,), or (n, levels)."""
+        return indices.reshape(n, *self.trailing).long()
 
-class TableAdapter(Adapter, provq.Quantizer):
-    """A host with one table of codes: all that ProVQ asks of a quantizer."""
+    @torch.no_grad()
+    def require_alike(self, x: Tensor, reduce: bool = True) -> None:
+        """Run the host itself, in eval(), on tokens x (N, D) of all ranks (of this one, unless reduce). Collective.
+
+        ValueError: its indices are not those of the nearest codes, or its error is far from theirs.
+        """
+        modes = {module: module.training for module in self.module.modules()}
+        self.module.eval()
+        fork = torch.random.fork_rng(devices=[x.device] if x.is_cuda else [])
+        try:
+            with fork, torch.autocast(x.device.type, enabled=False):
+                x = self.cast(x)
+                found, due = self(x.to(_weight(self.module).dtype)) if len(x) else None, self.assign(x)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        smooth = self.smooth(x).double()
+        stats = x.new_zeros(5, dtype=torch.float64)
+        if found:
+            same = (found.indices == due[1]).reshape(len(x), -1).all(1) if self.indices_at else x.new_ones(len(x))
+            errors = [(codes.double() - smooth).square().sum() for codes in (found.codes, due[0])]
+            stats = torch.stack([same.double().sum(), *errors, smooth.square().sum(), stats[4] + len(x)])
+        same, error, least, power, n = (provq._all_reduce(stats) if reduce else stats).tolist()
+        exact = found is None or found.codes.dtype == torch.float32  # else near ties fall either way
+        if (exact and same < 0.9 * n) or error > 2 * least + 1e-4 * power:
+            raise ValueError(f"{type(self.module).__name__} is no host for {type(self).__name__}: its own forward takes"
+                             f" the nearest code for {same / n:.0%} of latents, and its error is {error / n:.3g} where "
+                             f"{least / n:.3g} is due. It compares or maps codes in another way: kind='custom' can tell"
+                             " how; check=False goes on all the same")
+
+    def rehearse(self) -> None:
+        """`require_alike` on a copy of the host with random codes: long before k-means, a look-alike is known."""
+        if not self.settable or _weight(self.module).is_meta:
+            return
+        try:
+            twin = copy.deepcopy(self, {id(self.module._modules.get("provq")): None})  # of the host alone
+        except RuntimeError:  # weights of weight_norm, once they were used. The codes of k-means are checked as well
+            return
+        generator, device = torch.Generator().manual_seed(0), _weight(self.module).device
+        x = torch.randn(256, self.dim, generator=generator).to(device)
+        for part in twin.parts():
+            codes = torch.randn(part.table().shape, generator=generator).to(device)
+            codes = F.normalize(codes, dim=-1) if part.l2_norm else codes
+            part.set_codebook_(codes, torch.ones(len(codes), device=device))
+        twin.require_alike(x, reduce=False)
+
+
+class _Table(Adapter):
+    """A host with one table of codes, searched in its own way."""
 
     def table(self) -> Tensor:
         """Codes (K, C) as the host has them, differentiable; C is D but where the host projects."""
@@ -184,23 +282,88 @@ class TableAdapter(Adapter, provq.Quantizer):
     def codebook(self) -> Tensor:
         return F.normalize(self.table(), dim=-1) if self.l2_norm else self.table()
 
-    def lookup(self, indices: Tensor) -> Tensor:
-        return self.output(F.embedding(indices, self.codebook()))
-
     @torch.no_grad()
     def set_codebook_(self, centroids: Tensor, counts: Tensor | None = None) -> None:  # noqa: ARG002
         self.table().data.copy_(centroids)
 
+    def parts(self) -> Sequence[_Table]:
+        return [self]
+
+    def nearest(self, latents: Tensor) -> Tensor:
+        """Indices (N,) of the codes that the host takes for latents (N, C), as `latent` gives them."""
+        return provq.nearest_code(latents, self.codebook())
+
+    def assign(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        indices = self.nearest(self.latent(x))
+        return self.output(F.embedding(indices, self.codebook())), indices
+
     def fit_codebook_(self, x: Tensor, *, batch: Tensor | None = None, **options: Any) -> dict[str, float]:
-        return _place(self, self.latent(self.cast(x)), batch, **options).info()
+        info = self.place_(self.latent(self.cast(x)), batch, **options).info()
+        if self.check:
+            self.require_alike(x)
+        return info
+
+    def place_(self, latents: Tensor, batch: Tensor | None, *, scale: float = 0.0, what: str = "latents",
+               **options: Any) -> provq.KMeansResult:
+        """Make the centroids of latents (N, C) the codes. batch, options: see `fit_codebook_`.
+
+        ValueError: codes are equal, to a millionth of scale; what: the latents, for that message.
+        """
+        result = provq.kmeans(latents, self.num_codes, spherical=self.l2_norm, **options)
+        provq._require_distinct(result.centroids, scale, what)
+        self.set_codebook_(result.centroids, result.counts * (batch / result.counts.sum()) if batch else result.counts)
+        return result
 
 
-def _place(adapter: TableAdapter, latents: Tensor, batch: Tensor | None, **options: Any) -> provq.KMeansResult:
-    """Make the centroids of latents (N, C) the codes of a host. batch, options: see `Adapter.fit_codebook_`."""
-    result = provq.kmeans(latents, adapter.num_codes, spherical=adapter.l2_norm, **options)
-    counts = result.counts * (batch / result.counts.sum()) if batch else result.counts
-    adapter.set_codebook_(result.centroids, counts)
-    return result
+class TableAdapter(_Table, provq.Quantizer):
+    """A host with one table of codes, of which it takes the nearest: all that ProVQ asks of a quantizer."""
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        return self.output(F.embedding(indices, self.codebook()))
+
+
+class ResidualAdapter(Adapter):
+    """A host of levels, each for what those before left over. It has no single codebook: `attach` takes it only."""
+
+    sizes: tuple[str, ...] = ()
+    levels: Sequence[_Table]
+
+    def _use_levels(self, levels: Sequence[_Table]) -> None:
+        self.levels = levels
+        self.num_codes = sum(level.num_codes for level in levels)
+        self.trailing = (len(levels),)
+
+    def parts(self) -> Sequence[_Table]:
+        return self.levels
+
+    def assign(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        rest = latent = self.latent(x)
+        indices = []
+        for level in self.levels:
+            codes, index = level.assign(rest)
+            rest = rest - codes
+            indices.append(index)
+        return self.output(latent - rest), torch.stack(indices, -1)
+
+    def fit_codebook_(self, x: Tensor, *, batch: Tensor | None = None, **options: Any) -> dict[str, float]:
+        """Each level gets the centroids of what those before it left over."""
+        rest, empty, scale = self.latent(self.cast(x)), 0, 0.0
+        for n, level in enumerate(self.levels, 1):
+            result = level.place_(level.latent(rest), batch, scale=scale, what=f"residuals of level {n}", **options)
+            rest = rest - level.assign(rest)[0]
+            scale = scale or float(result.centroids.abs().max())
+            empty += int((result.counts == 0).sum())
+        if self.check:
+            self.require_alike(x)
+        return {**result.info(), "empty": empty}
+
+    def token_indices(self, indices: Tensor, n: int) -> Tensor:
+        return indices.movedim(self.level_axis, -1).reshape(n, -1).long()
+
+    def countable(self, indices: Tensor) -> Tensor:
+        last = indices.movedim(self.level_axis, -1)  # of a call, perhaps, of the first few levels only
+        first = torch.tensor([0, *[level.num_codes for level in self.levels]], device=indices.device).cumsum(0)
+        return torch.where(last < 0, last, last + first[: last.shape[-1]])
 
 
 class LlamaGenAdapter(TableAdapter):
@@ -217,8 +380,8 @@ class LlamaGenAdapter(TableAdapter):
         if module.show_usage:  # a Parameter that the host writes to: raises on a CPU, and on a GPU its graph grows
             module._buffers["codebook_used"] = module.codebook_used.detach()
 
-    def silent(self, z: Tensor, quantized: Tensor) -> Any:
-        out = super().silent(z, quantized)
+    def silent(self, z: Tensor, quantized: Tensor, given: dict[str, Any]) -> Any:
+        out = super().silent(z, quantized, given)
         return out if self.module.training else _put(out, (1,), self.template[1])
 
 
@@ -227,38 +390,13 @@ class TamingAdapter(TableAdapter):
 
     classes: tuple[str, ...] = ("VectorQuantizer2",)
     needs: tuple[str, ...] = ("embedding", "legacy", "sane_index_shape")
-    supports = {"remap": None}  # noqa: RUF012
+    supports = {"remap": None, "l2_normalize": False}  # noqa: RUF012
     template: Any = (None, None, (None, None, None))
     indices_at, losses_at = (2, 2), {"vq": (1,)}
 
     def __init__(self, module: Any):
         super().__init__(module)
         self.flat_indices = not getattr(module, "sane_index_shape", False)
-
-
-def _running_means(centroids: Tensor, counts: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """cluster_size (K,) and embed_avg (K, C) of which the hosts' smoothed quotient gives the centroids back."""
-    size = centroids.new_ones(len(centroids)) if counts is None else counts.to(centroids.dtype)
-    total = size.sum()
-    return size, centroids * ((size + eps) * total / (total + len(size) * eps))[:, None]
-
-
-class TamingEMAAdapter(TamingAdapter):
-    """taming-transformers' EMAVectorQuantizer (of copies that run: the original's constructor raises NameError)."""
-
-    classes, sizes = ("EMAVectorQuantizer",), ("num_tokens", "codebook_dim")
-    needs = ("embedding.weight", "embedding.cluster_size", "embedding.embed_avg")
-
-    @torch.no_grad()
-    def set_codebook_(self, centroids: Tensor, counts: Tensor | None = None) -> None:
-        table = self.module.embedding
-        size, average = _running_means(centroids, counts, table.eps)
-        for target, value in ((table.weight, centroids), (table.cluster_size, size), (table.embed_avg, average)):
-            target.data.copy_(value)
-
-    def silent(self, z: Tensor, quantized: Tensor) -> Any:
-        out = super().silent(z, quantized)  # perplexity 0, and no code in the one-hot rows
-        return _put(_put(out, (2, 0), z.new_zeros(())), (2, 1), z.new_zeros(z.numel() // self.dim, self.num_codes))
 
 
 class SimVQAdapter(TamingAdapter):
@@ -289,239 +427,37 @@ def _make_identity(linear: nn.Linear) -> None:
         nn.init.zeros_(linear.bias)
 
 
-class EMACodebookAdapter(TableAdapter):
-    """ESM's EMACodebook. Its EMA update is not released, so the codebook must be frozen: it stays at the centroids."""
-
-    classes, sizes, channel_dim, ndims = ("EMACodebook",), ("n_codes", "embedding_dim"), -1, (3,)
-    needs, supports = ("embeddings", "N", "z_avg", "freeze_codebook"), {"freeze_codebook": True}
-
-    def table(self) -> Tensor:
-        return self.module.embeddings
-
-    @torch.no_grad()
-    def set_codebook_(self, centroids: Tensor, counts: Tensor | None = None) -> None:  # noqa: ARG002
-        self.module.embeddings.copy_(centroids)
-        self.module.z_avg.copy_(centroids)
-        self.module.N.fill_(1.0)
-        self.module._need_init = False
-
-
-class DiVeQAdapter(TableAdapter):
-    """diveq's DIVEQ and DIVEQDetach: z (N, D); no loss, codes learn through z~. `inference` is not intercepted."""
-
-    classes, sizes, channel_dim, ndims = ("DIVEQ", "DIVEQDetach"), ("num_embeddings", "embedding_dim"), -1, (2,)
-    needs, template = ("codebook", "codebook_usage", "replacement_iters"), (None, None, 0.0)  # perplexity is last
-    losses_at = {}  # noqa: RUF012
-
-    def table(self) -> Tensor:
-        return self.module.codebook
-
-    def forward(self, x: Tensor) -> provq.Quantized:
-        codes, indices, _ = self.module(x)
-        return provq.Quantized(codes, indices, {})
-
-
-class _Projected(Adapter):
-    """vector-quantize-pytorch: linear maps into and out of the space of the codes, or identities."""
-
-    sizes, channel_dim = ("codebook_size", "dim"), -1
-    ndims: Path = (2, 3)
-
-    def cast(self, x: Tensor) -> Tensor:
-        return x.to(next((p.dtype for p in self.module.project_in.parameters()), torch.float32))
-
-    def latent(self, x: Tensor) -> Tensor:
-        return self.module.project_in(x)
-
-    def output(self, codes: Tensor) -> Tensor:
-        return self.module.project_out(codes)
-
-
-class VectorQuantizeAdapter(_Projected, TableAdapter):
-    """vector-quantize-pytorch's VectorQuantize: EMA, learned or cosine codes. Instead of its kmeans_init, ProVQ's."""
-
-    classes: tuple[str, ...] = ("VectorQuantize",)
-    accepts: tuple[str, ...] = ("mask",)
-    needs = ("_codebook.embed", "_codebook.initted", "_codebook.use_ddp", "accept_3d_fmap", "project_in", "project_out")
-    supports = {"heads": 1, "_codebook.affine_param": False, "_codebook.vq_bridge": None,  # noqa: RUF012
-                "return_zeros_for_masked_padding": True}
-
-    def __init__(self, module: Any):
-        super().__init__(module)
-        self.l2_norm = module.use_cosine_sim
-        self.spatial = 2 if module.accept_image_fmap else 3 if module.accept_3d_fmap else 1
-        self.channel_dim = -1 if self.spatial == 1 and module.channel_last else 1
-        if self.spatial > 1:
-            self.ndims, self.accepts = (self.spatial + 2,), ()
-
-    def table(self) -> Tensor:
-        return self.module._codebook.embed[0]
-
-    def latent(self, x: Tensor) -> Tensor:
-        return self.module._codebook.transform_input(super().latent(x))
-
-    @torch.no_grad()
-    def set_codebook_(self, centroids: Tensor, counts: Tensor | None = None) -> None:
-        book = self.module._codebook
-        if counts is not None and book.use_ddp:
-            counts = counts * provq._world()  # it adds up the batches of all ranks
-        size, average = _running_means(centroids, counts, book.eps)
-        for target, value in ((book.embed, centroids), (book.cluster_size, size), (book.embed_avg, average)):
-            target.data.copy_(value[None])
-        book.initted.data.fill_(True)
-
-
-class ResidualVQAdapter(_Projected):
-    """vector-quantize-pytorch's ResidualVQ, set level by level. It has no single codebook: `attach` takes it only."""
-
-    classes, accepts = ("ResidualVQ",), ("mask", "rand_quantize_dropout_fixed_seed")
-    needs = ("layers.0.accept_3d_fmap", "layers.0._codebook.use_ddp", "num_quantizers", "project_in", "project_out")
-    supports = {"shared_codebook": False, "implicit_neural_codebook": False, "accept_image_fmap": False,  # noqa: RUF012
-                "return_zeros_for_masked_padding": True}
-
-    def __init__(self, module: Any):
-        super().__init__(module)
-        self.levels = [VectorQuantizeAdapter(layer) for layer in module.layers]
-        if any(level.l2_norm for level in self.levels):
-            raise ValueError("ResidualVQ: use_cosine_sim = True is not supported: a sum of unit codes is no latent")
-        self.num_codes = sum(level.num_codes for level in self.levels)
-        self.dim = getattr(module.project_in, "in_features", module.codebook_dim)
-        self.trailing = self.loss_shape = (len(self.levels),)
-
-    def fit_codebook_(self, x: Tensor, *, batch: Tensor | None = None, **options: Any) -> dict[str, float]:
-        """Each level gets the centroids of what those before it left over."""
-        rest, empty = self.latent(self.cast(x)), 0
-        for level in self.levels:
-            result = _place(level, rest, batch, **options)
-            rest = rest - F.embedding(provq.nearest_code(rest, result.centroids), result.centroids)
-            empty += int((result.counts == 0).sum())
-        return {**result.info(), "empty": empty}
-
-    def countable(self, indices: Tensor) -> Tensor:
-        first = torch.tensor([0, *[level.num_codes for level in self.levels]], device=indices.device).cumsum(0)[:-1]
-        return torch.where(indices < 0, indices, indices + first)
-
-
-class LucidrainsSimVQAdapter(TableAdapter):
-    """vector-quantize-pytorch's SimVQ. Codes are set in the frozen codebook, its map to the identity."""
-
-    classes, spatial, ndims = ("SimVQ",), 1, ()
-    needs = ("frozen_codebook", "code_transform", "channel_first")
-
-    def __init__(self, module: Any):
-        super().__init__(module)
-        linear = module.code_transform
-        if not isinstance(linear, nn.Linear) or linear.in_features != linear.out_features:
-            raise ValueError("SimVQ: a codebook_transform, or frozen_codebook_dim != dim, is not supported: only a "
-                             "square nn.Linear can become the identity")
-        self.num_codes, self.dim = module.codebook_size, linear.out_features
-        self.channel_dim = 1 if module.channel_first else -1
-
-    def table(self) -> Tensor:
-        return self.module.codebook
-
-    @torch.no_grad()
-    def set_codebook_(self, centroids: Tensor, counts: Tensor | None = None) -> None:  # noqa: ARG002
-        self.module.frozen_codebook.copy_(centroids)
-        _make_identity(self.module.code_transform)
-
-
-class _Grid(_Projected):
-    """Codes on a fixed grid: warm-up and mix are all there is to do, by `attach` only."""
-
-    settable, supports, ndims = False, {"orthogonal_rotation": False}, ()
-
-    def __init__(self, module: Any):
-        super().__init__(module)
-        self.trailing = (module.num_codebooks,) if module.keep_num_codebooks_dim else ()
-
-    def channels(self, z: Tensor) -> int:
-        return 1 if z.ndim >= 4 or self.module.channel_first else -1
-
-    def bounded(self, z: Tensor) -> Tensor:
-        """Projected latents (..., codebooks, C) just before they are rounded."""
-        raise NotImplementedError
-
-    def latent(self, x: Tensor) -> Tensor:
-        return self.bounded(super().latent(x).unflatten(-1, (self.module.num_codebooks, -1))).flatten(-2)
-
-
-class FSQAdapter(_Grid):
-    """vector-quantize-pytorch's FSQ: the warm-up is its bounded latent without the rounding."""
-
-    classes, template, losses_at, index_dtype = ("FSQ",), (None, None), {}, torch.int32
-    needs = ("_levels", "preserve_symmetry", "bound_hard_clamp", "return_indices", "project_in", "project_out")
-
-    def __init__(self, module: Any):
-        super().__init__(module)
-        self.num_codes = int(module._levels.prod())
-        self.indices_at = (1,) if module.return_indices else None
-
-    def bounded(self, z: Tensor) -> Tensor:
-        hard, levels = self.module.bound_hard_clamp, self.module._levels
-        half, offset = (levels - 1) * (1 + 1e-3) / 2, torch.where(levels % 2 == 0, 0.5, 0.0)
-        if self.module.preserve_symmetry:
-            half, offset, levels = torch.ones_like(half), torch.zeros_like(half), torch.full_like(levels, 2)
-        shift = offset / half
-        wide = (z + shift).clamp(-1.0, 1.0) if hard else torch.tanh(z + torch.atanh(shift))
-        return ((wide * half - offset) / (levels // 2)).to(z.dtype)
-
-
-class LFQAdapter(_Grid):
-    """vector-quantize-pytorch's LFQ, and BSQ (spherical): the warm-up is the latent whose signs it takes."""
-
-    classes, needs = ("LFQ",), ("codebook_scale", "maybe_l2norm", "soft_clamp_input_value", "project_in", "project_out")
-
-    def __init__(self, module: Any):
-        super().__init__(module)
-        self.template = _beside(module, "Return")(None, None, None)  # the named tuple of its file
-
-    def bounded(self, z: Tensor) -> Tensor:
-        clamp = self.module.soft_clamp_input_value
-        return self.module.maybe_l2norm(z if clamp is None else (z / clamp).tanh() * clamp)
-
-
-class CustomAdapter(TableAdapter):
-    """Any module, by functions that get it as first argument. For ProVQ(adapt(...)) only: its tuple is unknown."""
-
-    def __init__(
-        self, module: nn.Module, *, call: Callable[..., tuple[Tensor, Tensor, dict[str, Tensor]]],
-        codebook: Callable[..., Tensor], set_codebook: Callable[..., None],
-        lookup: Callable[..., Tensor] | None = None, latent: Callable[..., Tensor] | None = None,
-    ):
-        """Of tokens x (N, D), codes (K, D), indices (...) int64 and cluster sizes (K,) or None:
-
-        call(module, x) -> codes (N, D), indices (N,), weighted losses by name; codebook(module) -> (K, D);
-        set_codebook(module, centroids, counts); lookup(module, indices) -> (..., D), by default rows of the codebook;
-        latent(module, x) -> (N, D) comparable with codes, by default x.
-        """
-        super().__init__(module)
-        self._call, self._set = functools.partial(call, module), functools.partial(set_codebook, module)
-        for name, function in {"table": codebook, "lookup": lookup, "latent": latent}.items():
-            if function is not None:
-                self.__dict__[name] = functools.partial(function, module)  # in front of the method
-        self.num_codes, self.dim = self.table().shape
-
-    @torch.no_grad()
-    def set_codebook_(self, centroids: Tensor, counts: Tensor | None = None) -> None:
-        self._set(centroids, counts)
-
-    def forward(self, x: Tensor) -> provq.Quantized:
-        return provq.Quantized(*self._call(x))
-
-
-ADAPTERS: dict[str, type[Adapter]] = {
-    "llamagen": LlamaGenAdapter, "taming": TamingAdapter, "taming-ema": TamingEMAAdapter, "simvq": SimVQAdapter,
-    "esm": EMACodebookAdapter, "diveq": DiVeQAdapter, "lucidrains": VectorQuantizeAdapter,
-    "lucidrains-residual": ResidualVQAdapter, "lucidrains-simvq": LucidrainsSimVQAdapter, "lucidrains-fsq": FSQAdapter,
-    "lucidrains-lfq": LFQAdapter,
+ADAPTERS: dict[str, type[Adapter]] = {  # provq_hosts.py, loaded by the first `adapt`, adds its own
+    "llamagen": LlamaGenAdapter, "taming": TamingAdapter, "simvq": SimVQAdapter,
 }
+
+
+def _companions() -> list[Any]:
+    """Those of provq_hosts.py and provq_packages.py that are beside this file; their adapters are then in ADAPTERS."""
+    found = []
+    for name in ("provq_hosts", "provq_packages"):
+        companion = f"{__package__}.{name}" if __package__ else name
+        try:
+            found.append(importlib.import_module(companion))
+        except ModuleNotFoundError as error:
+            if error.name != companion:
+                raise
+    return found
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MOVED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    for companion in _companions():
+        if name in companion.__all__:
+            return getattr(companion, name)
+    raise ImportError(f"{name} is in provq_hosts.py or provq_packages.py: copy all, provq*.py")
 
 
 def _missing(module: Any, adapter: type[Adapter]) -> list[str]:
     """Attributes that the adapter needs and the module has not."""
     missing = []
-    for path in adapter.needs:
+    for path in (*adapter.needs, *adapter.sizes):
         owner = module
         for name in path.split("."):
             owner = getattr(owner, name, _missing)  # a stand-in for "nothing": None is a value
@@ -530,38 +466,69 @@ def _missing(module: Any, adapter: type[Adapter]) -> list[str]:
     return missing
 
 
-def adapt(module: nn.Module, kind: str = "auto", **callables: Any) -> Adapter:
+def _recognised(module: nn.Module) -> tuple[list[str], list[str]]:
+    """Kinds whose class names the module or a base of it has, the nearest first; and those that fit it as well."""
+    named = [kind for cls in type(module).__mro__ for kind, adapter in ADAPTERS.items()
+             if cls.__name__ in adapter.classes]
+    return named, [kind for kind in named if not _missing(module, ADAPTERS[kind])]
+
+
+def adapt(module: nn.Module, kind: str = "auto", *, check: bool = True, **callables: Any) -> Adapter:
     """A foreign quantizer for ProVQ(adapt(module), curriculum). kind: a name in ADAPTERS, "custom" or "auto".
 
     "auto" goes by class name and attributes, a kind by attributes alone (for renamed copies). "custom" takes the
-    callables of `CustomAdapter`. TypeError: not recognised, or attributes are missing. ValueError: an option of the
-    host that is not supported, by name; unknown kind.
+    callables of `CustomAdapter`. check=False trusts the host: else a copy of it is run with random codes here, and it
+    itself when codes have been set, to see that it takes the nearest ones. TypeError: not recognised, or attributes are
+    missing. ValueError: an option of the host that is not supported, by name; unknown kind; see `require_alike`.
     """
-    if kind == "custom":
-        return CustomAdapter(module, **callables)
-    if callables:
+    companions, name = _companions(), type(module).__name__
+    if kind == "custom" and not companions:
+        raise ImportError("kind='custom' is in provq_hosts.py: copy all, provq*.py")
+    if callables and kind != "custom":
         raise TypeError(f"{', '.join(callables)}: only kind='custom' takes callables")
-    name = type(module).__name__
     if kind == "auto":
-        named = [kind for cls in type(module).__mro__ for kind, adapter in ADAPTERS.items()  # the nearest class first
-                 if cls.__name__ in adapter.classes]
-        found = [kind for kind in named if not _missing(module, ADAPTERS[kind])]
-        if found:
-            return ADAPTERS[found[0]](module)
-        lacks = "; ".join(f"for {kind} it lacks {', '.join(_missing(module, ADAPTERS[kind]))}" for kind in named)
-        known = "; ".join(f"{kind}: {' or '.join(adapter.classes)}" for kind, adapter in ADAPTERS.items())
-        raise TypeError(f"{name} is none of the quantizers that adapt() knows ("
-                        + (f"{lacks}: a version of its package that is not supported?" if named else known)
-                        + "): give kind=, or kind='custom' and callables")
-    if kind not in ADAPTERS:
-        raise ValueError(f"unknown kind {kind!r}; choose one of auto, custom, {', '.join(ADAPTERS)}")
-    missing = _missing(module, ADAPTERS[kind])
-    if missing:
-        raise TypeError(f"{name} is no {kind} quantizer: it lacks {', '.join(missing)}")
-    return ADAPTERS[kind](module)
+        named, found = _recognised(module)
+        if not found:
+            raise TypeError(f"{name} is none of the quantizers that adapt() knows ({_unknown(module, named)}): give "
+                            "kind=, or kind='custom' and callables")
+        kind = found[0]
+    if kind not in (*ADAPTERS, "custom"):
+        raise ValueError(f"unknown kind {kind!r}; choose one of auto, custom, {', '.join(ADAPTERS)}{_more()}")
+    if kind != "custom" and _missing(module, ADAPTERS[kind]):
+        raise TypeError(f"{name} is no {kind} quantizer: it lacks {', '.join(_missing(module, ADAPTERS[kind]))}")
+    adapter: Adapter = companions[0].custom(module, **callables) if kind == "custom" else ADAPTERS[kind](module)
+    adapter.check = check
+    for part in adapter.parts():
+        if part.table().shape[:1] != (part.num_codes,):
+            raise ValueError(f"{name} is no {kind} quantizer: its table is {tuple(part.table().shape)}, and K is "
+                             f"{part.num_codes}")
+    if check and (kind != "custom" or "call" in callables):  # how else a custom host is called is known in a forward
+        adapter.rehearse()
+    return adapter
+
+
+def _unknown(module: nn.Module, named: list[str]) -> str:
+    """Why no adapter fits, and what might."""
+    inner = [f"{path} is one: {kinds[0]}" for path, child in module.named_modules() if path
+             for _, kinds in [_recognised(child)] if kinds]
+    if inner:
+        return f"but its {inner[0]}"
+    package = type(module).__module__.split(".")[0]
+    lacks = [f"for {kind} it lacks {', '.join(_missing(module, ADAPTERS[kind]))}"
+             + (": a version of its package that is not supported?" if ADAPTERS[kind].package == package else "")
+             for kind in named]
+    return "; ".join(lacks or [f"{kind}: {' or '.join(a.classes)}" for kind, a in ADAPTERS.items()]) + _more()
+
+
+def _more() -> str:
+    return "" if len(_companions()) == 2 else "; more if you copy all, provq*.py"
 
 
 # --------------------------------------------------------------------------------------------------------- drop-in mode
+
+# Those that are alive, of each handle: `maybe_init_codebook` asks whether they are averages.
+_DEEP_COPIES: weakref.WeakKeyDictionary[Attached, weakref.WeakSet[Attached]] = weakref.WeakKeyDictionary()
+
 
 class Attached(provq.ProVQ):
     """The curriculum of a host's quantizer where it stands: what `attach` returns, and the quantizer's child `provq`.
@@ -570,7 +537,9 @@ class Attached(provq.ProVQ):
     returns its own tuple, with quantized mixed (Eq. 2) and losses weighted (Eq. 4). In the warm-up its forward does not
     run: quantized is the latent, losses are 0, indices -1. In stage 3, and in eval() once there is a codebook, the
     tuple is the host's, untouched. Weights of the host alone may be loaded: eval() then uses their codes until the
-    first `set_step`. While it holds latents, the state dict has them as well (reservoir, reservoir_state).
+    first `set_step`. The state dict has the latents collected (reservoir, reservoir_state), zeros once they are used.
+
+    recluster: once more k-means, where the transition ends (ours, not in the paper), of latents of its last steps.
     """
 
     REQUIRED = ("latent", "output", "num_codes", "dim")
@@ -578,10 +547,16 @@ class Attached(provq.ProVQ):
     quantizer: Any  # an Adapter
     _loaded_alone = False  # the host's weights came without a curriculum, and no step has been set since
 
-    def __init__(self, adapter: Adapter, curriculum: Curriculum, adaptive: AdaptiveWarmup | None = None):
+    def __init__(self, adapter: Adapter, curriculum: Curriculum, adaptive: AdaptiveWarmup | None = None,
+                 recluster: bool = False):
         super().__init__(adapter, curriculum, channel_dim=adapter.channel_dim, adaptive=adaptive)
+        if recluster and not (adapter.settable and curriculum.transition_steps):
+            lacks = "no transition to end" if adapter.settable else "no codes to set"
+            raise ValueError(f"recluster=True: {type(adapter.module).__name__} has {lacks}")
+        self._reclusters = recluster
         # Known, but no child: the host holds this module, and a module tree must have no cycle.
         self.__dict__["quantizer"] = self._modules.pop("quantizer")
+        self._watched = (-1, 0)  # a step, and training forwards in it
         self._empty_reservoir()
         self._make_room()
 
@@ -596,7 +571,7 @@ class Attached(provq.ProVQ):
         if self.training and self.needs_init:
             raise RuntimeError(f"step {self._step} is past the warm-up: call maybe_init_codebook() after set_step()")
         given = {**dict(zip(adapter.defaults, args)), **kwargs}  # noqa: B905  # strict= is of Python 3.10
-        unknown = [name for name, value in given.items() if name not in adapter.accepts
+        unknown = [name for name, value in given.items() if adapter.accepts is not None and name not in adapter.accepts
                    and value is not adapter.defaults.get(name) and value is not None and value is not False]
         continuous = self.stage == 1 if self.training else not self.has_codebook
         if not continuous and (self.stage == 3 or not self.training):
@@ -610,23 +585,26 @@ class Attached(provq.ProVQ):
         if adapter.ndims and z.ndim not in adapter.ndims:
             dimensions = " or ".join(map(str, adapter.ndims))
             raise ValueError(f"{type(module).__name__} takes latents of {dimensions} dimensions, got {tuple(z.shape)}")
-        dim, mask = adapter.channels(z), given.get("mask")
+        dim, mask = adapter.channels(z), given.get("mask") if adapter.accepts else None
         if z.shape[dim] != self.dim:
             raise ValueError(f"latents need {self.dim} channels in dimension {dim}, got {tuple(z.shape)}")
+        self._watch(z, dim)
         tokens = z.movedim(dim, -1)
-        smooth = adapter.output(adapter.latent(tokens))
+        smooth = adapter.smooth(tokens)
         if mask is not None:
             smooth = torch.where(mask[..., None], smooth, 0.0)  # like the host
         smooth = smooth.movedim(-1, dim)
         if continuous:
             if self.training:
                 if adapter.settable and not self._initialised and not provq._recomputing():
-                    self.collect((tokens if mask is None else tokens[mask]).detach().reshape(-1, self.dim))
+                    self._collect_valid(tokens, mask)
                 for parameter in module.parameters():  # then DistributedDataParallel sees the codebook used
                     if parameter.requires_grad:
                         smooth = smooth + 0.0 * parameter.float().sum()
-            return adapter.silent(z, smooth)
+            return adapter.silent(z, smooth, given)
 
+        if self._reclusters and not provq._recomputing():
+            self._collect_valid(tokens, mask)
         out = type(module).forward(module, z, *args, **kwargs)
         self._count_host(out)
         quantized = _get(out, adapter.quantized_at)
@@ -634,8 +612,21 @@ class Attached(provq.ProVQ):
         mixed = alpha * smooth + (1.0 - alpha) * quantized
         out = _put(out, adapter.quantized_at, mixed.to(quantized.dtype))
         for path in adapter.losses_at.values():
-            out = _put(out, path, omega * _get(out, path))
+            if _get(out, path) is not None:
+                out = _put(out, path, omega * _get(out, path))
         return out
+
+    def _watch(self, z: Tensor, dim: int) -> None:
+        if not self.training or provq._is_compiling():  # which would trace anew at every count
+            return
+        step, forwards = self._watched
+        if step < 0 and dim == 1 and z.ndim == 3 and z.shape[1] == z.shape[2]:
+            warnings.warn(f"{type(self.quantizer.module).__name__} takes latents (B, D, L), and {tuple(z.shape)} might "
+                          "as well be (B, L, D): channels last would train, and mean nothing", stacklevel=5)
+        self._watched = (self._step, forwards + 1 if step == self._step else 1)
+        if self._watched[1] == FORWARDS_OF_A_STEP and self.stage == 1:
+            warnings.warn(f"{FORWARDS_OF_A_STEP} training forwards at step {self._step}: without set_step in every step"
+                          " the warm-up never ends", stacklevel=5)
 
     def set_step(self, step: int) -> None:
         super().set_step(step)
@@ -648,31 +639,53 @@ class Attached(provq.ProVQ):
         super()._mirror()
         self._from_start = self._from_start or self._loaded_alone  # either way the codes mean something
 
-    def maybe_init_codebook(self, *, copies: Sequence[nn.Module] = (), **options: Any) -> dict[str, float] | None:
+    def maybe_init_codebook(
+        self, *, optimizers: Sequence[torch.optim.Optimizer] = (), copies: Sequence[nn.Module] | None = (),
+        iters: int = 20, start: str = "kmeans++", seed: int = 0,
+    ) -> dict[str, float] | None:
         """Once, when the warm-up has ended: `init_codebook` from what `collect` kept. Else None. Collective then.
 
-        Call it in every step after set_step. options: those of `init_codebook`, above all `optimizers`. copies: moving
-        averages of the quantizer (same state-dict keys), which take the new codes over at once. RuntimeError: `collect`
-        was never called.
+        Call it in every step after set_step. optimizers, iters, start, seed: see `init_codebook`. copies: moving
+        averages of the quantizer (same state-dict keys), which take the new codes over at once; without it, a deep copy
+        that is alive gets a warning, unless copies is None. RuntimeError: `collect` was never called. With
+        attach(..., recluster=True) also once when the transition has ended.
         """
-        if not self.needs_init:
+        again = self._reclusters and self.stage == 3 and self.has_codebook and len(self.reservoir) > 0
+        if not (self.needs_init or again):
             return None
+        copies = [copies] if isinstance(copies, nn.Module) else copies
+        gc.collect()  # of copies that are no more: a module that holds its handle is a circle
+        if copies is not None and {twin.quantizer.module for twin in _DEEP_COPIES.get(self, ())} - {*copies}:
+            warnings.warn(f"a deep copy of {type(self.quantizer.module).__name__} is alive and not in copies=[...]: a "
+                          "moving average would mix codes of before k-means with those of after (copies=None: it is "
+                          "none)", stacklevel=2)
         if not self.quantizer.settable:
-            return self.init_codebook(None)
+            return self.init_codebook(None, optimizers=optimizers)
         kept = self.reservoir[: int(self.reservoir_state[0])]
         if not provq._all_reduce(self.reservoir_state[:1].clone()):  # of all ranks: none may raise while others wait
             raise RuntimeError("the warm-up has ended, and no latents were collected in it. Were weights loaded without"
                                " the curriculum's state? Then call init_codebook(None): codes stay as they are")
-        info = self.init_codebook(kept, **options)
+        place = self.recluster if again else self.init_codebook
+        info = place(kept, optimizers=optimizers, iters=iters, start=start, seed=seed)
         state = self.quantizer.module.state_dict()
-        for copy in [copies] if isinstance(copies, nn.Module) else copies:
-            # Without the reservoir, which is empty now: loading empties the copy's.
-            copy.load_state_dict({name: state[name] for name in copy.state_dict() if name in state})
+        for twin in copies or ():
+            twin.load_state_dict({name: state[name] for name in twin.state_dict() if name in state})
         return info
+
+    def _place(self, latents: Tensor | None, optimizers: Any = (), **options: Any) -> dict[str, float]:
+        info = super()._place(latents, optimizers, **options)
+        self._empty_reservoir()
+        return info
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Attached:
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        _DEEP_COPIES.setdefault(self, weakref.WeakSet()).add(twin)
+        return twin
 
     def init_codebook(self, latents: Tensor | None, **options: Any) -> dict[str, float]:
         info = super().init_codebook(latents, **options)
-        self._empty_reservoir()
+        self._make_room()
         return info
 
     def _fit(self, latents: Tensor, **options: Any) -> dict[str, float]:
@@ -681,15 +694,18 @@ class Attached(provq.ProVQ):
         batch = provq._all_reduce(self.reservoir_state[1].double()) / provq._world()
         return self.quantizer.fit_codebook_(latents, batch=batch, **options)
 
+    def _collect_valid(self, tokens: Tensor, mask: Tensor | None) -> None:
+        self.collect((tokens if mask is None else tokens[mask]).detach().reshape(-1, self.dim))
+
     @torch.no_grad()
     def collect(self, latents: Tensor) -> None:
         """Keep a sample of latents (N, D), this rank's valid tokens, for `maybe_init_codebook`. Done by the warm-up.
 
         Bounded: RESERVOIR_TOKENS_PER_CODE x K tokens over all ranks, the latest, and of no call more than a 16th of
-        that: the encoder moves, so old latents are dropped, and one batch alone would be too uniform. Draws no random
-        numbers and does not synchronise. ValueError: latents are not (N, D).
+        that: the encoder moves, so old latents are dropped, and one batch alone would be too uniform. After a single
+        call each token is a code. Draws no random numbers and does not synchronise. ValueError: latents are not (N, D).
         """
-        self._check_tokens(latents)
+        self._checked(latents)
         if not len(latents):
             return
         if not len(self.reservoir):
@@ -714,12 +730,14 @@ class Attached(provq.ProVQ):
     def _make_room(self) -> None:
         # At once, not in the first forward: then torch.compile would trace the warm-up twice, and a copy of the model
         # made in between would not have the entry that the model's state dict has.
-        if self.stage == 1 and not self._initialised and self.quantizer.settable:
+        warmup = self.stage == 1 and not self._initialised and self.quantizer.settable
+        if warmup or (self._reclusters and self.stage == 2):
             self._size_reservoir()
 
     def _size_reservoir(self) -> None:
         """Make room for this rank's share. With another number of ranks than before, the latest tokens stay."""
-        size = max(-(-RESERVOIR_TOKENS_PER_CODE * self.num_codes // provq._world()), 2 * RESERVOIR_CALLS)
+        most = max(part.num_codes for part in self.quantizer.parts())  # levels share the tokens
+        size = max(-(-RESERVOIR_TOKENS_PER_CODE * most // provq._world()), 2 * RESERVOIR_CALLS)
         if len(self.reservoir) == size:
             return
         taken, old = (int(self.reservoir_state[0]), self.reservoir) if len(self.reservoir) else (0, self.reservoir)
@@ -736,8 +754,11 @@ class Attached(provq.ProVQ):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if len(self.reservoir):
-            destination[prefix + "reservoir"] = self.reservoir
+        # Known from the start: keys never change.
+        if self.quantizer.settable and (self._full_curriculum.warmup_steps or self._reclusters):
+            # One row for an empty one: averages that pair state dicts entry by entry can broadcast it to their own.
+            empty = torch.zeros(1, self.dim, device=self.step.device)
+            destination[prefix + "reservoir"] = self.reservoir if len(self.reservoir) else empty
             destination[prefix + "reservoir_state"] = self.reservoir_state
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -747,10 +768,13 @@ class Attached(provq.ProVQ):
             self._from_start = True  # reads no buffer: a module on the meta device has none to read
             return
         self._empty_reservoir()
-        if prefix + "reservoir" in state_dict:  # ProVQ pops them: they come and go, and strict loading must not mind
-            self.reservoir = state_dict[prefix + "reservoir"].to(self.step.device, copy=True)
+        kept = state_dict.get(prefix + "reservoir")  # ProVQ pops them: older checkpoints lack them
+        used = state_dict.get(prefix + "initialised", False) and not self._reclusters
+        if kept is not None and len(kept) > 1 and not used:
+            self.reservoir = kept.to(self.step.device, copy=True)
             self.reservoir_state = state_dict[prefix + "reservoir_state"].to(self.step.device, copy=True)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._make_room()
 
     def _new_counts(self) -> Tensor:
         # A grid of codes that keeps its indices has billions of them.
@@ -766,15 +790,15 @@ def _attached_forward(module: nn.Module, z: Tensor, *args: Any, **kwargs: Any) -
     return module.get_submodule("provq")(z, *args, **kwargs)
 
 
-def attach(
-    module: nn.Module, curriculum: Curriculum, *, kind: str = "auto", adaptive: AdaptiveWarmup | None = None,
-) -> Attached:
+def attach(module: nn.Module, curriculum: Curriculum, *, kind: str = "auto", adaptive: AdaptiveWarmup | None = None,
+           recluster: bool = False, check: bool = True, **callables: Any) -> Attached:
     """Put a host's quantizer on the curriculum where it stands; returns the handle, which is also `module.provq`.
 
     module keeps its class, attributes, methods, parameters and state-dict keys, and gains the entries `provq.*`, the
-    state of ProVQ. kind: see `adapt`, whose errors this has as well; no "custom". RuntimeError: attached before. Attach
-    before DistributedDataParallel and torch.compile; not for nn.DataParallel, whose replicas would share this module.
-    A moving average of the model needs the codes at once: maybe_init_codebook(..., copies=[average.quantize]).
+    state of ProVQ, fixed from now on. kind, check, callables: see `adapt`, whose errors this has as well. RuntimeError:
+    attached before. Attach before DistributedDataParallel and torch.compile; not for nn.DataParallel, whose replicas
+    would share this module. A moving average needs the codes at once: maybe_init_codebook(..., copies=[it.quantize]).
+    recluster: k-means again where the transition ends, see `Attached`; ValueError: no transition, no codes to set.
 
     LlamaGen, tokenizer/tokenizer_image/vq_train.py: after `vq_model = vq_model.to(device)`, and first in the loop,
         provq = attach(vq_model.quantize, Curriculum(warmup_steps=50_000, transition_steps=20_000))
@@ -784,19 +808,17 @@ def attach(
         attach(self.quantize, Curriculum(warmup_steps=50_000, transition_steps=20_000))
         self.quantize.provq.set_step(self.global_step)
         self.quantize.provq.maybe_init_codebook(optimizers=self.trainer.optimizers)
-    vector-quantize-pytorch (vq = VectorQuantize(...), ResidualVQ, SimVQ, FSQ, LFQ), diveq (vq = DIVEQ(...)), ESM
-    (vq = EMACodebook(...); vq.freeze_codebook = True): before the loop, and first in it,
+    vector-quantize-pytorch (vq = VectorQuantize(...), ResidualVQ, SimVQ, FSQ, LFQ, ...), diveq (vq = DIVEQ(...)), ESM
+    (vq = EMACodebook(...); vq.freeze_codebook = True), EnCodec and AudioCraft (vq = model.quantizer.vq), DAC
+    (vq = model.quantizer), diffusers, TiTok, IBQ (vq = model.quantize): before the loop, and first in it,
         provq = attach(vq, Curriculum(warmup_steps=50_000, transition_steps=20_000))
             provq.set_step(step)
             provq.maybe_init_codebook(optimizers=[optimizer])
     """
-    if kind == "custom":
-        raise ValueError("attach(kind='custom'): of an unknown return value only ProVQ(adapt(module, 'custom', ...))")
     if "forward" in module.__dict__ or hasattr(module, "provq"):
         raise RuntimeError(f"{type(module).__name__}: forward is replaced already; attach once, before others do that")
-    attached = Attached(adapt(module, kind), curriculum, adaptive)
-    device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
-    module.add_module("provq", attached.to(device).train(module.training))
+    attached = Attached(adapt(module, kind, check=check, **callables), curriculum, adaptive, recluster)
+    module.add_module("provq", attached.to(_weight(module).device).train(module.training))
     module.forward = functools.partial(_attached_forward, module)  # unlike a closure, it survives deepcopy and pickle
     return attached
 
@@ -809,5 +831,20 @@ def detach(model: nn.Module) -> nn.Module:
 
 
 def host_state_dict(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A state dict of a model with attached quantizers, without ProVQ's entries: loads strictly into the host alone."""
-    return {name: value for name, value in state_dict.items() if name.split(".")[-2:-1] != ["provq"]}
+    """A state dict of a model with attached quantizers, without ProVQ's entries: loads strictly into the host alone.
+
+    Where a quantizer was replaced by ProVQ(adapt(it), ...), its keys get their old names back.
+    """
+    inner = "quantizer.module."
+    own = {"step", "initialised", "warmup_end", "best_score", "stale_checks", "reservoir", "reservoir_state"}
+    starts = {name[: name.index(inner)] for name in state_dict if f".{name}".find(f".{inner}") >= 0}
+    wrapped = [start for start in starts if f"{start}warmup_end" in state_dict]
+    found = {}
+    for name, value in state_dict.items():
+        start = next((start for start in wrapped if name.startswith(start)), None)
+        rest = name if start is None else name[len(start) :]
+        if start is not None and rest.startswith(inner):
+            found[start + rest[len(inner) :]] = value
+        elif name.split(".")[-2:-1] != ["provq"] and (start is None or rest not in own):
+            found[name] = value
+    return found

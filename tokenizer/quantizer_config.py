@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, TypeVar
 
 from tokenizer.provq import QUANTIZERS, VectorQuantizer, make_quantizer
+from tokenizer.provq_codes import DeadCodeRestart, FollowingVectorQuantizer
 from tokenizer.runtime import config
 from tokenizer.runtime.config import arg, flag_name
 
@@ -30,14 +31,18 @@ class QuantizerConfig:
     rotation: bool = arg(False, "rotation trick instead of straight-through gradients; paper: no")
     commit_loss_beta: float = arg(0.25, "weight of the commitment loss, beta; LlamaGen: 0.25")
     codebook_ema_decay: float = arg(0.99, "ema quantizer: decay of the running means per step; VQ-VAE-2: 0.99")
-    codebook_restart_below: float = arg(0.0, "ema quantizer: restart codes used less than this fraction of the mean")
+    codebook_restart_below: float = arg(0.0, "restart codes used less than this fraction of the mean at latents "
+                                             "(Jukebox); not in the paper: 0, never")
+    codebook_follow: bool = arg(False, "vq quantizer: codes follow the latents' running mean and spread; ours, not in "
+                                       "the paper: no")
 
 
 @dataclass(frozen=True)
 class ModelConfig(QuantizerConfig):
     """Everything that rebuilds a model's modules; the curriculum belongs to training and is passed separately."""
 
-    LATER: ClassVar[Mapping[str, Any]] = {}  # fields that older files do not have -> the value that they had then
+    # fields that older files do not have -> the value that they had then
+    LATER: ClassVar[Mapping[str, Any]] = {"codebook_follow": False}
 
     @classmethod
     def from_dict(cls: type[Config], values: Mapping[str, Any], source: str = "tokenizer configuration") -> Config:
@@ -79,10 +84,15 @@ def check_quantizer(cfg: QuantizerConfig, *, flags: bool = False) -> None:
             raise ValueError(f"{said(name)} must be at most {high}")
     if not 0 <= cfg.codebook_ema_decay < 1:
         raise ValueError(f"{said('codebook_ema_decay')} must lie in [0, 1)")
-    for name in ("codebook_ema_decay", "codebook_restart_below"):
-        if cfg.quantizer != "ema" and getattr(cfg, name) != getattr(QuantizerConfig, name):
-            only = f"{flag_name('quantizer')} ema" if flags else "quantizer='ema'"
+    for name, needed in (("codebook_ema_decay", "ema"), ("codebook_follow", "vq")):
+        if cfg.quantizer != needed and getattr(cfg, name) != getattr(QuantizerConfig, name):
+            only = f"{flag_name('quantizer')} {needed}" if flags else f"quantizer={needed!r}"
             raise ValueError(f"{said(name)} has an effect with {only} only, got {cfg.quantizer!r}")
+    if cfg.codebook_follow and cfg.codebook_l2_norm:
+        other = flag_name("codebook_l2_norm") if flags else "codebook_l2_norm"
+        raise ValueError(f"{said('codebook_follow')} needs latents with a spread, and {other} gives them unit norm")
+    if cfg.quantizer != "ema" and cfg.codebook_restart_below >= 1:
+        raise ValueError(f"{said('codebook_restart_below')} must be below 1: it is a fraction of the mean use")
 
 
 def build_quantizer(cfg: QuantizerConfig) -> VectorQuantizer:
@@ -90,6 +100,16 @@ def build_quantizer(cfg: QuantizerConfig) -> VectorQuantizer:
     options: dict[str, float | bool] = {
         "l2_norm": cfg.codebook_l2_norm, "beta": cfg.commit_loss_beta, "rotation": cfg.rotation,
     }
+    if cfg.codebook_follow:
+        return FollowingVectorQuantizer(cfg.codebook_size, cfg.codebook_embed_dim, beta=cfg.commit_loss_beta,
+                                        rotation=cfg.rotation)
     if cfg.quantizer == "ema":
         options |= {"decay": cfg.codebook_ema_decay, "restart_below": cfg.codebook_restart_below}
     return make_quantizer(cfg.quantizer, cfg.codebook_size, cfg.codebook_embed_dim, **options)
+
+
+def build_restart(cfg: QuantizerConfig, quantizer: VectorQuantizer) -> DeadCodeRestart | None:
+    """What restarts the codes that nothing uses, from outside; None: nothing does, or the quantizer by itself (ema)."""
+    if cfg.quantizer == "ema" or not cfg.codebook_restart_below:
+        return None
+    return DeadCodeRestart(quantizer, cfg.codebook_restart_below)

@@ -38,10 +38,11 @@ from tokenizer.data import (
 from tokenizer.discriminator import NLayerDiscriminator
 from tokenizer.image_names import to_line
 from tokenizer.perceptual import LPIPS
+from tokenizer.quantizer_config import build_restart
 from tokenizer.runtime import config, distributed
 from tokenizer.runtime.checkpoint import atomic_write
 from tokenizer.runtime.ema import EMA
-from tokenizer.runtime.optim import accumulating, replicate, update
+from tokenizer.runtime.optim import accumulating, replicate, scale_learning_rate, update
 from tokenizer.runtime.precision import set_tf32
 from tokenizer.runtime.run import Run, launch
 from tokenizer.train_config import RESUMABLE, TrainConfig, check, open_split, parse_config, tokens_per_batch
@@ -87,15 +88,17 @@ class Trainer(CurriculumTrainer):
         self.raw = build_model(cfg).to(device)
         self.disc = NLayerDiscriminator(cfg.image_channels).to(device) if cfg.disc_weight else None
         adam = partial(torch.optim.Adam, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))
-        self.optimizer = adam(self.raw.parameters())
+        self.optimizer = adam(scale_learning_rate([{"params": list(self.raw.parameters())}],
+                                                  self.quantize.parameters(), cfg.codebook_lr_scale, cfg.lr))
         self.opt_d = None if self.disc is None else adam(self.disc.parameters())
         self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.mixed_precision == "fp16")
         self.ema = EMA(self.raw, cfg.ema_decay) if cfg.ema else None
+        self.restart = build_restart(cfg, self.raw.quantize.quantizer)
         self.drift = DriftMeter()
         self.kmeans_batches = kmeans_batches(cfg, tokens_per_batch(cfg))
         self.run.resume({"model": self.raw, "ema": self.ema, "optimizer": self.optimizer, "discriminator": self.disc,
                          "optimizer_disc": self.opt_d, "scaler": self.scaler, "drift": self.drift,
-                         "unreadable": self.bad})
+                         "unreadable": self.bad, "restart": self.restart})
         # Only training is worth the compile time; everything else goes through self.raw, under its own names.
         core: nn.Module = torch.compile(self.raw) if cfg.compile else self.raw  # type: ignore[assignment]
         self.model = replicate(core, device)
@@ -137,9 +140,7 @@ class Trainer(CurriculumTrainer):
             self.start_codebook(step)               # once, at needs_init: init_codebook by k-means (section 4.1)
             position = self.position()
             terms = self.train_step(batches, step)  # decodes z~ = alpha z + (1 - alpha) z_q (Eq. 2); updates once
-            quantize.set_step(step + 1)             # the steps up to this one are done
-            if self.ema:
-                self.ema.update(self.raw, step + 1)  # after set_step, which updates the codes of an ema quantizer
+            self.finish_step(step)                  # set_step(step + 1): the steps up to this one are done; averages
             if run.due(cfg.log_every):
                 self.bad.agree()                    # on too many unreadable images all ranks stop together
             run.log(terms, position, derive=code_usage)

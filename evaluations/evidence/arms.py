@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from evaluations.evidence.options import FollowingVectorQuantizer, TokenMixProVQ
+from evaluations.evidence.options import TokenMixProVQ
 from evaluations.evidence.rivals import DiVeQ, NoiseSubstitution, SoftToHardVectorQuantizer, make_fsq, make_lfq
 from tokenizer.provq import (
     AdaptiveWarmup,
@@ -21,6 +21,7 @@ from tokenizer.provq import (
     ProVQ,
     VectorQuantizer,
 )
+from tokenizer.provq_codes import FollowingVectorQuantizer
 
 CURRICULA = ("vanilla", "soft", "warmup", "provq", "adaptive")  # adaptive: a warm-up that ends by itself, hard
 RESTART_BELOW = 0.1  # of the mean use of a code; less is dead

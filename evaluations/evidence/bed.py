@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evaluations.evidence.arms import ADAPTIVE_CHECKS, KINDS, RESTART_BELOW, Arm, make_provq
-from evaluations.evidence.options import RESTART_EVERY, DeadCodeRestart, moved, recluster, spread
-from tokenizer.code_meter import effective_rank, mean_pairwise_distance, second_moments
+from tokenizer.code_meter import effective_rank, mean_pairwise_distance, moved, second_moments, spread
 from tokenizer.data import ImageDataset, split_holdout
 from tokenizer.image_sources import open_images
 from tokenizer.pixels import mse, psnr, ssim
 from tokenizer.provq import VectorQuantizer, code_statistics
+from tokenizer.provq_codes import RESTART_EVERY, DeadCodeRestart
 from tokenizer.runtime.checkpoint import atomic_write, load_file
 from tokenizer.runtime.seeding import fold
 from tokenizer.vq_model import ARCHITECTURES, Architecture, Decoder, Encoder
@@ -182,6 +182,8 @@ class Trainer:
         Diverged: the loss or the latents are not finite.
         """
         began, first = time.process_time(), self._warm_up(warmups)
+        if self.restart:
+            self.restart.steps = first % RESTART_EVERY  # of a warm-up that was taken over as well
         for step in range(first, self.setting.steps):
             self._step(step)
         self.provq.set_step(self.setting.steps)
@@ -233,7 +235,7 @@ class Trainer:
             self._refer()
         if step in self.recluster_steps:
             self._look(step)
-            recluster(provq, self._latents(step), optimizers=[self.optimizer], seed=fold(self.seed, step))
+            provq.recluster(self._latents(step), optimizers=[self.optimizer], seed=fold(self.seed, step))
             self._refer()
         if step % max(1, setting.steps // 6) == 0:
             self._look(step)
@@ -247,10 +249,8 @@ class Trainer:
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        if self.restart and out.indices is not None:
-            self.restart.observe(tokens(z), out.indices.flatten())
-            if (step + 1) % RESTART_EVERY == 0 and step + 1 < setting.steps:
-                self.restart.apply([self.optimizer])
+        if self.restart and step + 1 < setting.steps:
+            self.restart.step([self.optimizer])
 
     @torch.no_grad()
     def _latents(self, step: int) -> Tensor:

@@ -89,12 +89,12 @@ def difference(row: Row, baseline: Row, metric: str) -> Difference | None:
     return Difference(float(pairs.mean()), (low, high), len(pairs))
 
 
-def find(table: Sequence[Row], name: str) -> Row:
-    """The row called so. ValueError lists the names."""
+def find(table: Sequence[Row], name: str, flag: str) -> Row:
+    """The row called so. ValueError names the flag and lists the names."""
     for row in table:
         if row.label == name:
             return row
-    raise ValueError(f"--baseline {name!r} is none of the arms: {'; '.join(row.label for row in table)}")
+    raise ValueError(f"{flag} {name!r} is none of the arms: {'; '.join(row.label for row in table)}")
 
 
 def markdown(table: Sequence[Row], baseline: Row, metrics: Sequence[str], compared: str = "psnr") -> str:

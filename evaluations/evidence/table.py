@@ -8,33 +8,21 @@ Mean ± standard deviation over seeds; last column: paired difference from the b
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from pathlib import Path
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from evaluations.evidence import comparison, store
-from evaluations.evidence.bed import Setting
+from evaluations.evidence import comparison, selection
 from tokenizer.runtime.checkpoint import atomic_write_text
 from tokenizer.runtime.command import command, make_parser, require_out_file
-from tokenizer.runtime.config import flag_name
 from tokenizer.runtime.distributed import print0
-
-FIELDS = [field.name for field in dataclasses.fields(Setting)[1:] if field.name != "model"]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser("evaluations/evidence/table.py", __doc__)
-    parser.add_argument("results", type=Path, nargs="+", help="files that run.py and tune.py wrote")
-    parser.add_argument("--baseline", help="an arm's label in the table; default: its first row")
-    parser.add_argument("--seeds", type=int, nargs="+", help="only these; default: all")
-    parser.add_argument("--metrics", nargs="+", choices=comparison.METRICS, metavar="METRIC",
-                        default=["psnr", "codes_used", "perplexity"], help=f"of {' '.join(comparison.METRICS)}")
-    parser.add_argument("--compared", choices=comparison.METRICS, default="psnr", help="metric of the last column")
-    for name in FIELDS:
-        parser.add_argument(flag_name(name), type=int, help="only runs of this setting")
+    selection.add_flags(parser)
     parser.add_argument("--out", type=Path, help="write the table to this file as well")
     parser.add_argument("--figure", type=Path, help="and draw it to this .png")
     return parser.parse_args(argv)
@@ -46,20 +34,12 @@ def main(argv: list[str] | None = None) -> None:
         for flag, path in (("--out", args.out), ("--figure", args.figure)):
             if path:
                 require_out_file(path, flag)
-        wanted = {name: getattr(args, name) for name in FIELDS if getattr(args, name) is not None}
-        results = [result for result in store.read_all(args.results)
-                   if (args.seeds is None or result.run.seed in args.seeds)
-                   and all(getattr(result.run.setting, name) == value for name, value in wanted.items())]
-        if not results:
-            raise ValueError(f"no result in {' '.join(map(str, args.results))} is of these seeds and setting")
-        table = comparison.rows(results)
-        baseline = comparison.find(table, args.baseline) if args.baseline else table[0]
-        text = comparison.markdown(table, baseline, args.metrics, args.compared)
+        text = selection.render(args)
         print0(text, end="")
         if args.out:
             atomic_write_text(args.out, text)
         if args.figure:
-            comparison.figure(table, baseline, args.metrics, args.figure, args.compared)
+            comparison.figure(*selection.rows(args), args.metrics, args.figure, args.compared)
 
 
 if __name__ == "__main__":

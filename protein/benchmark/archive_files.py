@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
-import math
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from protein.benchmark import inert_pickle
+from tokenizer.runtime.parsing import brief, parsing, read_json, read_text, require_file, text_lines
 
 BIOLIP_COLUMNS = 21
 Row = tuple[str, Mapping[str, Any]]  # where it is, for messages, and what it holds
@@ -25,16 +27,17 @@ Row = tuple[str, Mapping[str, Any]]  # where it is, for messages, and what it ho
 
 def read_table(path: Path, needed: Sequence[str], delimiter: str = ",") -> Iterator[tuple[str, dict[str, str]]]:
     """Rows of a table with a header. ValueError: a column of `needed` is missing, or a row too short for it."""
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = csv.DictReader(file, delimiter=delimiter)
-        absent = [name for name in needed if name not in (rows.fieldnames or [])]
-        if absent:
-            raise ValueError(f"{path}, line 1: no column {', '.join(absent)}")
-        for row in rows:
-            for name in needed:
-                if row[name] is None:
-                    raise ValueError(f"{path}, line {rows.line_num}: {name}: no value; the line is cut off")
-            yield f"{path}, line {rows.line_num}", row
+    rows = csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter=delimiter)
+    with parsing(path, "no table"):
+        names, found = rows.fieldnames or [], [(f"{path}, line {rows.line_num}", row) for row in rows]
+    absent = [name for name in needed if name not in names]
+    if absent:
+        raise ValueError(f"{path}, line 1: no column {', '.join(absent)}")
+    for where, row in found:
+        for name in needed:
+            if row[name] is None:
+                raise ValueError(f"{where}: {name}: no value; the line is cut off")
+        yield where, row
 
 
 def read_pdbtosp(path: Path) -> dict[str, list[str]]:
@@ -48,21 +51,20 @@ def read_pdbtosp(path: Path) -> dict[str, list[str]]:
     """
     found: dict[str, list[str]] = {}
     pdb_id, continues = "", False
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            match = re.match(r"([0-9][0-9A-Za-z]{3})\s+\S+\s+(?:-|[\d.]+ A)\s+(.*)", line)
-            if match and not continues:
-                pdb_id, names = match[1], match[2]
-            elif continues:
-                names = line
-            else:
-                continue
-            for name in names.strip().rstrip(",").split(","):
-                accession = re.fullmatch(r"\s*\S+\s+\((\w+)\)\s*", name)
-                if not accession:
-                    raise ValueError(f"{path}, line {number}: entry {pdb_id}: {name.strip()!r} is not NAME (ACCESSION)")
-                found.setdefault(accession[1], []).append(pdb_id.lower())
-            continues = line.rstrip().endswith(",")
+    for where, line in text_lines(path):
+        match = re.match(r"([0-9][0-9A-Za-z]{3})\s+\S+\s+(?:-|[\d.]+ A)\s+(.*)", line)
+        if match and not continues:
+            pdb_id, names = match[1], match[2]
+        elif continues:
+            names = line
+        else:
+            continue
+        for name in names.strip().rstrip(",").split(","):
+            accession = re.fullmatch(r"\s*\S+\s+\((\w+)\)\s*", name)
+            if not accession:
+                raise ValueError(f"{where}: entry {pdb_id}: {brief(name.strip())} is not NAME (ACCESSION)")
+            found.setdefault(accession[1], []).append(pdb_id.lower())
+        continues = line.rstrip().endswith(",")
     if not found:
         raise ValueError(f"{path}: no line of an entry such as '102L  X-ray  1.74 A  ENLYS_BPT4 (P00720)'")
     return found
@@ -70,12 +72,11 @@ def read_pdbtosp(path: Path) -> dict[str, list[str]]:
 
 def read_biolip(path: Path) -> Iterator[tuple[str, list[str]]]:
     """Columns of BioLiP's lines: 0 PDB id, 1 chain, 4 ligand, 7 binding and 9 catalytic residues, 20 sequence."""
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, start=1):
-            columns = line.rstrip("\n").split("\t")
-            if len(columns) != BIOLIP_COLUMNS:
-                raise ValueError(f"{path}, line {number}: {len(columns)} columns, BioLiP has {BIOLIP_COLUMNS}")
-            yield f"{path}, line {number}", columns
+    for where, line in text_lines(path, errors="replace"):
+        columns = line.split("\t")
+        if len(columns) != BIOLIP_COLUMNS:
+            raise ValueError(f"{where}: {len(columns)} columns, BioLiP has {BIOLIP_COLUMNS}")
+        yield where, columns
 
 
 def parse_biolip_residues(text: str, where: str) -> list[tuple[str, int]]:
@@ -84,7 +85,7 @@ def parse_biolip_residues(text: str, where: str) -> list[tuple[str, int]]:
     for word in text.split():
         match = re.fullmatch(r"([A-Za-z])(-?\d+)\D?", word)
         if not match:
-            raise ValueError(f"{where}: {word!r} is no residue such as D10 or E25A")
+            raise ValueError(f"{where}: {brief(word)} is no residue such as D10 or E25A")
         residues.append((match[1].upper(), int(match[2])))
     return residues
 
@@ -96,11 +97,10 @@ def read_proteinshake(folder: Path) -> Iterator[Row]:
     if not found:
         raise FileNotFoundError(f"{stem}.avro: no such file, nor .json, nor either with .gz")
     path = found[0]
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        try:
-            rows = json.load(file) if ".json" in path.suffixes else list(_avro(path)(file))
-        except (ValueError, EOFError, OSError, IndexError, StopIteration) as error:
-            raise ValueError(f"{path}: damaged ({type(error).__name__}: {error})") from error
+    require_file(path)
+    read = json.load if ".json" in path.suffixes else _avro(path)
+    with parsing(path), gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        rows = list(read(file))
     yield from _objects(path, "protein", rows)
 
 
@@ -124,7 +124,9 @@ def column(where: str, row: Mapping[str, Any], name: str, kind: type) -> list[An
     values = row.get(name)
 
     def good(value: Any) -> bool:
-        return isinstance(value, str) if kind is str else isinstance(value, (int, float)) and math.isfinite(value)
+        if kind is str:
+            return isinstance(value, str)
+        return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max  # false for NaN
 
     if not isinstance(values, list) or not all(map(good, values)):
         raise ValueError(f"{where}: {name}: must be a list of {'words' if kind is str else 'finite numbers'}")
@@ -138,7 +140,7 @@ def read_atlas(path: Path, name: str) -> tuple[str, npt.NDArray[np.float32]]:
         try:
             values.append(float(row[name] or "nan"))
         except ValueError as error:
-            raise ValueError(f"{where}: {name}: {row[name]!r} is no number") from error
+            raise ValueError(f"{where}: {name}: {brief(row[name])} is no number") from error
         letters.append(row["seq"])
     return "".join(letters), np.array(values, dtype=np.float32)
 
@@ -146,14 +148,13 @@ def read_atlas(path: Path, name: str) -> tuple[str, npt.NDArray[np.float32]]:
 def read_scop(path: Path) -> dict[str, tuple[str, str]]:
     """SCOP's dir.cla file: domain -> PDB id and residues, such as ("1dlw", "A:1-20,A:40-60")."""
     found = {}
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if line.startswith("#") or not line.strip():
-                continue
-            columns = line.rstrip("\n").split("\t")
-            if len(columns) != 6:
-                raise ValueError(f"{path}, line {number}: {len(columns)} columns, SCOP's classification has 6")
-            found[columns[0]] = (columns[1], columns[2])
+    for where, line in text_lines(path):
+        if line.startswith("#") or not line.strip():
+            continue
+        columns = line.split("\t")
+        if len(columns) != 6:
+            raise ValueError(f"{where}: {len(columns)} columns, SCOP's classification has 6")
+        found[columns[0]] = (columns[1], columns[2])
     return found
 
 
@@ -167,12 +168,12 @@ def parse_scop_residues(text: str, where: str) -> tuple[str, list[tuple[int, int
         chain_id, colon, residues = place.rpartition(":")
         match = re.fullmatch(r"(-?\d+)[A-Za-z]?-(-?\d+)[A-Za-z]?", residues)
         if not match and residues != ("" if colon else "-"):
-            raise ValueError(f"{where}: {place!r} is no range of residues such as A:1-20")
+            raise ValueError(f"{where}: {brief(place)} is no range of residues such as A:1-20")
         chains.add(chain_id)
         if match:
             ranges.append((int(match[1]), int(match[2])))
     if len(chains) > 1:
-        raise ValueError(f"{where}: {text!r} is of several chains")
+        raise ValueError(f"{where}: {brief(text)} is of several chains")
     return chains.pop(), ranges
 
 
@@ -182,7 +183,7 @@ def read_obsolete(path: Path) -> dict[str, str]:
         OBSLTE    31-JUL-94 116L     216L
     """
     found = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for _, line in text_lines(path):
         words = line.split()
         if words[:1] == ["OBSLTE"] and len(words) == 4:
             found[words[2].lower()] = words[3].lower()
@@ -193,11 +194,7 @@ def read_tape(stem: Path) -> Iterator[Row]:
     """Items of a data set of TAPE: the database STEM.lmdb, or STEM.json, a list of objects."""
     path = Path(f"{stem}.json")
     if path.exists():
-        try:
-            rows = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}: not JSON ({error})") from error
-        yield from _objects(path, "item", rows)
+        yield from _objects(path, "item", read_json(path))
         return
     path = Path(f"{stem}.lmdb")
     if not path.exists():
@@ -207,18 +204,20 @@ def read_tape(stem: Path) -> Iterator[Row]:
     except ImportError as error:
         raise ImportError(f"{path}: reading it needs the package lmdb (pip install lmdb); or put TAPE's data in JSON "
                            f"form at {stem}.json") from error
-    try:
+    with parsing(path, "damaged, or no LMDB database"):
         environment = lmdb.open(str(path), readonly=True, lock=False, subdir=path.is_dir())
-    except lmdb.Error as error:
-        raise ValueError(f"{path}: damaged, or no LMDB database ({error})") from error
     with environment, environment.begin() as transaction:
         def entry(name: str) -> Any:
-            content = transaction.get(name.encode())
+            with parsing(path):
+                content = transaction.get(name.encode())
             if content is None:
                 raise ValueError(f"{path}: no entry {name}")
             return inert_pickle.loads(content, f"{path}, entry {name}")
 
-        yield from _objects(path, "entry", (entry(str(i)) for i in range(entry("num_examples"))))
+        count = entry("num_examples")
+        if type(count) is not int:
+            raise ValueError(f"{path}, entry num_examples: {brief(count)} is no number of entries")
+        yield from _objects(path, "entry", (entry(str(i)) for i in range(count)))
 
 
 def _objects(path: Path, what: str, rows: Iterable[Any]) -> Iterator[Row]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ from protein.benchmark.tasks import align_ids, residue_ids
 from protein.inference import encode_chains, padded_chains
 from protein.structure_io import Chain
 from protein.structure_model import PRESETS, StructureModelConfig, StructureVQModel
+from tokenizer.runtime.parsing import parsing, require_file
 from tokenizer.runtime.seeding import fold, seed_step
 
 Tokens = npt.NDArray[np.int64]
@@ -85,10 +85,9 @@ class FoldSeek(ChainTokenizer):
 
 
 def _load_array(path: Path) -> Any:
-    try:
+    require_file(path)
+    with parsing(path, "damaged, or no .npy file"):
         return np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: damaged, or no .npy file ({error})") from error
 
 
 class TokenFiles(ChainTokenizer):

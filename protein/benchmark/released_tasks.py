@@ -28,6 +28,7 @@ from protein.benchmark.inert_pickle import Inert
 from protein.benchmark.task_archives import ATLAS, HOMO_FOLDS, HOMO_SPLITS, Archive, Labels, atlas_entry
 from protein.benchmark.tasks import MAX_CHAIN, STRUCTTOKENBENCH, Example, Task, align_ids
 from protein.structure_io import Chain
+from tokenizer.runtime.parsing import brief
 
 ORIGIN = "StructTokenBench's processed lists"
 # Of the chains that are left, places that its code drops because Biopython cannot parse them.
@@ -150,7 +151,7 @@ def _reader(archive: Archive, name: str) -> _LabelReader:
     def simulated(where: str, row: Mapping[str, Any], chain: Chain) -> Labels | None:
         identifier = row.get("pdb_id_chain_id")
         if not isinstance(identifier, str):
-            raise ValueError(f"{where}: pdb_id_chain_id: {identifier!r} is not a word")
+            raise ValueError(f"{where}: pdb_id_chain_id: {brief(identifier)} is not a word")
         labels = atlas_entry(archive.data / _SOURCES[name].folder, identifier, name)[0].labels(chain)
         assert not isinstance(labels, str)
         return labels
@@ -158,15 +159,15 @@ def _reader(archive: Archive, name: str) -> _LabelReader:
     def domain(where: str, row: Mapping[str, Any], chain: Chain) -> Labels | None:
         fold, ranges = row.get("fold_label"), row.get("residue_range")
         if not isinstance(fold, (int, np.integer)) or not isinstance(ranges, list):
-            raise ValueError(f"{where}: fold_label is {fold!r} and residue_range {ranges!r}; must be an integer and a "
-                             "list")
+            raise ValueError(f"{where}: fold_label is {brief(fold)} and residue_range {brief(ranges)}; must be an "
+                             "integer and a list")
         if int(fold) not in HOMO_FOLDS:
             return None
         inside = np.full(len(chain), ranges == [""])
         for text in [] if ranges == [""] else ranges:
             first, dash, last = str(text).partition("-")
             if not (dash and first.isdigit() and last.isdigit()):
-                raise ValueError(f"{where}: residue_range: {text!r} is no range such as 5-100")
+                raise ValueError(f"{where}: residue_range: {brief(text)} is no range such as 5-100")
             inside |= (chain.residue_numbers >= int(first)) & (chain.residue_numbers <= int(last))
         return np.where(inside, HOMO_FOLDS.index(int(fold)), np.nan).astype(np.float32)
 

@@ -13,13 +13,14 @@ Sensitivity is the correlation, over pairs, of how alike the tokens are with how
 mean of both normalizations). Token similarity is the score of a global alignment of both token sequences, gap -10, in
 which two codes score 100 times their cosine, cut to an integer. "as coded" is that score, which grows with the chain's
 length, so that long pairs look alike; "per residue" is the score divided by the mean length.
+
+With --chains and several tokenizers, how much the tokens of each say about those of the first, residue by residue: with
+`--tokenizer foldseek ProVQ=RUN`, what ours know of 3Di.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,10 +36,13 @@ import torch.nn.functional as F
 from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 
+from protein.benchmark.archive_files import read_table
 from protein.benchmark.baselines import ChainTokenizer, Tokens, open_tokenizer
+from protein.benchmark.information import mutual_information
 from protein.benchmark.task_archives import Archive, read_chains
 from protein.benchmark.tasks import MAX_LENGTH
-from protein.structure_io import Chain, read_folder, read_structure
+from protein.structure_io import Chain, read_structure
+from protein.structure_sources import read_folder
 from tokenizer.code_meter import mean_pairwise_distance
 from tokenizer.provq import code_statistics
 from tokenizer.runtime import distributed
@@ -46,7 +50,7 @@ from tokenizer.runtime.checkpoint import atomic_write_json, atomic_write_text
 from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_file
 from tokenizer.runtime.config import parse_object
 from tokenizer.runtime.page import Cell, Table, markdown_table
-from tokenizer.runtime.parsing import read_json, read_text
+from tokenizer.runtime.parsing import brief, from_json, read_json, read_text
 
 PROG = "protein/benchmark/sensitivity.py"
 GAP = -10
@@ -214,21 +218,15 @@ def archive_pairs(archive: Archive, name: str) -> list[Pair]:
     """
     path = archive.data / "sensitivity" / "conformational" / CONFORMATIONS[name]
     wanted = []
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = csv.DictReader(file)
-        if "name" not in (rows.fieldnames or []):
-            raise ValueError(f"{path}, line 1: no column name")
-        last = list(rows.fieldnames or [])[-1]
-        for place, row in enumerate(rows):
-            keys = []
-            for field in ("name", last):
-                pdb_id, dot, chain_id = (row[field] or "").partition(".")
-                if not dot or not pdb_id or not chain_id:
-                    raise ValueError(f"{path}, line {rows.line_num}: {field}: {row[field]!r} is no chain, such as "
-                                     "1abc.A")
-                keys.append((archive.structure(pdb_id), chain_id))
-            if (name, place) not in SKIPPED:
-                wanted.append((f"{row['name']} {row[last]}", keys))
+    for place, (where, row) in enumerate(read_table(path, ("name",))):
+        keys, last = [], [column for column in row if column is not None][-1]
+        for field in ("name", last):
+            pdb_id, dot, chain_id = (row[field] or "").partition(".")
+            if not dot or not pdb_id or not chain_id:
+                raise ValueError(f"{where}: {field}: {brief(row[field])} is no chain, such as 1abc.A")
+            keys.append((archive.structure(pdb_id), chain_id))
+        if (name, place) not in SKIPPED:
+            wanted.append((f"{row['name']} {row[last]}", keys))
     found = read_chains([key for _, keys in wanted for key in keys])
     pairs = []
     for identifier, keys in wanted:
@@ -251,7 +249,7 @@ def archive_chains(archive: Archive, name: str) -> list[Chain]:
     for key in keys:
         pdb_id, bar, chain_id = str(key).rpartition("_")
         if not bar:
-            raise ValueError(f"{path}: {key!r} is no chain such as 1abc_A")
+            raise ValueError(f"{path}: {brief(key)} is no chain such as 1abc_A")
         wanted.append((folder / "data_dir" / f"{pdb_id}.cif", chain_id))
     chains = [chain for chain in read_chains(wanted).values() if isinstance(chain, Chain)]
     if not chains:
@@ -281,6 +279,14 @@ def tables(report: dict[str, Any]) -> list[Table]:
                                                     "as coded perplexity / K")]
             table.rows.append([Cell(label), Cell(str(row["codes"])), Cell(str(row["chains"])), *cells,
                                Cell(f"{row['code distance']:.2f}")])
+        out.append(table)
+    for name, rows in report["information"].items():
+        of = next(iter(rows.values()))["of"]
+        table = Table(f"Information about {of}, {name}.", f"Bits per residue; {of} has "
+                      f"{next(iter(rows.values()))['entropy']:.2f}.", ["Tokenizer", "Residues", "Bits", "Percent"])
+        for label, row in rows.items():
+            table.rows.append([Cell(label), Cell(str(row["residues"])), Cell(f"{row['information']:.3f}"),
+                               _percent(row["share"])])
         out.append(table)
     return out
 
@@ -338,7 +344,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     tokenizers = [open_tokenizer(name, device) for name in args.tokenizer]
     archive = None if args.data is None else Archive.open(args.data, args.pdb_data)
     found: dict[str, Any]
-    report: dict[str, dict[str, Any]] = {"sensitivity": {}, "utilisation": {}}
+    report: dict[str, dict[str, Any]] = {"sensitivity": {}, "utilisation": {}, "information": {}}
     for name, (pairs, targets) in _open_pairs(args, archive).items():
         report["sensitivity"][name] = found = {}
         for tokenizer in tokenizers:
@@ -354,6 +360,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for tokenizer in tokenizers:
             tokenizer.fit(chains)
             found[_fresh(tokenizer.label, found)] = utilisation(tokenizer, chains)
+        if len(tokenizers) > 1:
+            about: dict[str, Any] = {}
+            report["information"][source] = about
+            tokens = [tokenizer.encode(chains) for tokenizer in tokenizers]
+            for tokenizer, others in zip(tokenizers[1:], tokens[1:], strict=True):
+                about[_fresh(tokenizer.label, about)] = {
+                    "of": tokenizers[0].label, **mutual_information(tokens[0], others)}
     return report
 
 
@@ -371,7 +384,7 @@ def output_files(out: Path) -> tuple[Path, Path]:
         require_out_file(file)
     if report.exists():
         try:
-            found = json.loads(report.read_text(encoding="utf-8"))
+            found = from_json(read_text(report), report)
         except ValueError:
             found = None
         if not isinstance(found, dict) or not {"sensitivity", "utilisation"} <= found.keys():

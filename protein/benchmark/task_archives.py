@@ -45,6 +45,7 @@ from protein.benchmark.archive_files import (
 from protein.benchmark.task_splits import SPLITS, Cath, Label, Ratios, split_entries
 from protein.benchmark.tasks import STRUCTTOKENBENCH, Example, Task
 from protein.structure_io import Chain, read_structure
+from tokenizer.runtime.parsing import brief, text_lines
 
 INTERPRO = {"BindInt": "Binding_site", "CatInt": "Active_site", "Con": "Conserved_site", "Rep": "Repeat"}
 BIOLIP = {"BindBio": ("binding residues", 7), "CatBio": ("catalytic residues", 9)}       # column of BioLiP_nr.txt
@@ -213,7 +214,8 @@ def _interpro(archive: Archive, name: str, left_out: Counter[str]) -> _Found:
             continue
         match = re.match(r"(\d+)-(\d+)", row["residue_fragments"])  # "10-25-S": of several fragments the first
         if not match:
-            raise ValueError(f"{where}: residue_fragments: {row['residue_fragments']!r} is no range such as 10-25-S")
+            raise ValueError(f"{where}: residue_fragments: {brief(row['residue_fragments'])} is no range such as "
+                             "10-25-S")
         first, last = int(match[1]), int(match[2])
         for pdb_id in structures.get(row["uniprot_id"], []):
             label = cath.label(pdb_id, None, None)
@@ -282,8 +284,8 @@ def _epitopes(archive: Archive, left_out: Counter[str]) -> _Found:
         proteins: dict[str, list[tuple[str, float]]] = {}
         for where, row in read_table(path, ("name", "AliSeq", "Interface")):
             if row["Interface"] not in ("0", "1") or not re.fullmatch("[A-Za-z]", row["AliSeq"]):
-                raise ValueError(f"{where}: AliSeq {row['AliSeq']!r} must be a letter and Interface "
-                                 f"{row['Interface']!r} 0 or 1")
+                raise ValueError(f"{where}: AliSeq {brief(row['AliSeq'])} must be a letter and Interface "
+                                 f"{brief(row['Interface'])} 0 or 1")
             proteins.setdefault(row["name"], []).append((row["AliSeq"].upper(), float(row["Interface"])))
         for name, residues in proteins.items():
             pdb_id, _, chain = name[2:].partition("_") if name.startswith("H_") else name.partition("_")
@@ -322,10 +324,10 @@ def _atlas(archive: Archive, name: str, left_out: Counter[str]) -> _Found:
     folder, cath = archive.data / "physicochemical" / "atlas", archive.cath()
     path = folder / "2022_06_13_ATLAS_pdb.txt"
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for where, line in text_lines(path):
         match = re.fullmatch(r"(\w{4})_(\w)", line.strip())
         if not match:
-            raise ValueError(f"{path}, line {number}: {line!r} is no chain such as 1abc_A")
+            raise ValueError(f"{where}: {brief(line)} is no chain such as 1abc_A")
         entry, sequence = atlas_entry(folder, match[0], name)
         label = cath.label(match[1], match[2], sequence)
         if label is None:
@@ -359,8 +361,8 @@ def _proteinshake(archive: Archive) -> dict[str, list[Entry]]:
         protein, residue = part(where, row, "protein"), part(where, row, "residue")
         pdb_id, split = protein.get("ID"), protein.get("structure_split_0.7")
         if not isinstance(pdb_id, str) or split not in PROTEINSHAKE_SPLITS:
-            raise ValueError(f"{where}: protein: ID is {pdb_id!r}, which must be a word, and structure_split_0.7 "
-                             f"{split!r}, which must be one of {', '.join(PROTEINSHAKE_SPLITS)}")
+            raise ValueError(f"{where}: protein: ID is {brief(pdb_id)}, which must be a word, and structure_split_0.7 "
+                             f"{brief(split)}, which must be one of {', '.join(PROTEINSHAKE_SPLITS)}")
         words = {name: column(where, residue, name, str) for name in ("residue_type", "chain_id")}
         numbers = {name: column(where, residue, name, float) for name in ("x", "y", "z", "binding_site")}
         lengths = {name: len(values) for name, values in (words | numbers).items()}
@@ -395,7 +397,8 @@ def _homology(archive: Archive, left_out: Counter[str]) -> dict[str, list[Entry]
             identifier, fold = row.get("id"), row.get("fold_label")
             identifier = identifier.decode() if isinstance(identifier, bytes) else identifier
             if not isinstance(identifier, str) or not isinstance(fold, (int, np.integer)):
-                raise ValueError(f"{where}: id is {identifier!r} and fold_label {fold!r}; needs a word and an integer")
+                raise ValueError(f"{where}: id is {brief(identifier)} and fold_label {brief(fold)}; needs a word and "
+                                 "an integer")
             if int(fold) not in HOMO_FOLDS or identifier not in scop:
                 left_out["a fold with few proteins" if identifier in scop else "not in SCOP"] += 1
                 continue

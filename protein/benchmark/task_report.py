@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -16,25 +15,38 @@ from protein.benchmark.probe import PROTOCOLS
 from protein.benchmark.tasks import METRICS, STRUCTTOKENBENCH
 from tokenizer.runtime import page
 from tokenizer.runtime.checkpoint import atomic_write_text
+from tokenizer.runtime.config import parse_object
 from tokenizer.runtime.over_seeds import Merged, clear_best
 from tokenizer.runtime.page import Cell, Table
+from tokenizer.runtime.parsing import brief, parsing, read_text
 
 Values = dict[str, dict[int, float]]  # run of a tokenizer -> seed of the probe -> number
 Row = tuple[str, str, str, str, Callable[[str], Values]]  # category, task, split, metric, tokenizer's label -> values
 NAME = "table3"
-_FIELDS = ("label", "tokenizer", "source", "codebook", "task", "kind", "category", "tests", "left_out", "origin",
-           "counts", "settings", "seed", "learning_rate", "protocols")  # of a result
+_FIELDS: dict[str, type | tuple[type, ...]] = {  # of a result
+    "label": str, "tokenizer": str, "source": str, "codebook": list, "task": str, "kind": str, "category": str,
+    "tests": list, "left_out": dict, "origin": str, "counts": dict, "settings": dict, "seed": int,
+    "learning_rate": (int, float), "protocols": dict,
+}
 
 
 def read_result(path: Path) -> dict[str, Any]:
     """One probe, as train_task.py has written it. ValueError naming the file: damaged."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        absent = [name for name in _FIELDS if name not in found] if isinstance(found, dict) else ["object {...}"]
-        if absent:
-            raise ValueError(f"no {absent[0]}")
-    except ValueError as error:
-        raise ValueError(f"{path}: damaged ({error}); delete it, and the same command makes it anew") from error
+    with parsing(path, "damaged, delete it, and the same command makes it anew"):
+        found = parse_object(read_text(path), "the result")
+        wrong = [name for name, kind in _FIELDS.items() if not isinstance(found.get(name), kind)]
+        if wrong:
+            raise ValueError(f"{wrong[0]}: {brief(found.get(wrong[0]))}")
+        METRICS[found["kind"]]
+        if not (len(found["codebook"]) == 2 and all(type(size) is int for size in found["codebook"])):
+            raise ValueError(f"codebook: {brief(found['codebook'])}")
+        if not all(type(part[name]) is int for part in found["counts"].values() for name in ("chains", "labels")):
+            raise ValueError(f"counts: {brief(found['counts'])}")
+        for protocol in PROTOCOLS:
+            part = found["protocols"][protocol]
+            for value in (part["score"], *(part["tests"][split] for split in found["tests"])):
+                if not (value is None or isinstance(value, (int, float))):
+                    raise ValueError(f"{protocol}: {brief(value)} is no number")
     return found
 
 

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 from sklearn.model_selection import train_test_split
 
+from tokenizer.runtime.parsing import brief, text_lines
+
 MODES = ("released", "strict")
 SPLITS = ("train", "valid", "Fold", "SupFam")
 _SEED = 42
@@ -53,20 +55,19 @@ class Cath:
         self._by_chain: dict[str, list[Domain]] = {}
         self._by_entry: dict[str, list[Domain]] = {}
         path = folder / "cath-classification-data" / "cath-domain-list.txt"
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.startswith("#") or not line.strip():
-                    continue
-                fields = line.split()
-                if len(fields) != _COLUMNS or not all(field.isdigit() for field in fields[1:5]):
-                    raise ValueError(f"{path}, line {number}: needs a domain, four numbers and {_COLUMNS - 5} more "
-                                     f"columns, got {line.strip()!r}")
-                name, code = fields[0], (int(fields[1]), int(fields[2]), int(fields[3]), int(fields[4]))
-                if name not in sequences:
-                    raise ValueError(f"{path}, line {number}: domain {name} has no sequence in cath-domain-seqs.fa")
-                domain = Domain(name[:5], code, sequences[name])
-                self._by_chain.setdefault(name[:5], []).append(domain)
-                self._by_entry.setdefault(name[:4], []).append(domain)
+        for where, line in text_lines(path):
+            if line.startswith("#") or not line.strip():
+                continue
+            fields = line.split()
+            if len(fields) != _COLUMNS or not all(re.fullmatch(r"[0-9]{1,9}", field) for field in fields[1:5]):
+                raise ValueError(f"{where}: needs a domain, four numbers and {_COLUMNS - 5} more columns, got "
+                                 f"{brief(line.strip())}")
+            name, code = fields[0], (int(fields[1]), int(fields[2]), int(fields[3]), int(fields[4]))
+            if name not in sequences:
+                raise ValueError(f"{where}: domain {name[:40]} has no sequence in cath-domain-seqs.fa")
+            domain = Domain(name[:5], code, sequences[name])
+            self._by_chain.setdefault(name[:5], []).append(domain)
+            self._by_entry.setdefault(name[:4], []).append(domain)
 
     def label(self, pdb_id: str, chain_id: str | None, sequence: str | None) -> Label | None:
         """Of the domain that is most like the sequence, among those of the chain, or of the entry if chain_id is None.
@@ -87,18 +88,17 @@ def _read_sequences(path: Path) -> dict[str, str]:
     """Domain -> sequence, from lines ">cath|4_3_0|12asA00/4-330" and sequences of one line each."""
     found: dict[str, str] = {}
     name = ""
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            line = line.strip()
-            if line.startswith(">"):
-                match = re.fullmatch(r">.*\|([^|/]+)/\S*", line)
-                if not match:
-                    raise ValueError(f"{path}, line {number}: {line!r} is no header >cath|VERSION|DOMAIN/RESIDUES")
-                name = match[1]
-            elif line:
-                if not name:
-                    raise ValueError(f"{path}, line {number}: a sequence without a header of its own")
-                found[name], name = line, ""
+    for where, line in text_lines(path):
+        line = line.strip()
+        if line.startswith(">"):
+            match = re.fullmatch(r">.*\|([^|/]+)/\S*", line)
+            if not match:
+                raise ValueError(f"{where}: {brief(line)} is no header >cath|VERSION|DOMAIN/RESIDUES")
+            name = match[1]
+        elif line:
+            if not name:
+                raise ValueError(f"{where}: a sequence without a header of its own")
+            found[name], name = line, ""
     return found
 
 

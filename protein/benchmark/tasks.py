@@ -5,8 +5,8 @@
      "labels": [0, 1, null]}
 
 The first line names the task. kind: "binary" or "regression" (a label per residue) or "classification" (one per
-chain). It may also have category (a heading of the table) and modified_residues (see structure_io.read_structure;
-default true). Every other line is one example:
+chain). It may also have category (a heading of the table), modified_residues (default true), min_plddt and plddt_from
+(see structure_io.read_structure; default: no residue is masked). Every other line is one example:
 
     id         unique within its split
     split      "train", "valid" or any other word: a test split, in the order of appearance
@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from protein.atom_files import PLDDT_SOURCES
 from protein.structure_io import Chain, read_structure
 from tokenizer.runtime.checkpoint import atomic_write
 from tokenizer.runtime.config import parse_object
@@ -124,6 +125,7 @@ class Task:
 
 # ------------------------------------------------------------------------------------------------------- JSONL files
 
+_READING = ("modified_residues", "min_plddt", "plddt_from")  # of a header: of structure_io.read_structure
 _Row = tuple[str, dict[str, Any]]  # where it is, for messages, and what it holds
 
 
@@ -148,34 +150,42 @@ def _structure_file(where: str, path: Path) -> Path:
     return path
 
 
-def _read_rows(path: Path) -> tuple[TaskSpec, bool, list[_Row]]:
-    """What is to be predicted, modified_residues, and the lines of the examples, of which only the split is checked."""
+def _read_rows(path: Path) -> tuple[TaskSpec, dict[str, Any], list[_Row]]:
+    """What is to be predicted, how structures are read, and the lines of the examples, of which only the split is
+    checked.
+    """
     lines = [(n, line) for n, line in enumerate(read_text(path).splitlines(), start=1) if line.strip()]
     if not lines:
         raise ValueError(f"{path}: empty")
     header = parse_object(lines[0][1], f"{path}, line {lines[0][0]}")
     name, kind = _string(f"{path}, line {lines[0][0]}", header, "task"), header.get("kind")
-    unknown = [key for key in header if key not in ("task", "kind", "category", "modified_residues")]
+    unknown = [key for key in header if key not in ("task", "kind", "category", *_READING)]
     if kind not in KINDS or unknown:
-        wrong = f"kind: {kind!r} is none of {', '.join(KINDS)}" if kind not in KINDS else f"unknown field {unknown[0]}"
+        wrong = f"unknown field {unknown[0][:100]}" if kind in KINDS else (
+            f"kind: {brief(kind)} is none of {', '.join(KINDS)}")
         raise ValueError(f"{path}, line {lines[0][0]}: {wrong}")
     rows = [(f"{path}, line {n}", parse_object(line, f"{path}, line {n}")) for n, line in lines[1:]]
-    modified = header.get("modified_residues", True)
-    if not isinstance(modified, bool):
-        raise ValueError(f"{path}, line {lines[0][0]}: modified_residues: {modified!r} is neither true nor false")
+    reading = {key: header[key] for key in _READING if key in header}
+    for key, good, rule in (
+        ("modified_residues", lambda value: isinstance(value, bool), "is neither true nor false"),
+        ("min_plddt", lambda value: type(value) in (int, float) and value >= 0, "is no number of at least 0"),
+        ("plddt_from", lambda value: value in PLDDT_SOURCES, f"is none of {', '.join(PLDDT_SOURCES)}"),
+    ):
+        if key in reading and not good(reading[key]):
+            raise ValueError(f"{path}, line {lines[0][0]}: {key}: {brief(reading[key])} {rule}")
     order = list(dict.fromkeys(_string(where, row, "split") for where, row in rows))
     tests = tuple(split for split in order if split not in ("train", "valid"))
     absent = [split for split in ("train", "valid") if split not in order]
     if absent or not tests:
         raise ValueError(f"{path}: no example of split {absent[0] if absent else 'test'}; a task needs train, valid "
                          "and at least one other")
-    return TaskSpec(name, kind, str(header.get("category", "Own tasks")), tests), modified, rows
+    return TaskSpec(name, kind, str(header.get("category", "Own tasks")), tests), reading, rows
 
 
 def read_task(path: str | Path) -> Task:
     """A task in the form above. ValueError, naming file, line and field, for anything that does not fit."""
     path = Path(path)
-    spec, modified, rows = _read_rows(path)
+    spec, reading, rows = _read_rows(path)
     task = Task(spec, {split: [] for split in ("train", "valid", *spec.tests)}, origin=path.name)
     if spec.kind == "classification":
         task.classes = _classes(rows)
@@ -184,9 +194,9 @@ def read_task(path: str | Path) -> Task:
     for where, row in rows:
         split, identifier = row["split"], _string(where, row, "id")
         if (split, identifier) in seen:
-            raise ValueError(f"{where}: id: {identifier!r} is there twice in split {split}")
+            raise ValueError(f"{where}: id: {brief(identifier)} is there twice in split {split}")
         seen.add((split, identifier))
-        chain = _chain(where, row, path.parent, modified, files)
+        chain = _chain(where, row, path.parent, reading, files)
         task.splits[split].append(Example(identifier, chain, _labels(where, row, chain, spec, task.classes)))
     return task
 
@@ -212,12 +222,13 @@ def _classes(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> tuple[str, ...]:
     return tuple(sorted(names, key=names.__getitem__))
 
 
-def _chain(where: str, row: Mapping[str, Any], folder: Path, modified: bool, files: dict[Path, list[Chain]]) -> Chain:
+def _chain(where: str, row: Mapping[str, Any], folder: Path, reading: Mapping[str, Any],
+           files: dict[Path, list[Chain]]) -> Chain:
     path = folder / _string(where, row, "structure")
     if path not in files:
         _structure_file(where, path)
         try:
-            files[path] = read_structure(path, modified_residues=modified)
+            files[path] = read_structure(path, **reading)
         except ValueError as error:
             raise ValueError(f"{where}: structure: {error}") from error
     found = {chain.chain_id: chain for chain in files[path]}
@@ -269,7 +280,7 @@ def _labels(
         raise ValueError(f"{where}: residues: must be a list of words, the residue numbers")
     if spec.kind == "classification":
         if str(row["label"]) not in classes:
-            raise ValueError(f"{where}: label: {row['label']!r} does not occur in the training split")
+            raise ValueError(f"{where}: label: {brief(row['label'])} does not occur in the training split")
         places = np.arange(len(chain)) if residues is None else align_ids(residues, residue_ids(chain))
         out[places[places >= 0]] = classes.index(str(row["label"]))
         return out
@@ -326,9 +337,10 @@ def load_prepared(path: Path, source: str) -> Task | None:
         return None
     with parsing(path, "damaged, delete it to make it anew"), np.load(path) as file:
         description = json.loads(str(file["description"]))
-        if description["source"] != source:
-            return None
-        arrays = {name: file[name] for name in file.files}
+        return _prepared(description, dict(file)) if description["source"] == source else None
+
+
+def _prepared(description: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[Any]]) -> Task:
     ends = np.cumsum(arrays["length"])
     sequence = str(arrays["sequence"])
     chains = []

@@ -22,8 +22,6 @@ import math
 import re
 import sys
 import time
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -56,6 +54,7 @@ from tokenizer.runtime import config, distributed, lock
 from tokenizer.runtime.checkpoint import atomic_write, atomic_write_json
 from tokenizer.runtime.command import command, require_out_folder
 from tokenizer.runtime.config import REQUIRED, arg
+from tokenizer.runtime.parsing import parsing
 
 PROG = "protein/benchmark/train_task.py"
 CHAINS_PER_FILE = 256  # of tokens: what is lost when a run is killed
@@ -186,15 +185,12 @@ def _load_tokens(path: Path, identity: str, chains: Sequence[Chain]) -> list[Tok
     if not path.exists():
         return None
     ends = np.cumsum([len(chain) for chain in chains])
-    try:
-        with np.load(path) as file:
-            if str(file["identity"]) != identity:
-                return None
-            tokens = file["tokens"]
-        if tokens.shape != (ends[-1],):
-            raise ValueError(f"{tokens.shape} tokens of {ends[-1]} residues")
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path}: damaged ({type(error).__name__}: {error}); delete it to make it anew") from error
+    with parsing(path, "damaged, delete it to make it anew"), np.load(path) as file:
+        if str(file["identity"]) != identity:
+            return None
+        tokens = file["tokens"]
+        if tokens.shape != (ends[-1],) or tokens.dtype.kind != "i":
+            raise ValueError(f"{tokens.dtype} {tokens.shape} as tokens of {ends[-1]} residues")
     return np.split(tokens, ends[:-1])
 
 

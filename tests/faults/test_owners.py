@@ -19,7 +19,7 @@ from training_runs import rows, to_words
 from autoregressive import extract_codes, sample_c2i, train_c2i
 from protein.backbones import generate_backbones
 from protein.benchmark import train_task
-from protein.structure_data import read_cache, write_cache
+from protein.structure_cache import read_cache, write_cache
 from tokenizer import train_provq
 from tokenizer.runtime import checkpoint, lock
 from tokenizer.runtime.checkpoint import atomic_write, atomic_write_text

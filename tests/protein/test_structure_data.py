@@ -17,6 +17,7 @@ from places import PROTEINS, ROOT, needs_proteins
 
 from protein import prepare_structures
 from protein.losses import PADDING, sequence_ids, structure_losses
+from protein.structure_cache import read_cache, structure_set, write_cache
 from protein.structure_data import (
     StructureBatchSampler,
     StructureDataset,
@@ -24,10 +25,7 @@ from protein.structure_data import (
     entry,
     hold_out_entries,
     open_structures,
-    read_cache,
-    structure_set,
     usable_chains,
-    write_cache,
 )
 from protein.structure_io import write_structure
 from protein.structure_model import StructureModelConfig, StructureVQModel
@@ -222,7 +220,7 @@ def test_command_line(folder, tmp_path):
 
 @pytest.mark.parametrize(("words", "message"), [
     (["{folder}", "--out", "{folder}"], "exists already"),
-    (["{folder}/absent", "--out", "{folder}/new"], "no such folder"),
+    (["{folder}/absent", "--out", "{folder}/new"], "no such file or folder"),
     (["{folder}", "--out", "{folder}/new", "--num-workers", "-1"], "--num-workers is -1; it must be at least 0"),
     (["{folder}", "--out", "{folder}/new", "--num-workers", "0", "--max-bad-structures", "0"], "bad.pdb"),
 ])

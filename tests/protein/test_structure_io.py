@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 
+import msgpack
 import numpy as np
 import pytest
 from places import PROTEINS, needs_proteins
@@ -119,7 +120,7 @@ def test_alternatives_may_be_different_amino_acids(save, extension, interleaved)
 @ALL_FORMATS
 def test_modified_residues_count_as_their_parents(save, extension):
     rows = [*residue(0), *residue(1, "MSE", record="HETATM"), *residue(2, "SEP", record="HETATM"), *residue(3)]
-    free = residue(40, "GLU", number=301, record="HETATM")  # the amino acid as a ligand
+    free = residue(40, "GLU", number=301, record="HETATM", label_number=".")  # the amino acid as a ligand
     water = [Row("O", "HOH", "A", 401, (80, 0, 0), record="HETATM")]
     calcium = [Row("CA", "CA", "A", 402, (90, 0, 0), record="HETATM")]
     path = save(rows + free + water + calcium, f"x{extension}")
@@ -133,12 +134,13 @@ def test_modified_residues_count_as_their_parents(save, extension):
 @ALL_FORMATS
 def test_modified_residues_between_unobserved_ones(save, extension):
     """No bond tells whose they are, but their place: MSE 3 of 1, 3, 5 is of the chain; 9, and 300 before 5, are not."""
-    rows = [*residue(0, number=1), *residue(2, "MSE", number=3, record="HETATM"), *residue(4, number=5)]
+    rows = [*residue(0, number=1), *residue(2, "MSE", number=3, record="HETATM", label_number="."),
+            *residue(4, number=5)]
     assert read_structure(save(rows, f"x{extension}"))[0].sequence == "AMA"
     assert read_structure(save(rows, f"x{extension}"), modified_residues=False)[0].sequence == "AA"
-    end = [*rows, *residue(8, "MSE", number=9, record="HETATM")]
+    end = [*rows, *residue(8, "MSE", number=9, record="HETATM", label_number=".")]
     assert read_structure(save(end, f"x{extension}"))[0].sequence == "AMA"
-    ligand = residue(30, "GLU", number=300, record="HETATM")
+    ligand = residue(30, "GLU", number=300, record="HETATM", label_number=".")
     assert read_structure(save(rows[:5] + ligand + rows[5:], f"x{extension}"))[0].sequence == "AMA"
 
 
@@ -324,6 +326,19 @@ def test_truncated_binary_cif(save, keep):
     refused(save(content[: int(keep * len(content))], "x.bcif"), "cannot be read as BinaryCIF")
 
 
+@pytest.mark.parametrize("size", [2**31 - 1, 2**40, -1, None])
+def test_binary_arrays_that_say_they_are_huge_are_refused(save, size):
+    content = msgpack.unpackb(bcif_bytes(peptide("ALA", "SER")))
+    columns = next(c for c in content["dataBlocks"][0]["categories"] if c["name"] == "_atom_site")["columns"]
+    lengths = [step for column in columns for step in column["data"]["encoding"] if step["kind"] == "RunLength"]
+    if not lengths:  # as biotite writes it
+        encoding = columns[0]["data"]["encoding"]
+        encoding.insert(0, {"kind": "RunLength", "srcType": 3})
+        lengths = encoding[:1]
+    lengths[0]["srcSize"] = size
+    refused(save(msgpack.packb(content), "x.bcif"), r"an array of .* values; at most 33554432")
+
+
 @pytest.mark.parametrize(("extension", "word"), [(".pdb", "no ATOM records"), (".cif", "cannot be read as mmCIF"),
                                                  (".bcif", "cannot be read as BinaryCIF")])
 def test_other_content(save, extension, word):
@@ -341,7 +356,11 @@ def test_pdb_under_the_name_of_mmcif_and_the_other_way_round(save):
 
 
 def test_mmcif_without_atoms(save):
-    refused(save("data_X\n_entry.id X\n", "x.cif"), r"cannot be read as mmCIF \(.*atom_site")
+    path = save("data_X\n_entry.id X\n", "x.cif")
+    refused(path, r"holds no atoms \(no _atom_site\)")
+    with pytest.raises(ValueError, match="holds no atoms") as error:
+        read_structure(path)
+    assert "truncated" not in str(error.value)
 
 
 @ALL_FORMATS

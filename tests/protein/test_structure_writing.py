@@ -10,17 +10,9 @@ import pytest
 from biotite.structure.io import pdbx
 from structure_files import peptide, random_chain, same, save_structure
 
-from protein.structure_io import (
-    ATOMS,
-    Chain,
-    Failure,
-    find_structures,
-    iterate_folder,
-    read_folder,
-    read_structure,
-    structure_name,
-    write_structure,
-)
+from protein.atom_files import ATOMS
+from protein.structure_io import Chain, StructureWarning, read_structure, write_structure
+from protein.structure_sources import Failure, find_structures, iterate_folder, read_folder, structure_name
 
 
 @pytest.fixture
@@ -43,8 +35,9 @@ def test_folder_in_order_with_names_from_its_root(save, tmp_path):
     assert [chain.name for chain in read_folder(tmp_path).chains] == ["a", "b", "sub/c.v2"]
     assert structure_name(tmp_path / "sub/c.v2.bcif", tmp_path) == "sub/c.v2"
     save(rows, "b.pdb")
-    with pytest.raises(ValueError, match=r"b\.(cif|pdb) and .*b\.(pdb|cif) would have the same name"):
-        find_structures(tmp_path)
+    save(rows, "a.pdb")
+    with pytest.warns(StructureWarning, match=r"of 2 entries; a\.pdb, for one, is read, and not a\.pdb\.gz"):
+        assert [path.name for path in find_structures(tmp_path)] == ["a.pdb", "b.cif", "c.v2.bcif"]
 
 
 def test_folders_that_hold_nothing(tmp_path):

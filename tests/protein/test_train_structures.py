@@ -4,12 +4,14 @@ import gzip
 import json
 
 import pytest
+import torch
 import training_runs
 from helices import helix
 from places import PROTEINS, ROOT, needs_proteins
 from training_runs import rows, to_words
 
 from protein import train_provq
+from protein.structure_data import collate
 from protein.structure_io import read_structure, write_structure
 from protein.train_config import PRESETS, check, parse_config
 from tokenizer.provq import Curriculum
@@ -92,7 +94,6 @@ def test_sigkill_then_the_same_command(straight, tmp_path):
 
 
 def test_two_processes_train_like_one(tmp_path):
-    # Chains longer than the crop only: the mean over a process's tokens is then that over all processes'.
     common = {"max_length": 24, "min_length": 24}
     for processes in (1, 2):
         process = training_runs.start(SCRIPT, flags(tmp_path / str(processes), **common), processes=processes)
@@ -116,6 +117,26 @@ def test_gradient_accumulation_is_the_same_step(tmp_path):
     for one, four in zip(rows(tmp_path / "1")[:WARMUP + 1], rows(tmp_path / "4")[:WARMUP + 1], strict=True):
         for key in ("loss", "distance_loss", "inverse_folding_loss", "commit_loss", "grad_norm"):
             assert four[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5), (one["step"], key)
+
+
+def test_the_quantizers_loss_is_a_mean_over_tokens_however_they_are_divided(tmp_path):
+    """Two short chains and two of five times their length, in one batch and in two."""
+    found = []
+    for parts in (1, 2):
+        trainer = train_provq.Trainer(train_provq.parse_config(flags(
+            tmp_path / str(parts), gradient_accumulation_steps=parts, warmup_steps=0, transition_steps=0,
+            codebook_init="none", max_length=40)), torch.device("cpu"))
+        trainer.raw.train()
+        items = [trainer.train_set[i] for i in range(4)]
+        for item in items[:2]:
+            for name in ("coords", "residue_index", "sequence"):
+                item[name] = item[name][:8]
+        halves = [collate(items)] if parts == 1 else [collate(items[:2]), collate(items[2:])]
+        found.append(trainer.train_step(iter(halves), 0))
+    one, two = found
+    assert one["commit_loss"] > 0
+    for key in ("loss", "commit_loss", "codebook_loss", "distance_loss", "grad_norm"):
+        assert two[key].item() == pytest.approx(one[key].item(), rel=1e-4), key
 
 
 @pytest.mark.parametrize("changes", [
@@ -171,6 +192,10 @@ def fails(words, capsys):
     ({"decoder_heads": 3}, "--decoder-heads 3"),
     ({"quantizer": "vqq"}, "'vqq' is not one of"),
     ({"lr": 0}, "--lr is 0.0"),
+    ({"sample_by": "cluster"}, "--sample-by cluster needs --clusters"),
+    ({"clusters": "x.tsv"}, "--clusters needs --data-path"),
+    ({"plddt_from": "qa_metric"}, "changes nothing without --min-plddt"),
+    ({"min_plddt": -1}, "--min-plddt is -1"),
     ({"min_length": 400, "max_length": 500}, "none of 24 chains is left"),
     ({f"{name}_weight": 0 for name in ("distance", "direction", "binned_distance", "binned_direction",
                                        "inverse_folding")}, "are all 0: nothing would be learned"),
@@ -271,3 +296,38 @@ def test_real_structures(tmp_path):
     train_provq.main(flags(tmp_path / "run", data_path=folder, preset="ideal", max_steps=6, warmup_steps=2,
                            transition_steps=2))
     assert rows(tmp_path / "run")[-1]["stage"] == 3
+
+
+@needs_proteins
+def test_clusters_and_plddt(tmp_path, capsys):
+    """A cluster is held out as a whole, an epoch has one chain of each; B-factors stand for pLDDT here."""
+    folder = tmp_path / "structures"
+    folder.mkdir()
+    paths = sorted((PROTEINS / "structures").iterdir())[:12]
+    for path in paths:
+        (folder / path.name).symlink_to(path)
+    names = [path.name.removesuffix(".pdb.gz") for path in paths]  # bound and unbound forms alternate
+    # foldseek's own names, which may have extensions; the last pair is not listed.
+    lines = [f"{names[i // 4 * 4]}.pdb.gz\t{name}.pdb.gz" for i, name in enumerate(names[:10])]
+    (tmp_path / "x_cluster.tsv").write_text("\n".join(lines))
+    common = {"data_path": folder, "preset": "ideal", "max_steps": 3, "warmup_steps": 1, "transition_steps": 1,
+              "val_every": 3}
+    train_provq.main(flags(tmp_path / "run", **common, clusters=tmp_path / "x_cluster.tsv", sample_by="cluster",
+                           min_plddt=0.5))
+    said = capsys.readouterr().out
+    assert "--clusters: 5 clusters; 2 of 11 chains are not listed" in said  # one has B-factors of 0 only
+    settings = train_provq.parse_config(flags(tmp_path / "other", **common, clusters=tmp_path / "x_cluster.tsv",
+                                              sample_by="cluster"))
+    trainer = object.__new__(train_provq.Trainer)
+    trainer._open_data(settings)
+    structures = trainer.train_set.structures
+    of = dict(zip(names, [i // 4 if i < 10 else i for i in range(12)], strict=True))
+    train, held_out = ({of[structures.names[i]] for i in part.indices} for part in (trainer.train_set, trainer.val_set))
+    assert not train & held_out
+    assert len(trainer.train_set) == len(train) < len(trainer.train_set.indices)
+    for epoch in range(4):
+        drawn = [of[structures.names[trainer.train_set.index(epoch, i)]] for i in range(len(train))]
+        assert sorted(drawn) == sorted(train)
+    assert len({trainer.train_set.index(epoch, 0) for epoch in range(20)}) > 1
+    item = trainer.train_set[0, 1]
+    assert len(item["sequence"]) == trainer.train_set.length(0, 1)

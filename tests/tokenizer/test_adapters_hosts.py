@@ -10,11 +10,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from places import ROOT
 from torch import Tensor, nn
+from workers.provq_codecs import ResidualVectorQuantization
 from workers.provq_hosts import CHECKOUTS, ORIGINALS, STAND_INS, EMACodebook
 
 SECTION = (ROOT / "tokenizer" / "README.md").read_text().split("## Put ProVQ into your own code")[1].split("\n## ")[0]
@@ -61,7 +63,7 @@ class _Line(nn.Module):
         self.table = nn.Parameter(torch.randn(512, 8))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        index = torch.cdist(x, self.table).argmin(1)
+        index = torch.cdist(x, self.table).argmin(-1)
         return x + (self.table[index] - x).detach(), index, (self.table[index] - x).square().mean()
 
 
@@ -80,16 +82,19 @@ def test_a_recipe_trains_through_all_stages(number, monkeypatch, tmp_path):
     recipe = _recipes()[number]
     monkeypatch.syspath_prepend(str(tmp_path))
     _copy_into(tmp_path)
-    for name in ("provq", "provq_attach"):
+    for name in ("provq", "provq_attach", "provq_hosts", "provq_packages"):
         sys.modules.pop(name, None)
     torch.manual_seed(0)
     rows, images = "DIVEQ" in recipe, "VectorQuantizer(" in recipe or "adapt(" in recipe
     codebook = EMACodebook(64, 8).train()
+    levels = ResidualVectorQuantization(num_quantizers=2, dim=8, codebook_size=64)
+    codec = SimpleNamespace(quantizer=SimpleNamespace(vq=levels))
     encoder = nn.Conv2d(3, 8, 4, 4) if images else nn.Linear(6, 8)
     decoder = nn.ConvTranspose2d(8, 3, 4, 4) if images else nn.Linear(8, 6)
     x = torch.randn(8, 3, 16, 16) if images else torch.randn(128, 6) if rows else torch.randn(4, 32, 6)
     parameters = [*encoder.parameters(), *decoder.parameters()]
     names = {"encoder": encoder, "decoder": decoder, "x": x, "max_steps": 9, "codebook": codebook, "quantizer": _Line(),
+             "codec": codec,
              "optimizer": torch.optim.Adam(parameters, 1e-2), "reconstruction_loss": nn.functional.mse_loss,
              "batches": [torch.randn_like(x) for _ in range(5)], "torch": torch}
     stages = []

@@ -17,6 +17,7 @@ from tokenizer.provq_attach import RESERVOIR_CALLS, RESERVOIR_TOKENS_PER_CODE, a
 
 every_host = pytest.mark.parametrize("name", CASES)
 STATE = {"step", "initialised", "warmup_end", "best_score", "stale_checks"}
+RESERVOIR = {"reservoir", "reservoir_state"}
 
 
 def _normal(*shape: int, seed: int = 0) -> Tensor:
@@ -101,7 +102,8 @@ def test_no_key_is_renamed_and_the_checkpoint_loads_into_the_host_alone(name):
     assert [key for key, _ in model.named_parameters()] == parameters
     _train(model, optimizer, 0, 8)
     state = model.state_dict()
-    assert set(state) - set(host_keys) == {f"quantize.provq.{key}" for key in STATE}
+    own = STATE | RESERVOIR if model.quantize.provq.quantizer.settable else STATE
+    assert set(state) - set(host_keys) == {f"quantize.provq.{key}" for key in own}
     assert list(host_state_dict(state)) == host_keys
     alone = Model(name)
     alone.load_state_dict(host_state_dict(state))
@@ -239,7 +241,8 @@ def test_the_forwards_of_the_warm_up_collect_and_maybe_init_sets_the_codes_once(
         if info:
             assert info["tokens"] == 2 * 8, "two calls of a sixteenth of the bound each"
     assert handle.reservoir.numel() == 0, "given back"
-    assert set(handle.state_dict()) == STATE
+    assert set(handle.state_dict()) == STATE | RESERVOIR
+    assert handle.state_dict()["reservoir"].tolist() == [[0.0] * 4]
     with pytest.raises(RuntimeError, match="called before"):
         handle.init_codebook(_normal(20, 4))
 
@@ -249,7 +252,7 @@ def test_collected_latents_are_in_the_checkpoint_until_the_codebook_is_set():
     handle, twin, _ = (attach(module, Curriculum(2, 2)) for module in (model, other, fresh))
     handle.collect(_normal(20, 4))
     state = model.state_dict()
-    assert set(state) == {"embedding.weight", *(f"provq.{key}" for key in STATE | {"reservoir", "reservoir_state"})}
+    assert set(state) == {"embedding.weight", *(f"provq.{key}" for key in STATE | RESERVOIR)}
     other.load_state_dict(state)
     for each in (handle, twin):
         each.collect(_normal(20, 4, seed=1))

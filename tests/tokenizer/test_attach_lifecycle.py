@@ -198,6 +198,18 @@ def test_a_host_in_bfloat16_goes_through_all_stages(name):
         assert module(case.z().bfloat16())[0].dtype == torch.bfloat16, step
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_host_may_have_its_dtype_before_it_is_attached_to(dtype):
+    for name in ("llamagen-euclidean", "lucidrains-projected", "lucidrains-residual"):
+        case = CASES[name]
+        module = case.make().train().to(dtype)
+        handle = attach(module, Curriculum(2, 2))
+        for step in range(5):
+            handle.set_step(step)
+            handle.maybe_init_codebook()
+            assert module(case.z(step).to(dtype))[0].dtype == dtype, (name, step)
+
+
 def test_a_grid_that_keeps_its_indices_is_not_counted():
     module = lucidrains.FSQ([8] * 12, return_indices=False)  # 7e10 codes
     handle = attach(module.train(), Curriculum(1, 1))
@@ -284,11 +296,6 @@ def test_one_optimizer_need_not_be_in_a_list():
     assert model[0].weight in optimizer.state
 
 
-def test_an_unknown_tuple_cannot_be_attached_to():
-    with pytest.raises(ValueError, match=r"attach\(kind='custom'\).*ProVQ\(adapt\("):
-        attach(nn.Linear(2, 2), Curriculum(1, 1), kind="custom")
-
-
 def test_the_reservoir_moves_with_its_module():
     model = _model(Curriculum(3, 2))
     assert len(model[1].provq.reservoir), "there at once: a copy has the same entries as its model"
@@ -311,3 +318,49 @@ def test_loading_copies_the_collected_latents():
     _forward(other, range(2, 3))
     assert torch.equal(state["1.provq.reservoir"], kept), "training on wrote into what was loaded"
     assert other[1].provq.reservoir.device == other[1].provq.step.device
+
+
+# ---------------------------------------------------------------------------------------------- k-means once more
+
+def test_a_host_is_reclustered_where_its_transition_ends():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), VectorQuantizer2(8, 4, 0.25))
+    provq = attach(model[1], Curriculum(2, 3), recluster=True)
+    optimizer = torch.optim.Adam(model.parameters())
+    average = copy.deepcopy(model)
+    happened = []
+    for step in range(8):
+        provq.set_step(step)
+        kept = provq.reservoir[: int(provq.reservoir_state[0])].clone()
+        info = provq.maybe_init_codebook(optimizers=optimizer, copies=average[1])
+        if info:
+            happened.append(step)
+            expected = provq_file.kmeans(kept, 8).centroids
+            assert torch.equal(model[1].embedding.weight, expected)
+            assert torch.equal(average[1].embedding.weight, expected)
+            assert model[1].embedding.weight not in optimizer.state
+        if step == 4:  # a checkpoint of the transition has its latents
+            state = model.state_dict()
+            assert len(state["1.provq.reservoir"]) > 0
+            resumed = copy.deepcopy(model)
+            resumed.load_state_dict(state)
+            assert torch.equal(resumed[1].provq.reservoir, provq.reservoir)
+        optimizer.zero_grad()
+        z, loss, _ = model(_x(step))
+        (z.square().mean() + loss).backward()
+        optimizer.step()
+    assert happened == [2, 5]
+    assert model.state_dict()["1.provq.reservoir"].tolist() == [[0.0] * 4], "its entry stays, and it is empty"
+    with pytest.raises(ValueError, match=r"latents must be \(N, D = 4\)"):
+        provq.recluster(torch.zeros(9, 3))
+    info = provq.recluster(_normal(40, 4), optimizers=[optimizer])
+    assert info["tokens"] == 40
+
+
+def test_a_reclustering_that_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="FSQ has no codes to set"):
+        attach(lucidrains.FSQ(levels=[4, 4], dim=4), Curriculum(2, 2), recluster=True)
+    with pytest.raises(ValueError, match="VectorQuantizer2 has no transition to end"):
+        attach(VectorQuantizer2(8, 4, 0.25), Curriculum(2, 0), recluster=True)
+    with pytest.raises(RuntimeError, match=r"recluster\(\) before init_codebook\(\)"):
+        attach(VectorQuantizer2(8, 4, 0.25), Curriculum(2, 2)).recluster(_normal(40, 4))

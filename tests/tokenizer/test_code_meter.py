@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tokenizer.code_meter import drift, effective_rank, mean_pairwise_distance, second_moments
+from tokenizer.code_meter import drift, effective_rank, mean_pairwise_distance, moved, second_moments, spread
 
 
 def _normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -63,3 +63,10 @@ def test_drift_closed_forms():
     assert drift(before, before + torch.tensor([3.0, 4.0])) == pytest.approx(5.0)
     assert drift(10 * before, 10 * before + 1.0) == pytest.approx(math.sqrt(2) / 10)
     assert drift(before + 7, -before + 7) == pytest.approx(2.0)
+
+
+def test_spread_and_moved_are_per_channel():
+    x = _normal(5000, 4)
+    assert spread(3.0 * x + 7.0) == pytest.approx(3.0 * spread(x), rel=1e-5)
+    assert spread(x) == pytest.approx(1.0, abs=0.05)
+    assert moved(x, x + 0.5) == pytest.approx(0.5, rel=1e-5)

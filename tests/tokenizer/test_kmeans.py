@@ -32,7 +32,8 @@ def _blobs(per_blob: int = 40, blobs: int = 12, dim: int = 3, seed: int = 0) -> 
 
 # ------------------------------------------------------------------------------------------------ nearest_code
 
-@pytest.mark.parametrize(("n", "k", "d"), [(1, 1, 1), (500, 7, 2), (300, 64, 8), (64, 1000, 16)])
+@pytest.mark.parametrize(("n", "k", "d"), [(1, 1, 1), (500, 7, 2), (300, 64, 8), (64, 1000, 16), (600, 999, 5),
+                                           (1025, 257, 3), (70, 20011, 8), (129, 9000, 4)])
 def test_nearest_code_agrees_with_float64_brute_force(n, k, d):
     x, codes = _normal(n, d), _normal(k, d, seed=1)
     assert torch.equal(nearest_code(x, codes), _brute(x, codes))
@@ -80,6 +81,52 @@ def test_blocks_change_nothing(monkeypatch):
     for elements in (1, 50, 150, 50 * 301):
         monkeypatch.setattr(provq, "CPU_SEARCH_ELEMENTS", elements)
         assert torch.equal(nearest_code(x, codes), whole), elements
+
+
+@pytest.mark.parametrize("elements", [2**8, 2**19])  # the codes in pieces, and all of a row's at once
+def test_of_equal_codes_in_any_group_the_first_wins(monkeypatch, elements):
+    monkeypatch.setattr(provq, "CPU_SEARCH_ELEMENTS", elements)
+    codes = _normal(300, 5)
+    x = codes + 0.01 * _normal(300, 5, seed=1)
+    x = x.repeat(7, 1)
+    assert torch.equal(nearest_code(x, codes.repeat(3, 1)), torch.arange(300).repeat(7))
+    assert torch.equal(nearest_code(torch.zeros(1000, 2), torch.zeros(1000, 2)), torch.zeros(1000).long())
+
+
+@pytest.mark.parametrize("elements", [2**8, 2**19])
+@pytest.mark.parametrize("codes", [200, 1000])
+def test_a_code_or_a_token_that_is_no_number_is_seen(monkeypatch, codes, elements):
+    monkeypatch.setattr(provq, "CPU_SEARCH_ELEMENTS", elements)
+    x, table = _normal(1500, 4), _normal(codes, 4, seed=1)
+    x[3] = math.nan
+    distance, index = provq._search(x, table)
+    assert distance.isnan().nonzero().tolist() == [[3]]
+    assert index[3] == 0
+    table[70, 1] = table[150, 2] = math.nan
+    assert provq._search(x, table)[0].isnan().all()
+    for search in (provq._search_whole, provq._search_groups):
+        value, index = search(x[4:], table, table.square().sum(1))
+        assert value.isnan().all()
+        assert index.eq(70).all()
+
+
+@pytest.mark.parametrize("no_grad", [torch.no_grad, torch.inference_mode])
+def test_threads_share_the_tokens_and_change_nothing(no_grad):
+    before = torch.get_num_threads()
+    x, codes = _normal(8200, 4).requires_grad_(), _normal(2100, 4, seed=1).requires_grad_()
+    assert len(x) * len(codes) >= 2**24, "the premise: enough work to share"
+    try:
+        torch.set_num_threads(1)
+        alone = nearest_code(x, codes)
+        torch.set_num_threads(3)
+        with no_grad():
+            assert torch.equal(nearest_code(x, codes), alone)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                assert torch.equal(nearest_code(x, codes), alone)
+        assert torch.get_num_threads() == 3, "the caller's number"
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(alone, torch.cdist(x.detach().double(), codes.detach().double()).argmin(1))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to measure memory")
@@ -225,6 +272,32 @@ def test_kmeans_plus_plus_starts_better_than_random():
         careful = [kmeans(x, 20, iters=iters, seed=s).inertia for s in range(5)]
         blind = [kmeans(x, 20, iters=iters, seed=s, start="random").inertia for s in range(5)]
         assert sum(careful) < 0.1 * sum(blind)
+
+
+def test_kmeans_plus_plus_in_blocks_is_distributed_as_one_by_one():
+    # Four seeds of five points. Drawn one by one, the set that leaves point i out has a probability that can be summed
+    # over all orders of drawing; blocks of 1, 2 and more candidates must give the same.
+    points = torch.tensor([[0.0], [1.0], [2.5], [6.0], [6.5]])
+    exact = dict.fromkeys(range(5), 0.0)
+    for order in itertools.permutations(range(5), 4):
+        probability, nearest = 1 / 5, (points[:, 0] - points[order[0], 0]).square().double()
+        for k in order[1:]:
+            probability *= float(nearest[k] / nearest.sum())
+            nearest = torch.minimum(nearest, (points[:, 0] - points[k, 0]).square().double())
+        exact[(set(range(5)) - set(order)).pop()] += probability
+    generator, runs = torch.Generator().manual_seed(0), 1500
+    seeds = torch.stack([provq._kmeans_plus_plus(points, 4, generator)[:, 0] for _ in range(runs)])
+    for left, probability in exact.items():
+        share = (~(seeds == points[left, 0]).any(1)).double().mean().item()
+        assert abs(share - probability) < 5 * math.sqrt(probability * (1 - probability) / runs) + 1e-9, left
+
+
+def test_kmeans_plus_plus_searches_a_few_times_for_many_codes(monkeypatch):
+    calls, search = [], provq._search
+    monkeypatch.setattr(provq, "_search", lambda *args: calls.append(1) or search(*args))
+    seeds = provq._kmeans_plus_plus(_normal(5000, 4), 1200, torch.Generator().manual_seed(0))
+    assert len(seeds.unique(dim=0)) == 1200
+    assert len(calls) < 30
 
 
 def test_half_precision_tokens():

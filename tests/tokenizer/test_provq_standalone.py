@@ -20,6 +20,7 @@ from torch.torch_version import TorchVersion
 
 PYTHONS = [sys.executable, *filter(None, os.environ.get("PROVQ_PYTHONS", "").split(os.pathsep))]
 SOURCE, COMPANION = ROOT / "tokenizer" / "provq.py", ROOT / "tokenizer" / "provq_attach.py"
+MORE = [ROOT / "tokenizer" / "provq_hosts.py", ROOT / "tokenizer" / "provq_packages.py"]
 
 
 def _example() -> str:
@@ -77,9 +78,11 @@ def _roots(path: Path) -> set[str]:
 def test_they_import_torch_and_the_standard_library_only():
     assert _roots(SOURCE) == {"torch"}
     assert _roots(COMPANION) == {"torch", "provq", ".provq"}, "flat, and in a package of any name"
+    for path in MORE:
+        assert {root.lstrip(".") for root in _roots(path)} <= {"torch", "provq", "provq_attach", "provq_hosts"}
 
 
-@pytest.mark.parametrize("path", [SOURCE, COMPANION])
+@pytest.mark.parametrize("path", [SOURCE, COMPANION, *MORE])
 def test_they_parse_as_python_3_9(path):
     tree = ast.parse(path.read_text(), feature_version=(3, 9))
     futures = [n for n in tree.body if isinstance(n, ast.ImportFrom) and n.module == "__future__"]
@@ -121,7 +124,7 @@ assert handle.stage == 3 and handle.usage()["usage"] > 0.5
 def folder(tmp_path, monkeypatch):
     """An empty folder on the path; what was imported from it is forgotten."""
     before = set(sys.modules)
-    for name in ("provq", "provq_attach"):
+    for name in ("provq", "provq_attach", "provq_hosts", "provq_packages"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.syspath_prepend(str(tmp_path))
     yield tmp_path
@@ -182,14 +185,15 @@ def test_names_of_version_0_2_are_the_companions():
     for value in (Attached, adapt, attach, detach, host_state_dict):
         assert value is getattr(provq_attach, value.__name__)
     assert ADAPTERS is provq_attach.ADAPTERS
-    assert set(provq._OF_ATTACH) == set(provq_attach.__all__) - set(provq.__all__)
+    assert set(provq._OF_ATTACH) == {*provq_attach.__all__, *provq_attach._MOVED} - set(provq.__all__)
     assert set(provq_attach.__all__) & set(provq.__all__) == {"AdaptiveWarmup", "Curriculum"}
-    assert all(getattr(provq, name) is getattr(provq_attach, name) for name in provq_attach.__all__)
+    assert all(getattr(provq, name) is getattr(provq_attach, name)
+               for name in (*provq_attach.__all__, *provq_attach._MOVED))
     with pytest.raises(ImportError, match="cannot import name 'drift'"):
         from tokenizer.provq import drift  # noqa: F401
 
 
-@pytest.mark.parametrize("path", [SOURCE, COMPANION])
+@pytest.mark.parametrize("path", [SOURCE, COMPANION, *MORE])
 def test_all_names_what_is_public(path):
     module = importlib.import_module(f"tokenizer.{path.stem}")
     defined = {n.name for n in ast.parse(path.read_text()).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
@@ -214,6 +218,32 @@ def test_without_the_companion_its_names_say_where_they_are(folder, package):
     names: dict = {}
     exec(f"from {core.__name__} import *", names)
     assert set(core.__all__) <= set(names)
+
+
+def test_without_the_other_adapters_their_names_say_where_they_are(folder):
+    _copy(folder, SOURCE, COMPANION)
+    attach = importlib.import_module("provq_attach")
+    with pytest.raises(ImportError, match=r"^FSQAdapter is in provq_hosts.py or provq_packages.py: copy all, provq"):
+        exec("from provq import FSQAdapter")
+    assert not hasattr(attach, "nothing")
+    with pytest.raises(ImportError, match=r"kind='custom' is in provq_hosts.py: copy all, provq\*\.py"):
+        attach.adapt(torch.nn.Linear(2, 2), "custom")
+    with pytest.raises(TypeError, match=r"simvq: SimVQ or SimVQ1D; more if you copy all, provq\*\.py\)"):
+        attach.adapt(torch.nn.Linear(2, 2))
+    _copy(folder, *MORE)
+    importlib.invalidate_caches()
+    assert attach.FSQAdapter.__module__ == "provq_packages"
+    assert {"lucidrains", "encodec"} <= set(attach.ADAPTERS)
+
+
+def test_adapters_of_another_version_are_refused(folder):
+    _copy(folder, SOURCE, COMPANION)
+    source = MORE[0].read_text()
+    assert source.count('__version__ = "0.3.0"') == 1
+    (folder / MORE[0].name).write_text(source.replace('__version__ = "0.3.0"', '__version__ = "0.2.9"'))
+    attach = importlib.import_module("provq_attach")
+    with pytest.raises(ImportError, match=r"provq_hosts.py is of version 0\.2\.9, but .*provq_attach.py of"):
+        attach.adapt(torch.nn.Linear(2, 2))
 
 
 def test_a_failing_companion_is_not_called_missing(folder):

@@ -28,10 +28,11 @@ from provq_hosts import VectorQuantizer
 
 from tokenizer.provq import AdaptiveWarmup, Curriculum, EMAVectorQuantizer, ProVQ, kmeans
 from tokenizer.provq_attach import attach
+from tokenizer.provq_codes import DeadCodeRestart, FollowingVectorQuantizer
 
 SCENARIOS: dict[str, Callable[[int, int], dict[str, Any]]] = {}
 # Random numbers, or what a rank collects: only the ranks have to agree.
-LOOSE = {"ema_restart", "attached_host", "synchronised_codebook_with_uneven_batches"}
+LOOSE = {"ema_restart", "dead_codes_restart", "attached_host", "synchronised_codebook_with_uneven_batches"}
 
 
 def scenario(function: Callable) -> Callable:
@@ -184,6 +185,54 @@ def ema_restart(rank: int, world: int) -> dict[str, Any]:
         bare.update_()
     assert (bare.codebook().norm(dim=1) < 20).sum() > 8, "dead codes restarted"
     return {"codes": bare.codebook()}
+
+
+@scenario
+def following_codes(rank: int, world: int) -> dict[str, Any]:
+    """Fresh, following and placed; in one step rank 1 has no tokens, in another nobody has."""
+    torch.manual_seed(0)
+    bare = FollowingVectorQuantizer(16, 4, decay=0.5)
+    codes = []
+    for step in range(6):
+        if step == 2:
+            placed = kmeans(_share(_normal(200, 4), rank, world), 16)
+            bare.set_codebook_(placed.centroids, placed.counts)
+        if step != 3:
+            for part in (step + 2.0 * _normal(60, 4, seed=step)).split(20):
+                bare(_share(part, rank, world, first=1.0 if step == 4 else 0.8))
+        bare.update_()
+        codes.append(bare.codebook().detach())
+    assert bare.state == bare.FOLLOWING
+    return {"codes": torch.stack(codes), "mean": bare.mean, "spread": bare.spread}
+
+
+@scenario
+def recluster(rank: int, world: int) -> dict[str, Any]:
+    model = ProVQ(quantizer("vq"), Curriculum(1, 1))
+    model.set_step(1)
+    model.init_codebook(_share(_normal(90, 4), rank, world))
+    optimizer = torch.optim.Adam(model.parameters())
+    order = torch.arange(rank, 100, world)
+    info = model.recluster(_normal(100, 4, seed=3)[order], order=order, optimizers=[optimizer], seed=5)
+    assert info["tokens"] == 100
+    return {"codes": model.codebook.detach()}
+
+
+@scenario
+def dead_codes_restart(rank: int, world: int) -> dict[str, Any]:
+    torch.manual_seed(rank)
+    model = quantizer("vq")
+    with torch.no_grad():
+        model.embedding.weight[8:] += 100.0
+    restart = DeadCodeRestart(model, 0.1, every=2)
+    for seed in range(2):
+        model(_share(_normal(60, 4, seed=seed), rank, world, first=0.5))
+        state = restart.state_dict()
+        assert state["counts"].sum() == 60 * (seed + 1), "of all ranks"
+        restarted = restart.step()
+    assert restarted == 8
+    assert model.codebook().norm(dim=1).max() < 20
+    return {"codes": model.codebook().detach(), "counts": state["counts"]}
 
 
 @scenario

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,10 +40,21 @@ def command(prog: str, *, one_process: bool = False) -> Iterator[None]:
     distributed.finalize()
 
 
+class _Parser(argparse.ArgumentParser):
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        """Refuses empty words, such as of a shell variable that is not set: Path("") is the current folder."""
+        words = sys.argv[1:] if args is None else list(args)
+        for before, word in zip(["", *words], words, strict=False):
+            if not word or (word.startswith("--") and word.endswith("=")):
+                flag = word.removesuffix("=") or (before if before.startswith("--") else "one argument")
+                self.error(f"{flag}: the text is empty; leave it out, or for the current folder write a dot")
+        return super().parse_known_args(words, namespace)
+
+
 def make_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
     """Shows the description (a script's docstring) as it is written, and takes no flag for its abbreviation."""
-    return argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+    return _Parser(prog=prog, description=description, allow_abbrev=False,
+                   formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def require_one_process() -> None:

@@ -245,8 +245,8 @@ class _Flag:
             raise ValueError(f"{brief(value)} is not {_WORDS[self.kind]}")
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise ValueError(f"{brief(value)} does not fit into 64 bits")
-        if self.optional and value == "":  # a path: it would mean the current folder
-            raise ValueError("the text is empty; leave the setting out, or give none")
+        if value == "":  # as a path it would mean the current folder
+            raise ValueError("the text is empty; leave the setting out, or for the current folder write a dot")
         if self.choices is not None and value not in self.choices:
             valid = ", ".join(map(str, self.choices))
             raise ValueError(f"{brief(value)} is not one of {valid}{_nearest(str(value), map(str, self.choices))}")

@@ -124,7 +124,7 @@ def _in_use(owner: bytes) -> str:
     try:
         found = json.loads(owner)
         who = f"process {found['pid']} on {found['host']}"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         who = "another process"
     copies = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if copies != "1" and "RANK" not in os.environ:

@@ -1,7 +1,7 @@
 """What updates weights, the same in every trainer: learning rates, AdamW, precision, accumulation, clipping."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,12 +24,38 @@ def check_optimizer(cfg: Any) -> None:
         raise ValueError(f"--lr is {cfg.lr} with --min-lr {cfg.min_lr}; lr must be positive and not below min_lr")
 
 
-def build_adamw(model: nn.Module, cfg: Any) -> torch.optim.AdamW:
-    """AdamW with cfg.lr, beta1, beta2; cfg.weight_decay on matrices and embeddings only: not on norms and biases."""
+def build_adamw(
+    model: nn.Module, cfg: Any, *, scaled: Iterable[nn.Parameter] = (), scale: float = 1.0
+) -> torch.optim.AdamW:
+    """AdamW with cfg.lr, beta1, beta2; cfg.weight_decay on matrices and embeddings only: not on norms and biases.
+
+    scaled, scale: see `scale_learning_rate`. Decay is per learning rate, so that these parameters decay faster as well.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": cfg.weight_decay},
               {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
+    groups = scale_learning_rate(groups, scaled, scale, cfg.lr)
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=True)
+
+
+def scale_learning_rate(
+    groups: list[dict[str, Any]], chosen: Iterable[nn.Parameter], scale: float, lr: float
+) -> list[dict[str, Any]]:
+    """groups with the chosen parameters in groups of their own, at scale x lr. With a scale of 1 as they are: the
+    states of optimizers without the option stay loadable.
+    """
+    if scale == 1.0:
+        return groups
+    known = {id(p) for p in chosen}
+    split: list[dict[str, Any]] = []
+    for group in groups:
+        inside = [p for p in group["params"] if id(p) in known]
+        outside = [p for p in group["params"] if id(p) not in known]
+        if outside:
+            split.append(group | {"params": outside})
+        if inside:
+            split.append(group | {"params": inside, "lr": scale * lr, "lr_scale": scale})
+    return split
 
 
 def learning_rate(cfg: Any, step: int) -> float:
@@ -48,9 +74,9 @@ def learning_rate(cfg: Any, step: int) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Into all groups."""
+    """Into all groups, times what `scale_learning_rate` gave them."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

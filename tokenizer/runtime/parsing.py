@@ -72,6 +72,21 @@ def read_text(path: str | Path) -> str:
         return Path(path).read_bytes().decode("utf-8")
 
 
+def text_lines(path: str | Path, errors: str = "strict") -> Iterator[tuple[str, str]]:
+    """("PATH, line N", the line without its end) of a text of any length.
+
+    errors: as of bytes.decode; "replace" for old data bases with a letter here and there that is no UTF-8. Raises
+    FileNotFoundError, and ValueError naming the file: no regular file, no UTF-8.
+    """
+    require_file(path)
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            where = f"{path}, line {number}"
+            with parsing(where, "cannot be read"):
+                text = line.decode("utf-8", errors)
+            yield where, text.rstrip("\r\n")
+
+
 def read_json(path: str | Path) -> Any:
     """The value in a JSON file. FileNotFoundError; ValueError naming the file, and the line where it is not JSON."""
     path = Path(path)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from evaluations.evidence.arms import ARMS, CURRICULA, KINDS, PLANS, Arm, make_provq
-from evaluations.evidence.options import FollowingVectorQuantizer
 from tokenizer.provq import Curriculum, ProVQ, VectorQuantizer
+from tokenizer.provq_codes import FollowingVectorQuantizer
 
 
 @pytest.mark.parametrize("name", ARMS)

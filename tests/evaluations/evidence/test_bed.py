@@ -144,12 +144,12 @@ def test_codes_have_their_own_learning_rate(images):
 def test_reclustering_happens_where_it_should(images, monkeypatch):
     happened = []
 
-    def record(provq, latents, *, optimizers, seed):
+    def record(provq, latents, *, optimizers, seed):  # bound to a ProVQ
         assert len(latents) >= SETTING.latents_per_code * SETTING.num_codes
         assert optimizers
         happened.append((int(provq.step), seed))
 
-    monkeypatch.setattr(bed, "recluster", record)
+    monkeypatch.setattr(ProVQ, "recluster", record)
     for arm in (Arm(recluster=True), Arm(curriculum="warmup", recluster_at=(5, 11)), Arm(curriculum="provq")):
         Trainer(arm, SETTING, 0, images).run()
     assert [step for step, _ in happened] == [8, 5, 11]

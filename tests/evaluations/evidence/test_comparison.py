@@ -88,9 +88,9 @@ def test_settings_are_not_mixed():
 
 def test_the_baseline_must_be_there():
     rows = make_rows(vanilla=[1.0], provq=[2.0])
-    assert comparison.find(rows, "provq") is rows[1]
+    assert comparison.find(rows, "provq", "--baseline") is rows[1]
     with pytest.raises(ValueError, match="'soft' is none of the arms: vanilla; provq"):
-        comparison.find(rows, "soft")
+        comparison.find(rows, "soft", "--baseline")
 
 
 def test_figure(tmp_path):

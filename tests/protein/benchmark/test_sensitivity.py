@@ -242,7 +242,8 @@ def test_the_command_line(archive, tmp_path):
     assert [pair["id"] for pair in pairs] == ["0", "1", "2", "3"]
     assert all(0 < pair["tm_score"] <= 1 for pair in pairs)
     text = (tmp_path / "codes.md").read_text()
-    assert text.count("| A (2) |") == 4
+    assert text.count("| A (2) |") == 6
+    assert report["information"]["casp14"]["A"]["of"] == "FoldSeek"
 
 
 @pytest.mark.parametrize(("words", "message"), [

@@ -296,7 +296,7 @@ DAMAGE = [
     ("homology", "Homo", "structural/remote_homology/remote_homology_train.json", '"fold_label": 13', '"fold": 13',
      "remote_homology_train.json, item 0: id is 'd1a00a_' and fold_label None"),
     ("homology", "Homo", "structural/remote_homology/remote_homology_valid.json", "]", "",
-     "remote_homology_valid.json: not JSON"),
+     "remote_homology_valid.json, line 1: not JSON"),
 ]
 
 

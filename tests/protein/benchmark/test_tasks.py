@@ -127,6 +127,8 @@ def test_garbage_is_named(folder, changes, message):
     ('{"task": "a", "kind": "binary", "modified_residues": "true"}\n',
      "line 1: modified_residues: 'true' is neither true nor false"),
     ('{"task": "a", "kind": "binary", "modified_residues": null}\n', "line 1: modified_residues: None is neither"),
+    ('{"task": "a", "kind": "binary", "min_plddt": "70"}\n', "line 1: min_plddt: '70' is no number of at least 0"),
+    ('{"task": "a", "kind": "binary", "plddt_from": "x"}\n', "line 1: plddt_from: 'x' is none of b_factor, qa_metric"),
     ('{"task": "a", "kind": "binary"}\n{"id": \n', "line 2: not JSON"),
     ('{"task": "a", "kind": "binary"}\n', "no example of split train"),
 ])

@@ -180,7 +180,7 @@ def test_damaged_files_are_named(own, tmp_path, pattern):
         damaged.append(path.read_bytes())
     for content in damaged:
         path.write_bytes(content)
-        with pytest.raises(SystemExit, match=rf"{path.name}: damaged .*; delete it"):
+        with pytest.raises(SystemExit, match=rf"{path.name}: damaged, delete it"):
             quick(own, tmp_path / "out")
     path.unlink()
     quick(own, tmp_path / "out")

@@ -189,3 +189,14 @@ def test_configurations_have_the_same_bounds():
         require_at_least(cfg, 1, "steps width")
     with pytest.raises(ValueError, match=r"^--lr is 0\.0; it must be positive$"):
         require_positive(cfg, "lr")
+
+
+@pytest.mark.parametrize(("words", "flag"), [
+    (["--lr", ""], "--lr"), (["--lr="], "--lr"), (["--seeds", "1", ""], "one argument"), ([""], "one argument"),
+])
+def test_empty_words_are_refused(words, flag, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(words)
+    assert stopped.value.code == 2
+    said = f"{flag}: the text is empty; leave it out, or for the current folder write a dot"
+    assert capsys.readouterr().err.splitlines()[-1] == f"folder/tool.py: error: {said}"

@@ -1,0 +1,68 @@
+"""Writes the tables of a document from the results files that they name.
+
+    python evaluations/evidence/document.py RESULTS.md
+
+A table stands between `<!-- table: core-512.jsonl --seeds 100 101 -->`, which is a command line of table.py with files
+of evaluations/results/, and `<!-- end -->`. What stands there already is replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import sys
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from evaluations.evidence import selection
+from tokenizer.runtime.checkpoint import atomic_write_text
+from tokenizer.runtime.command import CannotContinue, command, make_parser
+from tokenizer.runtime.distributed import print0
+from tokenizer.runtime.parsing import read_text
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+_TABLE = re.compile(r"(<!-- table: (?P<words>[^\n]*) -->\n)(?P<rows>.*?)(?P<end><!-- end -->)", re.DOTALL)
+
+
+def filled(text: str, results: Path = RESULTS) -> tuple[str, int]:
+    """The text with its tables as the files in `results` give them, and how many there are.
+
+    CannotContinue: a table's command line is none, or its file is not there.
+    """
+    parser, count = make_parser("a table of the document", None), 0
+    selection.add_flags(parser)
+
+    def write(match: re.Match[str]) -> str:
+        nonlocal count
+        count += 1
+        try:
+            args = parser.parse_args(shlex.split(match["words"]))
+            args.results = [results / path for path in args.results]
+            return f"{match[1]}{selection.render(args)}{match['end']}"
+        except (SystemExit, OSError, ValueError) as error:
+            raise CannotContinue(f"<!-- table: {match['words']} -->: {error}") from error
+
+    return _TABLE.sub(write, text), count
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser("evaluations/evidence/document.py", __doc__)
+    parser.add_argument("document", type=Path, help="such as RESULTS.md")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    with command("document.py", one_process=True):
+        before = read_text(args.document)
+        text, count = filled(before)
+        if text != before:
+            atomic_write_text(args.document, text)
+        print0(f"{args.document}: {count} tables, {'written' if text != before else 'all as they were'}")
+
+
+if __name__ == "__main__":
+    main()

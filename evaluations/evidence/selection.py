@@ -1,0 +1,46 @@
+"""Which runs of results files a table shows, and the table."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from evaluations.evidence import comparison, store
+from evaluations.evidence.bed import Setting
+from tokenizer.runtime.config import flag_name
+
+FIELDS = [field.name for field in dataclasses.fields(Setting)[1:] if field.name != "model"]
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """What a table is made of."""
+    parser.add_argument("results", type=Path, nargs="+", help="files that run.py and tune.py wrote")
+    parser.add_argument("--arms", nargs="+", metavar="LABEL", help="these rows, in this order; default: all")
+    parser.add_argument("--baseline", help="an arm's label in the table; default: its first row")
+    parser.add_argument("--seeds", type=int, nargs="+", help="only these; default: all")
+    parser.add_argument("--metrics", nargs="+", choices=comparison.METRICS, metavar="METRIC",
+                        default=["psnr", "codes_used", "perplexity"], help=f"of {' '.join(comparison.METRICS)}")
+    parser.add_argument("--compared", choices=comparison.METRICS, default="psnr", help="metric of the last column")
+    for name in FIELDS:
+        parser.add_argument(flag_name(name), type=int, help="only runs of this setting")
+
+
+def rows(args: argparse.Namespace) -> tuple[list[comparison.Row], comparison.Row]:
+    """The rows that the flags ask for, and which of them is the baseline. ValueError, OSError: files and flags."""
+    wanted = {name: getattr(args, name) for name in FIELDS if getattr(args, name) is not None}
+    results = [result for result in store.read_all(args.results)
+               if (args.seeds is None or result.run.seed in args.seeds)
+               and all(getattr(result.run.setting, name) == value for name, value in wanted.items())]
+    if not results:
+        raise ValueError(f"no result in {' '.join(map(str, args.results))} is of these seeds and setting")
+    found = comparison.rows(results)
+    if args.arms:
+        found = [comparison.find(found, name, "--arms") for name in args.arms]
+    return found, comparison.find(found, args.baseline, "--baseline") if args.baseline else found[0]
+
+
+def render(args: argparse.Namespace) -> str:
+    """In Markdown."""
+    found, baseline = rows(args)
+    return comparison.markdown(found, baseline, args.metrics, args.compared)

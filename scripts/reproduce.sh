@@ -1,0 +1,204 @@
+#!/usr/bin/env bash
+# Repeats a table: trains its rows, and prints it. What is trained already is not trained again.
+#
+#     bash scripts/reproduce.sh TABLE [--scale SCALE] [--data PATH] [--out FOLDER] [--seeds "0 1 2"] [--jobs N]
+#
+# TABLE   1 reconstruction, 2 generation, 3 StructTokenBench, 4 protein structures, 5 and 6 the paper's ablations;
+#         core and rivals, which are not in the paper: what RESULTS.md compares
+# SCALE   small    hours of a CPU (the default). 1, 5, 6, core, rivals: the evidence bed, --data CIFAR10 images;
+#                  2: digits; 4: generated backbones, or the structures in --data
+#         confirm  days of a CPU. The evidence bed at 32x32; 2: CIFAR-10; 4: structures in --data
+#         paper    prints the commands for 8 GPUs and runs none; the last one makes the table of what they have trained.
+#                  --data ImageNet's folder of train/ and val/; 3 and 4: the archive, the cache of structures
+# --jobs  runs of the evidence bed at the same time
+set -euo pipefail
+
+source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
+
+fail() {
+    echo "reproduce.sh: error: $1" >&2
+    exit 2
+}
+
+table="${1:-}"
+case "$table" in
+    1 | 2 | 3 | 4 | 5 | 6 | core | rivals) shift ;;
+    *) fail "the table is '$table'; it must be 1 to 6, core or rivals" ;;
+esac
+scale=small data= out= seeds= jobs=1
+while [ $# -gt 0 ]; do
+    [ $# -ge 2 ] && [ -n "$2" ] || fail "$1 needs a value"
+    case "$1" in
+        --scale) scale="$2" ;;
+        --data) data="$2" ;;
+        --out) out="$2" ;;
+        --seeds) seeds="$2" ;;
+        --jobs) jobs="$2" ;;
+        *) fail "unknown flag $1; there are --scale, --data, --out, --seeds and --jobs" ;;
+    esac
+    shift 2
+done
+case "$scale" in small | confirm | paper) ;; *) fail "--scale is '$scale'; it must be small, confirm or paper" ;; esac
+[ -z "${seeds//[0-9 ]/}" ] || fail "--seeds is '$seeds'; it must be numbers such as \"0 1 2\""
+runs="$ROOT/runs"
+[ "$scale" != paper ] || runs=runs
+out="${out:-$runs/table-$table-$scale}"
+seeds="${seeds:-0 1 2}"
+
+run() { # a command, which the scale paper only shows
+    if [ "$scale" = paper ]; then
+        printf '%q ' "$@"
+        echo
+    else
+        "$@"
+    fi
+}
+
+launch() { # a training, on 8 GPUs or on what is here
+    if [ "$scale" = paper ]; then
+        run torchrun --nproc_per_node=8 "$@"
+    else
+        run "$PYTHON" "$ROOT/$1" "${@:2}"
+    fi
+}
+
+tool() { # a command of one process
+    if [ "$scale" = paper ]; then
+        run python "$@"
+    else
+        run "$PYTHON" "$ROOT/$1" "${@:2}"
+    fi
+}
+
+bed() { # arms...: on the evidence bed, and their table
+    [ -n "$data" ] || fail "--data is missing: the images of the evidence bed, such as cifar10_train.zip"
+    local numbers
+    read -ra numbers <<<"$seeds"
+    tool evaluations/evidence/run.py "$data" --bed "$scale" --jobs "$jobs" --seeds "${numbers[@]}" --arms "$@" \
+        --out "$out/results.jsonl"
+    tool evaluations/evidence/table.py "$out/results.jsonl" --metrics psnr ssim codes_used perplexity code_distance \
+        --out "$out/table.md" --figure "$out/table.png"
+}
+
+# What each row of a table adds to the trainers' defaults, which are ProVQ's.
+flags_of() {
+    case "$1" in
+        provq) ;;
+        vanilla) echo --warmup-steps 0 --transition-steps 0 ;;
+        llamagen) echo --warmup-steps 0 --transition-steps 0 --codebook-l2-norm ;;
+        soft) echo --warmup-steps 0 ;;
+        warmup) echo --transition-steps 0 ;;
+        adaptive) echo --transition-steps 0 --adaptive-warmup-patience 3 ;;
+        simvq) echo --quantizer simvq --warmup-steps 0 --transition-steps 0 ;;
+        simvq-soft) echo --quantizer simvq --warmup-steps 0 ;;
+        aminoaseed) echo --quantizer aminoaseed --warmup-steps 0 --transition-steps 0 ;;
+        aminoaseed-provq) echo --quantizer aminoaseed ;;
+        linear | exp | hard) echo --transition "$1" ;;
+        lambda-*) echo --loss-lambda "${1#lambda-}" ;;
+    esac
+}
+
+images() { # rows...: image tokenizers of every seed
+    local -a data_flags=()
+    case "$scale" in
+        small) data_flags=(--preset digits) ;;
+        confirm) data_flags=(--preset cifar10 --data-path "${data:-cifar10}") ;;
+        paper) data_flags=(--preset imagenet256 --data-path "$data/train" --val-path "$data/val") ;;
+    esac
+    for row in "$@"; do
+        for seed in $seeds; do
+            # shellcheck disable=SC2046  # several words
+            launch tokenizer/train_provq.py "${data_flags[@]}" $(flags_of "$row") --global-seed "$seed" \
+                --results-dir "$out/$row-s$seed"
+        done
+    done
+}
+
+each() { # rows...: -> folders of their runs
+    for row in "$@"; do
+        for seed in $seeds; do echo "$out/$row-s$seed"; done
+    done
+}
+
+if [ "$scale" = paper ]; then
+    [ -n "$data" ] || fail "--data is missing: the folder that the commands shall name"
+fi
+case "$table-$scale" in
+    core-paper | rivals-paper) fail "$table is not in the paper; use --scale small or confirm" ;;
+    1-paper) rows="vanilla llamagen simvq provq" ;;
+    5-paper) rows="simvq simvq-soft vanilla soft warmup adaptive provq" ;;
+    6-paper) rows="provq linear exp hard lambda-0 lambda-0.25 lambda-1" ;;
+    1-*) bed vanilla llamagen simvq provq provq+recluster ;;
+    5-*) bed simvq simvq+soft vanilla soft warmup adaptive provq ;;
+    6-*) bed provq provq-linear provq-exp provq-hard provq-lambda0 provq-lambda.25 provq-lambda1 ;;
+    core-*) bed vanilla vanilla+x10 vanilla+follow warmup warmup+recluster provq provq+x10 provq+recluster \
+        provq+recluster+x10 ;;
+    rivals-*) bed vanilla llamagen ema ema-restart simvq rotation diveq nsvq fsq lfq gumbel soft-to-hard adaptive provq ;;
+esac
+case "$table" in
+    1 | 5 | 6)
+        if [ "$scale" = paper ]; then
+            # shellcheck disable=SC2086  # rows are words
+            images $rows
+            for folder in $(each $rows); do
+                launch evaluations/reconstruction.py --vq-ckpt "$folder" --data-path "$data/val"
+            done
+            # shellcheck disable=SC2046
+            tool evaluations/report.py $(each $rows) --out "$out/table.html"
+        fi
+        ;;
+    2)
+        images vanilla provq
+        reference="$data/VIRTUAL_imagenet256_labeled.npz" features=() sampling=(--num-samples 50000 --cfg-scale 2)
+        training=(--gpt-model GPT-L)
+        if [ "$scale" != paper ]; then
+            reference=digits training=(--preset digits) sampling=(--num-samples 500 --cfg-scale 1.5)
+            extractor=()
+            if [ "$scale" = confirm ]; then
+                reference="${data:-data}" training=(--gpt-model GPT-tiny) sampling=(--num-samples 5000 --cfg-scale 1.5)
+                extractor=(--data-path "$reference")
+            fi
+            [ -f "$out/extractor.pt" ] ||
+                tool evaluations/train_extractor.py "${extractor[@]}" --out "$out/extractor.pt"
+            features=(--features "torchscript:$out/extractor.pt" --image-size 32)
+        fi
+        for row in vanilla provq; do
+            for seed in $seeds; do
+                run_folder="$out/$row-s$seed" gpt="$out/gpt-$row-s$seed"
+                launch autoregressive/extract_codes.py --vq-ckpt "$run_folder"
+                launch autoregressive/train_c2i.py "${training[@]}" --code-path "$run_folder/codes" \
+                    --vq-ckpt "$run_folder" --global-seed "$seed" --results-dir "$gpt"
+                launch autoregressive/sample_c2i.py --gpt-ckpt "$gpt" "${sampling[@]}" --out "$gpt/samples/table"
+                tool evaluations/generation.py "$reference" "$gpt/samples/table/samples.npz" "${features[@]}" \
+                    --out "$gpt/generation.json"
+            done
+        done
+        # shellcheck disable=SC2046
+        tool evaluations/report.py $(each gpt-vanilla gpt-provq) --out "$out/table.html"
+        ;;
+    3)
+        [ -n "$data" ] || fail "--data is missing: StructTokenBench's archive, unpacked"
+        [ "$scale" = paper ] || fail "Table 3 is run by protein/benchmark/train_task.py; --scale paper shows how"
+        tokenizers=()
+        for row in vanilla provq aminoaseed aminoaseed-provq; do
+            for seed in $seeds; do tokenizers+=("$row=$runs/table-4-paper/$row-s$seed"); done
+        done
+        tool protein/benchmark/train_task.py --all --data "$data" --results-dir "$out" \
+            --tokenizer foldseek "${tokenizers[@]}"
+        ;;
+    4)
+        data_flags=(--preset ideal)
+        [ -z "$data" ] || data_flags=(--preset small --data-path "$data")
+        [ "$scale" != paper ] || data_flags=(--preset paper --data-path "$data")
+        [ "$scale" != confirm ] || [ -n "$data" ] || fail "--data is missing: a folder of structures"
+        for row in vanilla provq aminoaseed aminoaseed-provq; do
+            for seed in $seeds; do
+                # shellcheck disable=SC2046
+                launch protein/train_provq.py "${data_flags[@]}" $(flags_of "$row") --global-seed "$seed" \
+                    --results-dir "$out/$row-s$seed"
+            done
+        done
+        # shellcheck disable=SC2046
+        tool evaluations/report.py $(each vanilla provq aminoaseed aminoaseed-provq) --out "$out/table.html"
+        ;;
+esac

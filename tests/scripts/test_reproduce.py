@@ -1,0 +1,80 @@
+"""scripts/reproduce.sh: every command that it runs or prints exists, with its flags; mistakes are named."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from entry_flags import flags
+from places import ROOT
+
+from autoregressive import train_config as gpt_config
+from protein import train_config as protein_config
+from tokenizer import train_config
+
+SCALES = {"small": "1 2 4 5 6 core rivals", "confirm": "1 2 4 5 6 core rivals", "paper": "1 2 3 4 5 6"}
+CONFIGS = {"tokenizer/train_provq.py": train_config, "protein/train_provq.py": protein_config,
+           "autoregressive/train_c2i.py": gpt_config}
+
+
+@pytest.fixture
+def reproduce(tmp_path):
+    """The script, with an interpreter that only says what it is asked for."""
+    folder = tmp_path / "scripts"
+    folder.mkdir()
+    shutil.copy(ROOT / "scripts" / "reproduce.sh", folder)
+    stub = tmp_path / "python"
+    stub.write_text(f"#!{sys.executable}\nimport shlex, sys\nprint('python', shlex.join(sys.argv[1:]))\n")
+    stub.chmod(0o755)
+    (folder / "setup_env.sh").write_text(f"ROOT={shlex.quote(str(ROOT))} PYTHON={shlex.quote(str(stub))}\n")
+
+    def call(*words):
+        return subprocess.run(["bash", str(folder / "reproduce.sh"), *words], capture_output=True, text=True, cwd="/")
+
+    return call
+
+
+@pytest.mark.parametrize(("scale", "table"), [(scale, table) for scale, tables in SCALES.items()
+                                              for table in tables.split()])
+def test_every_command_exists_with_its_flags(reproduce, tmp_path, scale, table):
+    done = reproduce(table, "--scale", scale, "--data", "the data", "--seeds", "3 4", "--out", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    lines = [shlex.split(line) for line in done.stdout.splitlines()]
+    assert lines
+    for words in lines:
+        launcher, *given = [word for word in words if word != "--nproc_per_node=8"]
+        assert launcher == "python" or (launcher == "torchrun" and scale == "paper")
+        script = Path(given[0]) if scale != "paper" else ROOT / given[0]
+        asked = {word.partition("=")[0] for word in given[1:] if re.match("--[a-z]", word)}
+        assert asked <= flags(script), script
+        name = str(script.relative_to(ROOT))
+        if name in CONFIGS:
+            CONFIGS[name].parse_config(given[1:])  # values too
+    trained = [words for words in lines if "--results-dir" in words and "--global-seed" in words]
+    folders = [words[words.index("--results-dir") + 1] for words in trained]
+    assert len(folders) == len(set(folders)), "a folder for every run"
+    assert {words[words.index("--global-seed") + 1] for words in trained} <= {"3", "4"}
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    ((), "the table is ''; it must be 1 to 6, core or rivals"),
+    (("7",), "the table is '7'"),
+    (("5",), "--data is missing"),
+    (("5", "--data"), "--data needs a value"),
+    (("5", "--data", ""), "--data needs a value"),
+    (("5", "--scale", "huge"), "--scale is 'huge'; it must be small, confirm or paper"),
+    (("5", "--seeds", "x"), "--seeds is 'x'; it must be numbers"),
+    (("5", "--frobnicate", "1"), "unknown flag --frobnicate"),
+    (("core", "--scale", "paper", "--data", "x"), "core is not in the paper"),
+    (("3", "--data", "x"), "--scale paper shows how"),
+    (("4", "--scale", "confirm"), "--data is missing: a folder of structures"),
+])
+def test_mistakes_are_named(reproduce, words, message):
+    done = reproduce(*words)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("reproduce.sh: error: ")
+    assert message in done.stderr

@@ -1,0 +1,211 @@
+"""kind="custom": quantizers that nobody has heard of, by functions and places, without surgery on the model."""
+
+import copy
+import dataclasses
+from collections import OrderedDict, namedtuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenizer.provq import Curriculum
+from tokenizer.provq_attach import attach, host_state_dict
+
+pytestmark = pytest.mark.filterwarnings("ignore:set_step")
+
+
+def _normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+Named = namedtuple("Named", "z_q loss extra")
+
+
+@dataclasses.dataclass
+class Result:
+    codes: Tensor
+    indices: Tensor
+    loss: Tensor | None = None
+    metrics: dict = dataclasses.field(default_factory=dict)
+
+
+class Foreign(nn.Module):
+    """Codes on columns, compared by angle; projections; a return value of any form. z (B, n, 6)."""
+
+    def __init__(self, form: str, dim: int = 6):
+        super().__init__()
+        self.form, self.into, self.out = form, nn.Linear(dim, 4), nn.Linear(4, dim)
+        self.columns = nn.Parameter(torch.randn(4, 8))
+        self.calls = 0
+
+    def codes(self) -> Tensor:
+        return F.normalize(self.columns, dim=0).t()
+
+    def forward(self, z: Tensor, scale: float = 1.0):
+        self.calls += 1
+        unit = F.normalize(self.into(z), dim=-1)
+        index = (unit @ self.codes().t()).argmax(-1)
+        code = self.codes()[index]
+        loss = scale * (unit - code).square().mean()
+        quantized = self.out(unit + (code - unit).detach())
+        return {"tuple": lambda: (quantized, loss, index),
+                "list": lambda: [index, [quantized, loss]],
+                "named": lambda: Named(quantized, None, (index, z.new_ones(3))),
+                "dict": lambda: {"loss": {"vq": loss}, "z": quantized, "ids": index, "name": "x"},
+                "ordered": lambda: OrderedDict(z=quantized, ids=index),
+                "dataclass": lambda: Result(quantized, index, loss, {"perplexity": loss.detach()})}[self.form]()
+
+
+PLACES = {
+    "tuple": {"quantized_at": 0, "losses_at": {"vq": 1}, "indices_at": 2},
+    "list": {"quantized_at": (1, 0), "losses_at": {"vq": (1, 1)}, "indices_at": 0},
+    "named": {"quantized_at": "z_q", "losses_at": {"vq": "loss"}, "indices_at": ("extra", 0)},
+    "dict": {"quantized_at": "z", "losses_at": {"vq": ("loss", "vq")}, "indices_at": "ids"},
+    "ordered": {"quantized_at": "z"},
+    "dataclass": {"quantized_at": "codes", "losses_at": {"vq": "loss"}, "indices_at": "indices"},
+}
+FUNCTIONS = {
+    "codebook": lambda m: m.codes(), "set_codebook": lambda m, centroids, _: m.columns.copy_(centroids.t()),
+    "latent": lambda m, x: F.normalize(m.into(x), dim=-1), "output": lambda m, codes: m.out(codes),
+    "dim": 6, "channel_dim": -1,
+}
+
+
+def _find(out, place):
+    for step in place if isinstance(place, tuple) else (place,):
+        out = getattr(out, step) if isinstance(step, str) and not isinstance(out, dict) else out[step]
+    return out
+
+
+@pytest.mark.parametrize("form", PLACES)
+def test_any_return_value_through_all_stages(form):
+    torch.manual_seed(0)
+    host, places = Foreign(form), PLACES[form]
+    keys = list(host.state_dict())
+    handle = attach(host, Curriculum(4, 3, loss_floor=0.5), kind="custom", **FUNCTIONS, **places)
+    optimizer = torch.optim.Adam(host.parameters(), 1e-2)
+    for step in range(10):
+        handle.set_step(step)
+        assert (handle.maybe_init_codebook(optimizers=[optimizer]) is not None) == (step == 4)
+        z = _normal(3, 20, 6, seed=step).requires_grad_()
+        bare = type(host).forward(copy.deepcopy(host), z)
+        calls = host.calls
+        out = host(z)
+        assert host.calls == calls + (step >= 4), "in the warm-up it does not run"
+        assert type(out) is type(bare)
+        quantized = _find(out, places["quantized_at"])
+        smooth = host.out(F.normalize(host.into(z), dim=-1))
+        expected = handle.alpha * smooth + (1 - handle.alpha) * _find(bare, places["quantized_at"])
+        torch.testing.assert_close(quantized, expected)
+        total = quantized.square().mean()
+        for place in places.get("losses_at", {}).values():
+            loss = _find(out, place)
+            if form == "named":
+                assert loss is None
+                continue
+            torch.testing.assert_close(loss, (handle.omega if step >= 4 else 0.0) * _find(bare, place))
+            total = total + loss
+        if "indices_at" in places:
+            indices = _find(out, places["indices_at"])
+            assert torch.equal(indices, _find(bare, places["indices_at"]) if step >= 4 else torch.full((3, 20), -1))
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+    assert form == "ordered" or handle.usage()["usage"] > 0.5
+    state = host_state_dict(host.state_dict())
+    assert list(state) == keys
+    Foreign(form).load_state_dict(state)
+
+
+def test_the_zero_curriculum_is_the_host():
+    torch.manual_seed(0)
+    host = Foreign("dict")
+    bare = copy.deepcopy(host)
+    attach(host, Curriculum(0, 0), kind="custom", **FUNCTIONS, **PLACES["dict"])
+    out, expected = host(_normal(2, 5, 6), scale=3.0), bare(_normal(2, 5, 6), scale=3.0)
+    assert torch.equal(out["loss"]["vq"], expected["loss"]["vq"])
+    assert torch.equal(out["z"], expected["z"])
+
+
+def test_arguments_of_a_call_are_passed_on_in_every_stage():
+    torch.manual_seed(0)
+    host = Foreign("tuple")
+    handle = attach(host, Curriculum(1, 1), kind="custom", **FUNCTIONS, **PLACES["tuple"])
+    z = _normal(2, 12, 6)
+    for step in range(3):
+        handle.set_step(step)
+        handle.maybe_init_codebook()
+        once, thrice = host(z)[1], host(z, scale=3.0)[1]
+        torch.testing.assert_close(thrice, 3 * once)
+
+
+def test_functions_that_do_not_fit_the_host_are_found_in_the_first_forward():
+    for wrong in ({"latent": lambda m, x: m.into(x).flip(-1)}, {"codebook": lambda m: 2 * m.codes() + 1}):
+        torch.manual_seed(0)
+        host = Foreign("tuple")
+        attach(host, Curriculum(2, 2), kind="custom", **FUNCTIONS | wrong, **PLACES["tuple"])
+        with pytest.raises(ValueError, match="Foreign is no host for CustomAdapter: its own forward takes the nearest"):
+            host(_normal(2, 5, 6))
+        host = Foreign("tuple")
+        attach(host, Curriculum(2, 2), kind="custom", check=False, **FUNCTIONS | wrong, **PLACES["tuple"])
+        host(_normal(2, 5, 6))
+    with pytest.raises(ValueError, match=r"channel_dim must be 1 .* got 2"):
+        attach(Foreign("tuple"), Curriculum(1, 1), kind="custom", **FUNCTIONS | {"channel_dim": 2})
+    with pytest.raises(TypeError, match="codebook"):
+        attach(Foreign("tuple"), Curriculum(1, 1), kind="custom")
+    with pytest.raises(TypeError, match="codebook: only kind='custom' takes callables"):
+        attach(Foreign("tuple"), Curriculum(1, 1), codebook=len)
+
+
+class Levels(nn.Module):
+    """Residual levels around one pair of projections. z (B, 6, n); indices (B, levels, n)."""
+
+    def __init__(self):
+        super().__init__()
+        self.into, self.out = nn.Linear(6, 4), nn.Linear(4, 6)
+        self.levels = nn.ModuleList([nn.Embedding(8, 4) for _ in range(3)])
+
+    def forward(self, z: Tensor):
+        rest = latent = self.into(z.movedim(1, -1))
+        indices = []
+        for level in self.levels:
+            indices.append(torch.cdist(rest, level.weight[None]).argmin(-1))
+            rest = rest - level(indices[-1])
+        quantized = latent + (latent - rest - latent).detach()
+        return {"z_q": self.out(quantized).movedim(-1, 1), "codes": torch.stack(indices, 1),
+                "commit": rest.square().mean()}
+
+
+def test_residual_levels():
+    torch.manual_seed(0)
+    host = Levels()
+    handle = attach(
+        host, Curriculum(4, 2), kind="custom", levels=lambda m: m.levels, codebook=lambda level: level.weight,
+        set_codebook=lambda level, centroids, _: level.weight.copy_(centroids),
+        latent=lambda m, x: m.into(x), output=lambda m, codes: m.out(codes), dim=6, quantized_at="z_q",
+        indices_at="codes", level_axis=1, losses_at={"commit": "commit"})
+    for step in range(8):
+        handle.set_step(step)
+        handle.maybe_init_codebook()
+        out = host(_normal(4, 6, 12, seed=step))
+        assert out["codes"].shape == (4, 3, 12)
+        assert ((out["codes"] < 0) == (step < 4)).all()
+    counts = handle.usage()["counts"].reshape(3, 8)
+    assert counts.sum(1).tolist() == [192] * 3
+    assert (counts > 0).float().mean() > 0.8
+    Levels().load_state_dict(host_state_dict(host.state_dict()))
+
+
+def test_copies_of_an_attached_host_use_their_own_codes():
+    torch.manual_seed(0)
+    host = Foreign("tuple")
+    handle = attach(host, Curriculum(2, 2), kind="custom", **FUNCTIONS, **PLACES["tuple"])
+    host(_normal(3, 20, 6))
+    twin = copy.deepcopy(host)
+    handle.set_step(2)
+    handle.maybe_init_codebook(copies=[twin])
+    assert torch.equal(twin.columns, host.columns)
+    twin.columns.data.zero_()
+    assert twin.provq.quantizer.codebook().abs().sum() == 0
+    assert handle.quantizer.codebook().abs().sum() > 0
