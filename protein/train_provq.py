@@ -45,6 +45,7 @@ from tokenizer.quantizer_config import build_restart
 from tokenizer.runtime import config, distributed
 from tokenizer.runtime.ema import EMA
 from tokenizer.runtime.optim import accumulating, build_adamw, learning_rate, replicate, set_learning_rate, update
+from tokenizer.runtime.precision import set_tf32
 from tokenizer.runtime.run import Run, launch
 
 PROBED, EXAMPLES = 16, 4  # validation chains whose drift is watched, and that are written at each stage's end
@@ -64,6 +65,7 @@ class Trainer(CurriculumTrainer):
     shown = ("rmsd", "lddt", "tm", "usage", "perplexity")
 
     def __init__(self, cfg: TrainConfig, device: torch.device):
+        set_tf32(convolutions=cfg.tf32, matmul=cfg.tf32)
         fingerprints = self._open_data(cfg)
         cfg = with_length(cfg, len(self.train_set))
         self.cfg, self.device = cfg, device

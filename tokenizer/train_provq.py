@@ -42,6 +42,7 @@ from tokenizer.runtime import config, distributed
 from tokenizer.runtime.checkpoint import atomic_write
 from tokenizer.runtime.ema import EMA
 from tokenizer.runtime.optim import accumulating, replicate, scale_learning_rate, update
+from tokenizer.runtime.precision import set_tf32
 from tokenizer.runtime.run import Run, launch
 from tokenizer.train_config import RESUMABLE, TrainConfig, check, open_split, parse_config, tokens_per_batch
 from tokenizer.validation import channels_last, validate
@@ -75,6 +76,9 @@ class Trainer(CurriculumTrainer):
 
     def __init__(self, cfg: TrainConfig, device: torch.device):
         torch.backends.cudnn.benchmark = True  # training batches have one shape
+        set_tf32(convolutions=cfg.tf32, matmul=False)  # a compiled model searches its codes at this precision
+        if cfg.sync_batchnorm and device.type != "cuda":
+            raise ValueError(f"--sync-batchnorm works on GPUs only, not on --device {device.type}; leave it out")
         self.lpips = _open_lpips(cfg).to(device) if cfg.perceptual_weight else None  # fails first
         fingerprints = self._open_data(cfg)
         cfg = with_length(cfg, len(self.train_set))
@@ -97,7 +101,7 @@ class Trainer(CurriculumTrainer):
         # Only training is worth the compile time; everything else goes through self.raw, under its own names.
         core: nn.Module = torch.compile(self.raw) if cfg.compile else self.raw  # type: ignore[assignment]
         self.model = replicate(core, device)
-        if self.disc is not None and distributed.world_size() > 1 and device.type == "cuda":
+        if self.disc is not None and cfg.sync_batchnorm and distributed.world_size() > 1:
             self.disc = nn.SyncBatchNorm.convert_sync_batchnorm(self.disc)
         self.disc_ddp = None if self.disc is None else replicate(self.disc, device)
 

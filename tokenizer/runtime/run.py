@@ -51,6 +51,8 @@ class RunConfig:
     max_grad_norm: float = arg(1.0, "clip the gradient norm of a network; 0: off; LlamaGen, StructTokenBench: 1")
     ema: bool = arg(False, "keep, validate and export an exponential moving average of the weights; LlamaGen: no")
     ema_decay: float = arg(0.9999, "decay of that average per step; LlamaGen: 0.9999")
+    tf32: bool = arg(True, "on GPUs, float32 convolutions, and matrix products of GPTs and protein models, in TF32; "
+                           "distances to codes and geometry stay exact; LlamaGen: yes")
 
 
 # What may differ when a run is resumed: its length, its cadence, its machine. Else it would be another experiment.
