@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -101,6 +102,14 @@ def finalize() -> None:
     """Leave the process group. For the normal end of a program; after an exception just let the process exit."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        if _gloo_threads():  # DTensor's caches keep FSDP's group; what a thread lets go of in the interpreter's end
+            time.sleep(0.5)  # would abort the process
+
+
+def _gloo_threads() -> bool:
+    """Whether this process has threads of gloo. Linux says it; elsewhere False."""
+    names = Path("/proc/self/task").glob("*/comm")
+    return any(name.read_text(errors="replace").startswith(("pt_gloo", "gloo")) for name in names)
 
 
 def _grouped() -> bool:
