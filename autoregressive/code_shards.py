@@ -11,10 +11,13 @@ Views are crops and mirror images of one image; training draws one of them anew 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +87,11 @@ class CodeFiles:
     fingerprint: str     # of the content, as the manifest has it
     shards: list[tuple[Path, str]] = field(default_factory=list)  # file and SHA-256 of each; none in LlamaGen's folders
 
+    @cached_property
+    def _starts(self) -> list[int]:
+        """Number of the first image of each shard; an empty one is never found."""
+        return [0, *itertools.accumulate(len(array) for array in self.arrays[:-1])]
+
     def damage(self, mine: Callable[[int], bool] = lambda number: True) -> list[str]:  # noqa: ARG005
         """Read the shards whose number is `mine` to the end -> what is wrong with them, a sentence each."""
         found = []
@@ -99,10 +107,8 @@ class CodeFiles:
 
     def codes(self, image: int, view: int) -> np.ndarray:
         """(tokens,) int64. CannotContinue: a code beyond the codebook, in a file that has changed since `damage`."""
-        shard = 0
-        while image >= len(self.arrays[shard]):
-            image -= len(self.arrays[shard])
-            shard += 1
+        shard = bisect_right(self._starts, image) - 1
+        image -= self._starts[shard]
         found = self.arrays[shard][image, view].astype(np.int64)
         if found.max() >= self.codebook_size or found.min() < 0:
             raise CannotContinue(f"{self.path}: image {image} of shard {shard} has codes in [{found.min()}, "

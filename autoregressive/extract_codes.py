@@ -5,8 +5,8 @@
 
 Views follow LlamaGen: the center crop and its mirror image, or with --ten-crop ten crops of a larger one (four corners,
 center, and the same of the mirror image). The same command again continues what was interrupted, and makes shards of a
-finished folder again that are missing or damaged; processes share the work by shards, and the result does not depend on
-their number.
+finished folder again that are missing or damaged; processes take one shard after another as they come free, and the
+result does not depend on their number.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ from tokenizer.vq_model import VQModel
 
 PROG = "autoregressive/extract_codes.py"
 SETTINGS, PARTS = "extraction.json", "parts"  # of a folder that is not finished
-SHARDS, LEAST, MOST = 32, 256, 65536          # shards of a data set, and images in one
+SHARDS, LEAST, MOST = 32, 256, 4096           # shards of a data set, and images in one: a minute or two of a GPU
+MOST_BEFORE = 65536                           # in folders whose manifest does not say how many
+LATER = ("shard_images", "tf32")              # entries of the manifest that older folders do not have, and need not
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -115,9 +117,28 @@ def describe(model: VQModel, source: ImageSource, args: argparse.Namespace) -> d
         "crops": f"ten of a center crop to {enlarged(args)}" if args.ten_crop else
                  "center" + (" and its mirror image" if args.flip else ""),
         "mixed_precision": args.mixed_precision,
+        "tf32": False,  # see runtime/command.py
         "source_images": len(source),
         "source_fingerprint": source.fingerprint(),
+        "shard_images": images_per_shard(len(source), MOST),
     }
+
+
+def images_per_shard(images: int, most: int) -> int:
+    """Of a data set of so many images."""
+    return min(max(-(-images // SHARDS), LEAST), most)
+
+
+def as_begun(folder: Path, description: dict[str, Any]) -> dict[str, Any]:
+    """description without what a folder that is there already was made without, so that it is finished as it was."""
+    known = _known(folder)
+    there = description if known is None else config.load(known)
+    return {key: value for key, value in description.items() if key in there or key not in LATER}
+
+
+def _known(folder: Path) -> Path | None:
+    """The file in folder that says what its codes are."""
+    return next((folder / name for name in (MANIFEST, SETTINGS) if (folder / name).is_file()), None)
 
 
 def enlarged(args: argparse.Namespace) -> int:
@@ -127,7 +148,7 @@ def enlarged(args: argparse.Namespace) -> int:
 
 def prepare_folder(folder: Path, description: dict[str, Any]) -> bool:
     """Whether there is work to do. ValueError: the folder holds something else. Changes nothing that is there."""
-    known = next((folder / name for name in (MANIFEST, SETTINGS) if (folder / name).is_file()), None)
+    known = _known(folder)
     if known is None:
         if not lock.is_unused(folder):
             raise ValueError(f"--code-path {folder} holds other files; name a new folder")
@@ -204,11 +225,12 @@ def extract(args: argparse.Namespace, device: torch.device) -> None:
         args.flip = source.flippable
     if (args.flip or args.ten_crop) and not source.flippable:
         raise ValueError("--flip and --ten-crop mirror images, but the mirror image of a digit is no digit")
-    description = describe(model, source, args)
     folder = args.code_path
-    shards = consecutive(len(source), min(max(-(-len(source) // SHARDS), LEAST), MOST))
+    description = as_begun(folder, describe(model, source, args))
+    size = description.get("shard_images", images_per_shard(len(source), MOST_BEFORE))
+    shards = consecutive(len(source), size)
     good: list[dict[str, Any]] = []
-    if not any((folder / name).is_file() for name in (MANIFEST, SETTINGS)):  # what is begun is finished as it was
+    if _known(folder) is None:
         require_no_empty_class(source.labels, source.classes, "the images")
     finished = not prepare_folder(folder, description)
     if finished:
@@ -232,17 +254,14 @@ def extract(args: argparse.Namespace, device: torch.device) -> None:
         (folder / MANIFEST).unlink(missing_ok=True)
     distributed.barrier()
     dataset = ImageDataset(source, enlarged(args))
-    rank, world = distributed.rank(), distributed.world_size()
     bad = BadImageCounter(args.max_bad_images)
     bad.add(source.damaged)
     encode = torch.compile(model.encode_latents) if args.compile else None
     with tqdm(total=len(source), unit="image", disable=None if distributed.is_main() else True) as shown:
-        for number, places in enumerate(shards):
-            name = shard_name(number, len(shards))
-            if number % world != rank:
-                continue
+        for number in distributed.deal_out(len(shards)):  # one takes minutes more than another: see distributed.py
+            name, places = shard_name(number, len(shards)), shards[number]
+            shown.update(places[0] - shown.n)  # those before are done, or other processes' now
             if _is_done(folder / name, parts / f"{name}.json"):
-                shown.update(len(places))
                 continue
             batches = [[places[i] for i in rows] for rows in consecutive(len(places), args.batch_size)]
             codes, kept = extract_shard(
@@ -253,7 +272,6 @@ def extract(args: argparse.Namespace, device: torch.device) -> None:
             atomic_write(folder / name, partial(np.save, arr=codes))
             part = {"file": name, "images": len(kept), "sha256": file_hash(folder / name), "places": kept}
             atomic_write_text(parts / f"{name}.json", json.dumps(part))
-    distributed.barrier()
     if distributed.is_main():
         _finish(folder, description, source, [shard_name(i, len(shards)) for i in range(len(shards))])
 

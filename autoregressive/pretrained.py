@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from autoregressive.gpt import GPT, GPT_PRESETS, GPTConfig, rope_table
+from tokenizer.export_probe import evaluating, require_same
 from tokenizer.weights import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -19,6 +20,7 @@ from tokenizer.weights import (
     check_state_dict,
     owned,
     read_weights,
+    require_finite,
     require_keys,
     require_stored,
     shape_of,
@@ -27,6 +29,7 @@ from tokenizer.weights import (
 )
 
 EXPORT_FORMAT = "provq-gpt-1"
+PROBE_CODES = 64  # of an image, that an export is tried on
 # Published LlamaGen files may hold these; they are computed from the sizes, or left over from a generation.
 _IGNORED = re.compile(r"freqs_cis|causal_mask|.*\.kv_cache\..*")
 
@@ -75,15 +78,28 @@ def load_gpt(
 def export_gpt(loaded: LoadedGPT, folder: str | Path) -> Path:
     """Write an inference export, {folder}/config.json and model.safetensors (LlamaGen's keys) -> folder.
 
-    ValueError: the folder holds something else.
+    ValueError: the folder holds something else, or a model of what would be written does not predict as this one does.
     """
     folder = Path(folder)
     if folder.exists() and any(p.name not in (CONFIG_FILE, WEIGHTS_FILE) for p in folder.iterdir()):
         raise ValueError(f"{folder} holds other files; name a new folder for the export")
     state = {key: value.detach().cpu().contiguous() for key, value in loaded.model.state_dict().items()}
+    require_finite(state, "this model")
+    _require_faithful(loaded.model, _build(loaded.model.config, state, "the export", "").model)
     description = {"format": EXPORT_FORMAT, "tokenizer_hash": loaded.tokenizer_hash, "gpt": asdict(loaded.model.config),
                    "trained_classes": loaded.trained_classes}
     return write_export(folder, description, state)
+
+
+def _require_faithful(model: GPT, exported: GPT) -> None:
+    """ValueError: the two models do not give the codes of some images the same logits."""
+    weight, config = model.output.weight, model.config
+    exported.to(weight.device).cast(weight.dtype).eval()
+    place = torch.arange(min(config.block_size - 1, PROBE_CODES), device=weight.device)
+    codes = torch.stack([place * 7919 % config.vocab_size, place * 104729 % config.vocab_size])
+    labels = torch.tensor([0, config.num_classes], device=weight.device)
+    with evaluating(model):
+        require_same("logits", model(codes, labels), exported(codes, labels))
 
 
 def _build(gpt_config: GPTConfig, state: Mapping[str, Tensor], source: str, tokenizer_hash: object) -> LoadedGPT:

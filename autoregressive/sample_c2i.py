@@ -194,7 +194,7 @@ def check_folder(args: argparse.Namespace, settings: dict[str, Any]) -> bool:
         if not lock.is_unused(args.out):
             raise ValueError(f"--out {args.out} holds other files; name a new folder")
         return False
-    there = config.load(known)
+    there = {"tf32": False} | config.load(known)  # older folders do not say
     before = there.get("num_samples")
     grows = type(before) is int and before < args.num_samples
     there |= {"num_samples": args.num_samples} if grows else {}
@@ -247,7 +247,7 @@ def sample(args: argparse.Namespace, device: torch.device) -> None:
     require_guidance(loaded, args.sampling)
     classes = class_list(args, loaded)
     settings = {**asdict(args.sampling), "num_samples": args.num_samples, "classes": classes,
-                "global_seed": args.global_seed, "mixed_precision": precision, "gpt": loaded.name,
+                "global_seed": args.global_seed, "mixed_precision": precision, "tf32": False, "gpt": loaded.name,
                 "gpt_sha256": _weights_hash(model), "tokenizer_sha256": tokenizer_hash(vq),
                 "image_size_eval": args.image_size_eval, "batch_size": args.batch_size}
     check_folder(args, settings)
@@ -265,19 +265,19 @@ def sample(args: argparse.Namespace, device: torch.device) -> None:
         atomic_write_json(args.out / SETTINGS, settings)
         atomic_write(args.out / "labels.npy", lambda file: np.save(file, np.array(labels)))
     distributed.barrier()
-    rank, world = distributed.rank(), distributed.world_size()
     compiled = compile_decoding(model) if args.compile else None
     starts = range(0, args.num_samples, args.batch_size)
-    with tqdm(total=args.num_samples, unit="image", disable=None if rank == 0 else True) as shown:
-        for number, start in enumerate(starts):
+    with tqdm(total=args.num_samples, unit="image", disable=None if distributed.is_main() else True) as shown:
+        for number in distributed.deal_out(len(starts)):
+            start = starts[number]
             places = list(range(start, min(start + args.batch_size, args.num_samples)))
             files = [images / f"{place:06d}.png" for place in places]
-            if number % world == rank and not all(file.exists() for file in files):
+            shown.update(start - shown.n)  # those before are done, or other processes' now
+            if not all(file.exists() for file in files):
                 for pixels, file in zip(draw_batch(model, vq, places, labels, args, compiled), files, strict=True):
                     picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
                     atomic_write(file, partial(picture.save, format="PNG"))
             shown.update(len(places))
-    distributed.barrier()
     if distributed.is_main():
         write_npz(images, args.num_samples, args.out / "samples.npz")
         draw_grid(images, labels, classes, args.out / "grid.png")

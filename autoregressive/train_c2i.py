@@ -45,6 +45,7 @@ from tokenizer.runtime.optim import (
     set_learning_rate,
     update,
 )
+from tokenizer.runtime.precision import set_tf32
 from tokenizer.runtime.run import Run, Stateful, launch, with_max_steps
 from tokenizer.runtime.seeding import fold
 from tokenizer.vq_model import VQModel
@@ -57,6 +58,7 @@ class Trainer:
 
     def __init__(self, cfg: TrainConfig, device: torch.device):
         self.cfg = cfg
+        set_tf32(convolutions=cfg.tf32, matmul=cfg.tf32)
         codes = self._open_codes(cfg)
         cfg = with_max_steps(cfg, len(self.train_set))
         self.cfg, self.device = cfg, device

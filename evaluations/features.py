@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,13 +52,28 @@ class Extractor(nn.Module):
     def forward(self, images: Tensor) -> Features:
         if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
             raise ValueError(f"images must be uint8 (N, 3, H, W), got {images.dtype} {tuple(images.shape)}")
-        matmul = torch.backends.cuda.matmul.allow_tf32
-        try:
-            torch.backends.cuda.matmul.allow_tf32 = False
-            with torch.backends.cudnn.flags(allow_tf32=False):
-                return self._run(images)
-        finally:
-            torch.backends.cuda.matmul.allow_tf32 = matmul
+        with _without_tf32():
+            return self._run(images)
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Inside, float32 on CUDA is exact, whichever of torch's switches the host program has set.
+
+    torch 2.9 renamed the switches and raises where the old name is read after the new one was set.
+    """
+    cudnn = torch.backends.cudnn
+    parts = (torch.backends.cuda.matmul, getattr(cudnn, "conv", cudnn))
+    switches = [(part, "fp32_precision", "ieee") if hasattr(part, "fp32_precision") else (part, "allow_tf32", False)
+                for part in parts]
+    saved = [getattr(part, name) for part, name, _ in switches]
+    try:
+        for part, name, exact in switches:
+            setattr(part, name, exact)
+        yield
+    finally:
+        for (part, name, _), value in zip(switches, saved, strict=True):
+            setattr(part, name, value)
 
 
 def open_extractor(spec: str, inception_weights: str | Path | None = None) -> Extractor:

@@ -38,7 +38,9 @@ PROG = "evaluations/report.py"
 IGNORED = (RESUMABLE - {"data_path", "val_path"}) | {"global_seed"}
 STAGES = ("warmup_steps", "transition_steps", "transition", "loss_lambda", "codebook_init", "kmeans_batches",
           "adaptive_warmup_patience", "adaptive_warmup_min_steps")
-QUANTIZER = ("quantizer", "codebook_l2_norm", "rotation")
+QUANTIZER = ("quantizer", "codebook_l2_norm", "rotation", "codebook_follow")
+OPTIONS = {"recluster": "k-means again", "recluster_at": "k-means again at", "codebook_lr_scale": "codes' lr x",
+           "codebook_restart_below": "dead codes restart below"}  # ours, or others', never the paper's
 UNKNOWN = "unknown"
 BASES = {"vq": "Vanilla", "simvq": "SimVQ", "aminoaseed": "AminoAseed", "ema": "EMA"}
 MAX_SAMPLES = 12            # pictures of RUN/samples on the page, per run
@@ -88,7 +90,8 @@ def base_model(cfg: Mapping[str, Any]) -> str:
     name = BASES.get(cfg["quantizer"], str(cfg["quantizer"]))
     if cfg.get("codebook_l2_norm"):
         name = "LlamaGen (unit norm)" if name == "Vanilla" else f"{name}, unit norm"
-    return name + (", rotation trick" if cfg.get("rotation") else "")
+    name += ", rotation trick" if cfg.get("rotation") else ""
+    return name + (", following codes" if cfg.get("codebook_follow") else "")
 
 
 def enhancement(setting: Setting, schedule: bool = True) -> str:
@@ -102,6 +105,11 @@ def enhancement(setting: Setting, schedule: bool = True) -> str:
         name += f", {setting.config['transition']}"
     if lengths[0] and setting.config.get("adaptive_warmup_patience"):
         name += ", adaptive"
+    for key, words in OPTIONS.items():
+        value = setting.config.get(key) or None
+        if value is not None and (key, value) != ("codebook_lr_scale", 1.0):
+            values = " ".join(map(str, value)) if isinstance(value, list) else f"{value:g}"
+            name += f", {words}" if value is True else f", {words} {values}"
     if not all(run.summary for run in setting.runs):
         name += f" [unfinished, step {setting.step}]"
     return name
@@ -259,7 +267,7 @@ def table_5(rows: Sequence[Setting], group: Group) -> Table | None:
         extra = enhancement(setting) + (f" ({setting.detail})" if setting.detail else "")
         table.rows.append([Cell(base_model(setting.config)), Cell(extra),
                            Cell(f"{steps} / {setting.step}"), _seed_cell(setting, group), *numbers])
-    table.notes += _also_differ(chosen, (*STAGES, *QUANTIZER))
+    table.notes += _also_differ(chosen, (*STAGES, *QUANTIZER, *OPTIONS))
     return table
 
 
@@ -431,7 +439,8 @@ class Report:
         return page.legend((self.colors[name], name) for name in self.names) + page.figure(
             svg, "One line per run, one colour per setting; dotted lines: ends of stage 1 and stage 2. Loss, alpha and "
             "omega are those of training, the rest of validation. Drift: how far codes, and latents of 64 fixed "
-            "images, moved since the validation before.")
+            "images, moved since the validation before. Spread, and moved since the row before: of a channel of the "
+            "same latents and of the codes, from k-means on, while training.")
 
     def usage(self) -> str:
         shown = [(run.snapshots[-1], self.color_of[run.path]) for run in self.runs

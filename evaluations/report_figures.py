@@ -37,8 +37,11 @@ PANELS = (
     ("usage", "codes used (fraction)", True, False),
     ("code_drift", "drift of the codes", True, True),
     ("latent_drift", "drift of the latents", True, True),
+    ("latent_spread", "spread of latents (solid), codes (dashed)", False, True),
+    ("latents_moved", "moved: latents (solid), codes (dashed)", False, True),
     ("alpha", "alpha (solid) and omega (dashed)", False, False),
 )
+DASHED = {"latent_spread": "code_spread", "latents_moved": "codes_moved", "alpha": "omega"}  # in the same panel
 
 
 def color(index: int) -> str:
@@ -83,8 +86,8 @@ def curves(runs: Sequence[tuple[Any, str]], name: str) -> str:
         for axis, (key, title, validation, logarithmic) in zip(axes, shown, strict=False):
             for run, hue in runs:
                 draw_curve(axis, run, key, hue, validation=validation)
-                if key == "alpha":
-                    draw_curve(axis, run, "omega", hue, validation=False, linestyle="--")
+                if key in DASHED:
+                    draw_curve(axis, run, DASHED[key], hue, validation=False, linestyle="--")
             axis.set_title(title, loc="left")
             axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             if logarithmic:

@@ -36,6 +36,7 @@ from torch.nn import functional as F
 from protein.geometry import virtual_cb
 from protein.structure_decoder import DIRECTION_BINS, DISTANCE_BINS
 from protein.structure_model import SEQUENCE_VOCABULARY, StructureOutput
+from tokenizer.runtime.precision import exact_float32
 
 MAX_DISTANCE_ERROR = 25.0   # Angstrom^2: a pair of atoms costs no more
 MAX_DIRECTION_ERROR = 20.0  # Angstrom^4 or more, of a pair of vectors
@@ -172,7 +173,7 @@ class _PairErrors(torch.autograd.Function):
         rows = _rows(predicted, predicted.shape[0] * predicted.shape[1])
         for start in range(0, predicted.shape[1], rows):
             part = slice(start, start + rows)
-            with torch.autocast(predicted.device.type, enabled=False):
+            with exact_float32(predicted.device):
                 if dots:
                     error = both[:, part] @ opposite  # (B, rows, P)
                 else:
@@ -273,7 +274,7 @@ def _direction_bins(backbone: Tensor, as_coded: bool) -> Tensor:
     n, ca, c = backbone.unbind(2)
     a, b = F.normalize(c - ca, dim=-1), F.normalize(n - ca, dim=-1)
     normal = F.normalize(torch.linalg.cross(c - ca, n - ca), dim=-1)
-    with torch.autocast(backbone.device.type, enabled=False):
+    with exact_float32(backbone.device):
         dots = torch.stack([first @ second.transpose(1, 2) for first, second in
                             ((a, b), (a, normal), (b, a), (b, normal), (normal, a), (normal, b))], dim=-1)
     if not as_coded:

@@ -25,13 +25,15 @@ from protein.structure_model import (
     fit_structtokenbench,
     load_structtokenbench,
 )
-from tokenizer.pretrained import content_hash, write_table_export
+from tokenizer.export_probe import evaluating, quantizer_identity, require_same, require_same_codes, require_table_shape
+from tokenizer.pretrained import content_hash, table_config, write_table_export
 from tokenizer.provq import nearest_code
 from tokenizer.weights import (
     check_state_dict,
     listed,
     owned,
     read_weights,
+    require_finite,
     require_keys,
     require_stored,
     shape_of,
@@ -41,6 +43,7 @@ from tokenizer.weights import (
 EXPORT_FORMAT = "provq-structure-tokenizer-1"
 ESM3_ENCODER_FILE, ESM3_DECODER_FILE = "esm3_structure_encoder_v0.pth", "esm3_structure_decoder_v0.pth"
 
+PROBE_RESIDUES = 48  # of the chain that an export is tried on
 HEAD_WIDTH = 64  # channels of an attention head in the decoders of ESM3 and StructTokenBench; no shape tells it
 _EOS, _BOS, _PAD = (ESM3_CODES + i for i in (1, 2, 3))
 _CODEBOOK = "quantizer.codebook.weight"
@@ -105,7 +108,8 @@ class VQTokenizer(StructureTokenizer):
         """A run and its export have the same."""
         config = self.model.config
         description = {"neighbours": config.neighbours, "decoder_heads": config.decoder_heads}  # others are shapes
-        return content_hash(description, _exported_state(self.model))
+        kind, own = quantizer_identity(self.model.quantize, config.codebook_l2_norm)
+        return content_hash(description | kind, {**_exported_state(self.model), **own})
 
 
 class _EMACodebook(nn.Module):
@@ -311,6 +315,27 @@ def save_pretrained(model: StructureVQModel, folder: str | Path) -> Path:
     """Write an inference export, {folder}/config.json and model.safetensors, under StructTokenBench's keys -> folder.
 
     The quantizer becomes a plain table of its effective codes, so StructTokenBench can load the weights as VanillaVQ
-    and the export cannot continue a training: checkpoints do that. ValueError: no codebook yet.
+    and the export cannot continue a training: checkpoints do that. ValueError: no codebook yet, or a model of what
+    would be written does not encode and decode as this one does.
     """
-    return write_table_export(Path(folder), EXPORT_FORMAT, model.config, _exported_state(model))
+    state = _exported_state(model)
+    require_finite(state, "this model")
+    require_table_shape(model.quantize)
+    _require_faithful(model, _structtokenbench(table_config(model.config), state, "the export").model)
+    return write_table_export(Path(folder), EXPORT_FORMAT, model.config, state)
+
+
+def _require_faithful(model: StructureVQModel, exported: StructureVQModel) -> None:
+    """ValueError: the two models do not encode and decode a chain alike."""
+    weight = model.decoder.post_vq_proj.weight
+    exported.to(weight.device, weight.dtype).eval()
+    # A random walk in steps of a residue: N and C beside CA, about as far as bonds are long.
+    step, n, c = F.normalize(torch.randn(3, PROBE_RESIDUES, 3, generator=torch.Generator().manual_seed(0)), dim=-1)
+    ca = (3.8 * step).cumsum(0)
+    coords = torch.stack([ca + 1.5 * n, ca, ca + 1.5 * c], dim=1)[None].to(weight)  # (1, L, 3, 3)
+    with evaluating(model):
+        latents = model.encode_latents(coords)
+        require_same("latents", latents, exported.encode_latents(coords))
+        require_same_codes(model.quantize, exported.quantize, latents[0])
+        tokens = model.encode(coords)
+        require_same("coordinates", model.decode(tokens).coords, exported.decode(tokens).coords)

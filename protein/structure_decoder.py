@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from protein.geometry import gram_schmidt
 from protein.structure_encoder import feed_forward
+from tokenizer.runtime.precision import exact_float32
 
 # N and C in the frame of their residue, CA being its origin: bond lengths 1.46 and 1.53 Angstrom, angle 111 degrees.
 IDEAL_N, IDEAL_C = (0.5256, 1.3612), -1.5251
@@ -124,7 +125,7 @@ class FrameHead(nn.Module):
         self.proj = nn.Linear(width, 23)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(x.device.type, enabled=False):  # a translation of 50 Angstrom has 0.25 resolution in bf16
+        with exact_float32(x.device):  # a translation of 50 Angstrom has 0.25 resolution in bf16
             h = self.norm(F.gelu(self.ffn1(x.float())))
             origin, u, w = F.linear(h, self.proj.weight[:9], self.proj.bias[:9]).split(3, dim=-1)
             u, w = (v / (torch.linalg.vector_norm(v, dim=-1, keepdim=True) + 1e-5) for v in (u, w))

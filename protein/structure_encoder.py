@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from protein.geometry import backbone_frames, knn_graph, valid_residues
+from tokenizer.runtime.precision import exact_float32
 
 REACH = 32  # relative positions are clamped to +-REACH
 ENCODER_RATIO = 4.0  # of the feed-forward layers' width to the encoder's
@@ -153,7 +154,7 @@ class GeometricAttention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, rotation: Tensor, origin: Tensor, near: Tensor) -> Tensor:
         """Planes from project, rotation (N, S, 3, 3), origin (N, S, 3), near (N, S) bool -> (N, Q, d)."""
         queries = q.shape[1]
-        with torch.autocast(q.device.type, enabled=False):
+        with exact_float32(q.device):
             q = rotation[:, :queries] @ q.float().unflatten(-1, (3, 2 * self.heads))  # (N, Q, 3, 2H)
             k = rotation @ k.float().unflatten(-1, (3, 3 * self.heads))               # (N, S, 3, 3H)
             q_direction, q_point = q.unflatten(-1, (2, self.heads)).unbind(-2)
@@ -231,7 +232,7 @@ class StructureEncoder(nn.Module):
         parts = zip(*(t.split(size) for t in (offset, rotation, origin, near)), strict=True)
         encoded = torch.cat([self._neighbourhoods(*part) for part in parts])  # (N, d)
         full = encoded.new_zeros(*valid.shape, encoded.shape[-1]).index_put((chain, residue), encoded)
-        with torch.autocast(full.device.type, enabled=False):  # codes are chosen by distances between latents
+        with exact_float32(full.device):  # codes are chosen by distances between latents
             return self.pre_vq_proj(full.float())
 
     def _neighbourhoods(self, offset: Tensor, rotation: Tensor, origin: Tensor, near: Tensor) -> Tensor:

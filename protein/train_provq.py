@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,14 @@ from protein.structure_io import ATOMS, Chain, write_structure
 from protein.structure_model import StructureModelConfig, StructureVQModel
 from protein.train_config import RESUMABLE, TrainConfig, check, loss_weights, parse_config
 from protein.validation import StructureMeter
-from tokenizer.code_meter import DriftMeter
+from tokenizer.code_meter import PaceMeter
 from tokenizer.curriculum import CurriculumTrainer, build_curriculum, code_usage, kmeans_batches, with_length
 from tokenizer.data import consecutive, make_loader, spread
 from tokenizer.quantizer_config import build_restart
 from tokenizer.runtime import config, distributed
 from tokenizer.runtime.ema import EMA
 from tokenizer.runtime.optim import accumulating, build_adamw, learning_rate, replicate, set_learning_rate, update
+from tokenizer.runtime.precision import set_tf32
 from tokenizer.runtime.run import Run, launch
 
 PROBED, EXAMPLES = 16, 4  # validation chains whose drift is watched, and that are written at each stage's end
@@ -63,6 +65,7 @@ class Trainer(CurriculumTrainer):
     shown = ("rmsd", "lddt", "tm", "usage", "perplexity")
 
     def __init__(self, cfg: TrainConfig, device: torch.device):
+        set_tf32(convolutions=cfg.tf32, matmul=cfg.tf32)
         fingerprints = self._open_data(cfg)
         cfg = with_length(cfg, len(self.train_set))
         self.cfg, self.device = cfg, device
@@ -72,7 +75,7 @@ class Trainer(CurriculumTrainer):
         self.scaler = torch.amp.GradScaler(enabled=False)  # fp16 is not offered: coordinates need the range
         self.ema = EMA(self.raw, cfg.ema_decay) if cfg.ema else None
         self.restart = build_restart(cfg, self.raw.quantize.quantizer)
-        self.drift = DriftMeter()
+        self.drift = PaceMeter()
         self.kmeans_batches = kmeans_batches(cfg, max(1, int(cfg.global_batch_size * self.train_set.observed.mean())))
         self.run.resume({"model": self.raw, "ema": self.ema, "optimizer": self.optimizer, "drift": self.drift,
                          "restart": self.restart})
@@ -130,7 +133,7 @@ class Trainer(CurriculumTrainer):
             set_learning_rate(self.optimizer, labels["lr"])
             terms = self.train_step(batches, step)  # decodes z~ = alpha z + (1 - alpha) z_q (Eq. 2); updates once
             self.finish_step(step)                  # set_step(step + 1): the steps up to this one are done; averages
-            run.log(terms, labels, derive=code_usage)
+            run.log(terms, labels, derive=lambda row: self.with_pace(row["step"], code_usage(row)))
             with run.untimed():
                 if run.due(cfg.val_every):
                     self.validate()
@@ -222,8 +225,13 @@ class Trainer(CurriculumTrainer):
 
     def probe(self, model: StructureVQModel) -> Tensor:
         """Of 16 chains."""
-        found = [self._latents(model, batch) for batch in self._val_batches(spread(len(self.val_set), PROBED))]
+        found = [self._latents(model, batch) for batch in self._probe_batches]
         return torch.cat([z[valid] for z, valid in found])
+
+    @cached_property
+    def _probe_batches(self) -> list[dict[str, Tensor]]:
+        """Read once, looked at with every log row."""
+        return list(self._val_batches(spread(len(self.val_set), PROBED)))
 
     def count_codes(self, model: StructureVQModel) -> Tensor:
         counts = torch.zeros(model.quantize.num_codes, dtype=torch.int64, device=self.device)

@@ -118,6 +118,7 @@ def main(argv: list[str] | None = None) -> None:
             runs = [train(name, seed) for seed in range(args.seeds)]
             panels.append(runs[0][1])
             print0(row(name, [scores for scores, _ in runs]))
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         plots.waves(panels, args.out)
         print0(f"\nwrote {args.out}: above, waves (grey) and what comes back (orange); below, latents (blue) and codes "
                "(black) in their plane of largest spread")

@@ -1,4 +1,4 @@
-"""Every default runs: the first steps of the three trainers in their precisions and parallel modes, eager and compiled."""
+"""Every default runs: first steps of the three trainers in their precisions and parallel modes, eager and compiled."""
 
 import subprocess
 import sys
@@ -36,7 +36,8 @@ def losses(tmp_path_factory):
                str(WORKERS / "first_steps.py"), str(folder)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert result.returncode == 0, result.stderr[-5000:]
-    return {name: [row.get("recon_loss", row["loss"]) for row in rows(folder / name)] for name, *_ in first_steps.cases(folder)}
+    return {name: [row.get("recon_loss", row["loss"]) for row in rows(folder / name)]
+            for name, *_ in first_steps.cases(folder)}
 
 
 def test_compiled_steps_are_the_eager_ones(losses):

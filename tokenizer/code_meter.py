@@ -132,7 +132,64 @@ class DriftMeter:
         return self.before
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.before = dict(state)
+        self.before = {name: points.clone() for name, points in state.items()}
+
+
+class PaceMeter(DriftMeter):
+    """Whether codes keep pace with latents, from log row to log row and since k-means.
+
+    A curriculum's transition contracts the latents; an optimizer moves a code by about its learning rate per step.
+    Where that is too slow, codes stay behind and fall out of use. What rows are compared with is state, beside the
+    points of DriftMeter. POINTS: of the latents and codes at most so many are kept, evenly spaced.
+    """
+
+    POINTS, CONTRACTED, UNUSED = 4096, 1.5, 0.75  # the second: of spreads, the third: of usage; beyond is behind
+
+    def start(self, latents: Tensor, codes: Tensor) -> None:
+        """k-means has set the codes (K, D), of latents (N, D) as they are compared with codes."""
+        self.restart(code=codes, row_latent=_thinned(latents, self.POINTS), row_code=_thinned(codes, self.POINTS))
+        advised = self.before["since_kmeans"][3] if "since_kmeans" in self.before else 0.0
+        since = torch.tensor([spread(latents), spread(codes), 0.0, advised], dtype=torch.float64)
+        self.before["since_kmeans"] = since  # spread of latents and of codes then; best usage; 1: advice was given
+
+    def row(self, latents: Tensor, codes: Tensor) -> dict[str, float]:
+        """latent_spread, code_spread; from the second row on latents_moved, codes_moved since the last (see `moved`).
+
+        latents (N, D) of the same samples every time.
+        """
+        before = self.before
+        entries = {"latent_spread": spread(latents), "code_spread": spread(codes)}
+        self.restart(row_latent=_thinned(latents, self.POINTS), row_code=_thinned(codes, self.POINTS))
+        if "row_code" in before:
+            entries["latents_moved"] = moved(before["row_latent"], self.before["row_latent"])
+            entries["codes_moved"] = moved(before["row_code"], self.before["row_code"])
+        return entries
+
+    def behind(self, row: dict[str, float], usage: float) -> str | None:
+        """What shows that codes fell behind since k-means; None: nothing does, or it has been said before.
+
+        row: of `row`; usage: fraction of codes used, of as many tokens every time.
+        """
+        since = self.before.get("since_kmeans")
+        if since is None:
+            return None
+        latents, codes, best, advised = since.tolist()
+        since[2] = max(best, usage)
+        ratio = (row["code_spread"] / max(row["latent_spread"], 1e-12)) / max(codes / max(latents, 1e-12), 1e-12)
+        why = None
+        if usage < self.UNUSED * best:
+            why = f"since k-means the codes in use fell from {best:.1%} to {usage:.1%}"
+        elif not 1 / self.CONTRACTED <= ratio <= self.CONTRACTED:
+            why = (f"since k-means the spread of the latents went from {latents:.3g} to {row['latent_spread']:.3g}, "
+                   f"that of the codes from {codes:.3g} to {row['code_spread']:.3g}")
+        if why is None or advised:
+            return None
+        since[3] = 1.0
+        return why
+
+
+def _thinned(points: Tensor, most: int) -> Tensor:
+    return points if len(points) <= most else points[torch.arange(most, device=points.device) * len(points) // most]
 
 
 def _drift(before: Tensor, after: Tensor) -> float:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tokenizer.code_meter import DriftMeter
+from tokenizer.code_meter import PaceMeter
 from tokenizer.provq import SCHEDULES, AdaptiveWarmup, Curriculum, ProVQ, code_statistics
 from tokenizer.provq_codes import DeadCodeRestart
 from tokenizer.quantizer_config import QuantizerConfig, check_quantizer
@@ -176,7 +176,7 @@ class CurriculumTrainer(ABC):
     raw: Any                          # the bare model
     optimizer: torch.optim.Optimizer  # has the codebook
     ema: EMA | None
-    drift: DriftMeter
+    drift: PaceMeter
     restart: DeadCodeRestart | None   # see build_restart
     kmeans_batches: int               # see the function of this name
 
@@ -248,7 +248,7 @@ class CurriculumTrainer(ABC):
             iters, start = (cfg.kmeans_iters, cfg.kmeans_start) if init == "kmeans" else (0, "random")
             info = place(latents, iters=iters, start=start, seed=cfg.global_seed, order=order,
                          optimizers=[self.optimizer])
-            self.drift.restart(code=quantize.codebook)
+            self.drift.start(self._probed(), quantize.codebook)
             if self.ema:
                 self.ema.copy_(self.raw, "quantize.")  # an average with codes from before k-means would mean nothing
             distributed.print0(f"codebook {what} at step {step}: {info or 'kept as it was'}")
@@ -310,6 +310,29 @@ class CurriculumTrainer(ABC):
 
     # --------------------------------------------------------------------------------------------- between steps
 
+    def with_pace(self, step: int, usage: dict[str, float]) -> dict[str, float]:
+        """Of a log row: usage (see code_usage) and, once there are codes, entries of PaceMeter.row.
+
+        Once in a run it says in a line what to do against codes that fall behind.
+        """
+        cfg, quantize = self.cfg, self.quantize
+        if not quantize.has_codebook:
+            return usage
+        with self.run.untimed():
+            pace = self.drift.row(self._probed(), quantize.codebook)
+        # The last row may be of fewer steps, and then of fewer codes.
+        why = self.drift.behind(pace, usage["usage"]) if step % cfg.log_every == 0 else None
+        if why:
+            distributed.print0(f"advice: step {step}: {why}. Codes that keep pace: {pace_flag(cfg)}, in another "
+                               "--results-dir (tokenizer/README.md, Codes that keep pace; not in the paper)")
+        return usage | pace
+
+    @torch.no_grad()
+    def _probed(self) -> Tensor:
+        """Latents of `probe`, of the model that is trained, as they are compared with codes."""
+        with torch.random.fork_rng(devices=[]):  # loaders draw
+            return self.quantize.quantizer.latent(self._in_eval_mode(self.raw, self.probe))
+
     def validate(self) -> None:
         """Collective. One row of validation.jsonl; reports to the adaptive warm-up, keeps the best discrete model."""
         run, model = self.run, self.evaluated()
@@ -359,6 +382,18 @@ class CurriculumTrainer(ABC):
             "parameters": sum(p.numel() for p in self.raw.parameters()),
             f"best_{self.best_metric}": self.run.best,
         }
+
+
+def pace_flag(cfg: QuantizerConfig) -> str:
+    """The next thing to try against codes that fall behind, as a flag with its value. cfg: a CurriculumConfig."""
+    assert isinstance(cfg, CurriculumConfig)
+    if cfg.quantizer == "ema" and cfg.codebook_ema_decay > 0.9:
+        return "--codebook-ema-decay 0.9"
+    if cfg.quantizer != "ema" and cfg.codebook_lr_scale < 10:
+        return "--codebook-lr-scale 10"
+    if cfg.transition_steps and not cfg.recluster:
+        return "--recluster"
+    return f"--recluster-at {cfg.warmup_steps + cfg.transition_steps + max(1, cfg.transition_steps)}"
 
 
 def code_usage(row: dict[str, Any]) -> dict[str, float]:

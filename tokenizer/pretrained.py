@@ -17,11 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenizer.export_probe import (
+    evaluating,
+    probe_images,
+    quantizer_identity,
+    require_same,
+    require_same_codes,
+    require_table_shape,
+)
+from tokenizer.quantizer_config import Config
 from tokenizer.vq_model import ARCHITECTURES, VQModel, VQModelConfig
 from tokenizer.weights import (
     Saved,
     check_state_dict,
     read_weights,
+    require_finite,
     require_keys,
     require_stored,
     shape_of,
@@ -42,8 +52,30 @@ def to_llamagen_state_dict(model: VQModel) -> dict[str, Tensor]:
 
     The codebook is the effective one, `model.quantize.codebook`: SimVQ, EMA, following codes come out as plain tables
     (unit rows if codebook_l2_norm; pass the same flag on the other side). LlamaGen itself knows VQ-8 and VQ-16; a VQ-4
-    dict has the same layout. ValueError: the codebook is not initialised yet (still in warm-up).
+    dict has the same layout. ValueError: the codebook is not initialised yet (still in warm-up), or a model of these
+    weights would not encode and decode as this one does.
     """
+    state = _table_state(model)
+    require_finite(state, "this model")
+    require_table_shape(model.quantize)
+    _require_faithful(model, _discrete(table_config(model.config), state, "the export"))
+    return state
+
+
+def _require_faithful(model: VQModel, exported: VQModel) -> None:
+    """ValueError: the two models do not encode and decode some images alike."""
+    weight = model.last_layer
+    exported.to(weight.device, weight.dtype).eval()
+    x = probe_images(4, model.config.image_channels, 4 * model.downsample).to(weight)
+    with evaluating(model):
+        latents = model.encode_latents(x)
+        require_same("latents", latents, exported.encode_latents(x))
+        require_same_codes(model.quantize, exported.quantize, latents.movedim(1, -1).flatten(0, 2))
+        codes = model.encode(x)
+        require_same("images", model.decode_code(codes), exported.decode_code(codes))
+
+
+def _table_state(model: VQModel) -> dict[str, Tensor]:
     if not model.quantize.has_codebook:
         raise ValueError("this tokenizer is still in its continuous warm-up: it has no codebook to export")
     tensors = {key: value for key, value in model.state_dict().items() if not key.startswith("quantize.")}
@@ -108,8 +140,8 @@ def save_pretrained(model: VQModel, folder: str | Path) -> Path:
     """Write an inference export, {folder}/config.json and model.safetensors (float32, LlamaGen's keys) -> folder.
 
     The quantizer becomes a plain table of its effective codes, so LlamaGen can load the weights as they are and the
-    export cannot continue a SimVQ or EMA training: checkpoints do that. ValueError: no codebook yet, or the folder is
-    in use, see `write_export`.
+    export cannot continue a SimVQ or EMA training: checkpoints do that. ValueError: see `to_llamagen_state_dict` and
+    `write_export`.
     """
     state = to_llamagen_state_dict(model)
     return write_table_export(Path(folder), EXPORT_FORMAT, model.config, state)
@@ -117,15 +149,19 @@ def save_pretrained(model: VQModel, folder: str | Path) -> Path:
 
 def write_table_export(folder: Path, kind: str, cfg: Any, state: Mapping[str, Tensor]) -> Path:
     """`write_export` of a tokenizer whose quantizer has become a plain table. kind: the format; cfg: of its model."""
-    defaults = type(cfg)()
-    exported = replace(cfg, quantizer="vq", codebook_ema_decay=defaults.codebook_ema_decay,
-                       codebook_restart_below=defaults.codebook_restart_below, codebook_follow=False)
     description = {
         "format": kind,
         "trained_quantizer": cfg.quantizer,  # for the reader; the table needs no more than "vq"
-        "tokenizer": exported.to_dict(),
+        "tokenizer": table_config(cfg).to_dict(),
     }
     return write_export(folder, description, state)
+
+
+def table_config(cfg: Config) -> Config:
+    """Of a tokenizer whose quantizer has become a plain table."""
+    defaults = type(cfg)()
+    return replace(cfg, quantizer="vq", codebook_ema_decay=defaults.codebook_ema_decay,
+                   codebook_restart_below=defaults.codebook_restart_below, codebook_follow=False)
 
 
 def load_tokenizer(
@@ -159,12 +195,13 @@ def load_tokenizer(
 
 def tokenizer_hash(model: VQModel) -> str:
     """64 hex digits over architecture and weights. A run, its export and its copy in LlamaGen's layout have the same
-    (but for unit-norm codebooks, which an export has already normalised).
+    (but for unit-norm codebooks, which an export has already normalised). ValueError: no codebook yet.
     """
-    config = model.config
+    config, state = model.config, _table_state(model)
     description = {"vq_model": config.vq_model, "image_channels": config.image_channels,
                    "codebook_l2_norm": config.codebook_l2_norm}
-    return content_hash(description, to_llamagen_state_dict(model))
+    kind, own = quantizer_identity(model.quantize, config.codebook_l2_norm)
+    return content_hash(description | kind, {**state, **own})
 
 
 def content_hash(description: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:

@@ -58,6 +58,8 @@ class TrainConfig(CurriculumConfig):
     disc_start: int = arg(20_000, "first step, counted from 1, with the discriminator; LlamaGen: 20000")
     disc_loss: str = arg("hinge", "adversarial loss; LlamaGen: hinge", choices=tuple(GENERATOR_LOSSES))
     disc_adaptive_weight: bool = arg(False, "scale the adversarial loss by the ratio of gradient norms; LlamaGen: no")
+    sync_batchnorm: bool = arg(False, "the discriminator's batch norm over all processes, on GPUs; a wait for the "
+                                      "others in every layer; LlamaGen: no")
     # optimization
     global_batch_size: int = arg(128, "images per optimizer step over all ranks; paper: 128")
     lr: float = arg(1e-4, "learning rate of both Adams, constant; LlamaGen: 1e-4")
@@ -125,6 +127,8 @@ def check(cfg: TrainConfig, world_size: int) -> None:
     if cfg.preset != "digits" and not cfg.data_path:
         word = ": a folder with cifar-10-batches-py, or the word cifar10 to download it into data/"
         raise ValueError(f"--preset {cfg.preset} needs --data-path{word if cfg.preset == 'cifar10' else ''}")
+    if cfg.sync_batchnorm and not cfg.disc_weight:
+        raise ValueError("--sync-batchnorm needs a discriminator: --disc-weight above 0")
     if cfg.disc_adaptive_weight and cfg.mixed_precision == "fp16":
         raise ValueError("--disc-adaptive-weight compares gradients that vanish in --mixed-precision fp16; use bf16")
     for name, low in (("disc_weight", 24), ("perceptual_weight", 16), ("image_size", 7)):

@@ -8,11 +8,10 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from torchvision.utils import save_image
 
 from tokenizer import losses
-from tokenizer.code_meter import DriftMeter
+from tokenizer.code_meter import PaceMeter
 from tokenizer.curriculum import CurriculumTrainer, build_curriculum, code_usage, kmeans_batches, with_length
 from tokenizer.data import (
     BadImageCounter,
@@ -43,6 +42,7 @@ from tokenizer.runtime import config, distributed
 from tokenizer.runtime.checkpoint import atomic_write
 from tokenizer.runtime.ema import EMA
 from tokenizer.runtime.optim import accumulating, replicate, scale_learning_rate, update
+from tokenizer.runtime.precision import set_tf32
 from tokenizer.runtime.run import Run, launch
 from tokenizer.train_config import RESUMABLE, TrainConfig, check, open_split, parse_config, tokens_per_batch
 from tokenizer.validation import channels_last, validate
@@ -76,6 +76,9 @@ class Trainer(CurriculumTrainer):
 
     def __init__(self, cfg: TrainConfig, device: torch.device):
         torch.backends.cudnn.benchmark = True  # training batches have one shape
+        set_tf32(convolutions=cfg.tf32, matmul=False)  # a compiled model searches its codes at this precision
+        if cfg.sync_batchnorm and device.type != "cuda":
+            raise ValueError(f"--sync-batchnorm works on GPUs only, not on --device {device.type}; leave it out")
         self.lpips = _open_lpips(cfg).to(device) if cfg.perceptual_weight else None  # fails first
         fingerprints = self._open_data(cfg)
         cfg = with_length(cfg, len(self.train_set))
@@ -90,7 +93,7 @@ class Trainer(CurriculumTrainer):
         self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.mixed_precision == "fp16")
         self.ema = EMA(self.raw, cfg.ema_decay) if cfg.ema else None
         self.restart = build_restart(cfg, self.raw.quantize.quantizer)
-        self.drift = DriftMeter()
+        self.drift = PaceMeter()
         self.kmeans_batches = kmeans_batches(cfg, tokens_per_batch(cfg))
         self.run.resume({"model": self.raw, "ema": self.ema, "optimizer": self.optimizer, "discriminator": self.disc,
                          "optimizer_disc": self.opt_d, "scaler": self.scaler, "drift": self.drift,
@@ -98,7 +101,7 @@ class Trainer(CurriculumTrainer):
         # Only training is worth the compile time; everything else goes through self.raw, under its own names.
         core: nn.Module = torch.compile(self.raw) if cfg.compile else self.raw  # type: ignore[assignment]
         self.model = replicate(core, device)
-        if self.disc is not None and distributed.world_size() > 1 and device.type == "cuda":
+        if self.disc is not None and cfg.sync_batchnorm and distributed.world_size() > 1:
             self.disc = nn.SyncBatchNorm.convert_sync_batchnorm(self.disc)
         self.disc_ddp = None if self.disc is None else replicate(self.disc, device)
 
@@ -139,7 +142,7 @@ class Trainer(CurriculumTrainer):
             self.finish_step(step)                  # set_step(step + 1): the steps up to this one are done; averages
             if run.due(cfg.log_every):
                 self.bad.agree()                    # on too many unreadable images all ranks stop together
-            run.log(terms, position, derive=code_usage)
+            run.log(terms, position, derive=lambda row: self.with_pace(row["step"], code_usage(row)))
             with run.untimed():
                 if run.due(cfg.val_every):
                     self.validate()
@@ -232,9 +235,13 @@ class Trainer(CurriculumTrainer):
 
     def probe(self, model: VQModel) -> Tensor:
         """Of 64 images."""
-        images = (self.val_set[i]["image"] for i in spread(len(self.val_set), 64))
-        parts = iter(lambda: list(itertools.islice(images, self.run.micro_batch())), [])
-        return torch.cat([channels_last(model.encode_latents(torch.stack(part).to(self.device))) for part in parts])
+        parts = self._probe_images.split(self.run.micro_batch())
+        return torch.cat([channels_last(model.encode_latents(part.to(self.device))) for part in parts])
+
+    @cached_property
+    def _probe_images(self) -> Tensor:
+        """(64, C, H, W) on the CPU: read once, looked at with every log row."""
+        return torch.stack([self.val_set[i]["image"] for i in spread(len(self.val_set), 64)])
 
     def count_codes(self, model: VQModel) -> Tensor:
         counts = torch.zeros(model.quantize.num_codes, dtype=torch.int64, device=self.device)

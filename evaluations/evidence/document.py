@@ -3,7 +3,8 @@
     python evaluations/evidence/document.py RESULTS.md
 
 A table stands between `<!-- table: core-512.jsonl --seeds 100 101 -->`, which is a command line of table.py with files
-of evaluations/results/, and `<!-- end -->`. What stands there already is replaced.
+of evaluations/results/, and `<!-- end -->`. The command line may go on in the next line. What stands there already is
+replaced.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from tokenizer.runtime.distributed import print0
 from tokenizer.runtime.parsing import read_text
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-_TABLE = re.compile(r"(<!-- table: (?P<words>[^\n]*) -->\n)(?P<rows>.*?)(?P<end><!-- end -->)", re.DOTALL)
+_TABLE = re.compile(r"(<!-- table: (?P<words>[^>]*?) -->\n)(?P<rows>.*?)(?P<end><!-- end -->)", re.DOTALL)
 
 
 def filled(text: str, results: Path = RESULTS) -> tuple[str, int]:

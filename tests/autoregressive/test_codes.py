@@ -133,6 +133,22 @@ def test_an_interrupted_extraction_continues(base, codes, tmp_path, monkeypatch)
     assert len(calls) == 2
 
 
+def test_a_folder_begun_by_an_older_version_is_finished_as_it_was(base, codes, tmp_path):
+    """Its manifest does not say how many images a shard has: more than now."""
+    assert json.loads((codes / "manifest.json").read_text())["shard_images"] == 256
+    assert [extract_codes.images_per_shard(n, most) for n, most in ((10, 4096), (10**6, 4096), (10**6, 65536))] == [
+        256, 4096, 31250]
+    out = tmp_path / "codes"
+    shutil.copytree(codes, out)
+    manifest = json.loads((out / "manifest.json").read_text())
+    del manifest["shard_images"]
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    (out / SHARDS[1]).unlink()
+    extract_codes.main(flags(base, out))
+    assert json.loads((out / "manifest.json").read_text()) == manifest  # a GPT's run knows its codes by it
+    assert (out / SHARDS[1]).read_bytes() == (codes / SHARDS[1]).read_bytes()
+
+
 SHARDS = [f"codes-0000{i}-of-00003.npy" for i in range(3)]
 
 

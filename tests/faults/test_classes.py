@@ -269,11 +269,18 @@ def test_guidance_needs_a_class_none_that_was_trained(trained, tokenizer, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("classes", ["²", "٣", "", "1,", "-1", "1;2", "9" * 5000])
+@pytest.mark.parametrize("classes", ["²", "٣", "1,", "-1", "1;2", "9" * 5000])
 def test_numbers_of_classes_are_plain(tokenizer, tmp_path, classes):
     write_gpt(tmp_path / "gpt", tokenizer)
     with pytest.raises(SystemExit, match=r"--classes .*: give numbers from 0 to 4, comma-separated"):
         sample(tmp_path / "gpt", tokenizer, tmp_path / "out", f"--classes={classes}")
+
+
+def test_no_classes_are_named(tokenizer, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        sample(write_gpt(tmp_path / "gpt", tokenizer), tokenizer, tmp_path / "out", "--classes=")
+    assert "--classes: the text is empty" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_of_samples_grows(tokenizer, tmp_path):

@@ -288,10 +288,12 @@ def test_an_empty_path_is_not_the_current_folder(tokenizer, tmp_path, capsys):
         said = f"{stopped.value} {capsys.readouterr().err}"
         assert flag in said
         assert "empty" in said
-    with pytest.raises(SystemExit, match="the data path is empty"):
+    with pytest.raises(SystemExit):
         extract_codes.main([*to_words({"vq_ckpt": tokenizer, "code_path": tmp_path / "c"}), "--data-path", ""])
+    assert "--data-path: the text is empty" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         reconstruct.main([str(tokenizer), "", "--export-hf", str(tmp_path / "hf")])
+    assert "one argument: the text is empty" in capsys.readouterr().err
     assert not (tmp_path / "hf").exists()
 
 

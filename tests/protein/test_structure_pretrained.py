@@ -84,7 +84,11 @@ def test_codes_of_unit_norm_survive_an_export(tmp_path, chain, quantizer):
     assert torch.allclose(model.quantize.codebook.norm(dim=1), torch.ones(SMALL.codebook_size))
     found = load_structure_tokenizer(save_pretrained(model, tmp_path / "export"))
     assert found.model.config.codebook_l2_norm
-    same_tokenizer(found, model, chain)
+    # Not bit for bit, nor the same hash: rows of unit norm are normalised once more, which may change their last digit.
+    tokens = model.encode(*chain)
+    assert torch.equal(found.encode(*chain), tokens)
+    torch.testing.assert_close(found.codebook(), model.quantize.codebook, rtol=0, atol=2e-7)
+    torch.testing.assert_close(found.decode(tokens).coords, model.decode(tokens).coords, rtol=0, atol=1e-4)
 
 
 def test_older_configurations_have_the_settings_of_their_time():

@@ -143,6 +143,7 @@ def test_the_quantizers_loss_is_a_mean_over_tokens_however_they_are_divided(tmp_
     {"quantizer": "aminoaseed"},
     {"quantizer": "aminoaseed", "warmup_steps": 0, "transition_steps": 0},
     {"quantizer": "ema", "codebook_restart_below": 0.5},
+    {"codebook_follow": True, "recluster": True, "codebook_lr_scale": 5, "ema": True, "codebook_restart_below": 0.5},
     {"warmup_steps": 0, "transition_steps": 0, "losses_as_coded": True},
     {"mixed_precision": "bf16", "num_workers": 1, "overlong": "drop", "max_length": 90},
     {"inverse_folding_weight": 0, "lr_schedule": "constant"},

@@ -17,12 +17,12 @@ def test_vanilla_wastes_codes_that_provq_uses():
 def test_table_and_picture(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(demo, "STEPS", 9)
     monkeypatch.setattr(demo, "ARMS", {"vanilla": (0, 0), "provq": (3, 3)})
-    demo.main(["--seeds", "2", "--out", str(tmp_path / "a.png")])
+    demo.main(["--seeds", "2", "--out", str(tmp_path / "new" / "a.png")])
     table = capsys.readouterr().out.splitlines()
     assert [line.split("|")[1].strip() for line in table[:4]] == ["arm", "---------", "vanilla", "provq"]
     assert len({len(line) for line in table[:4]}) == 1, "columns are straight"
     assert all("±" in line for line in table[2:4])
-    with Image.open(tmp_path / "a.png") as picture:
+    with Image.open(tmp_path / "new" / "a.png") as picture:
         assert picture.size == (1120, 560)
 
 

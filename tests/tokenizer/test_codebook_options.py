@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 import training_runs
@@ -9,6 +10,7 @@ from test_train_provq import STEPS, TRANSITION, WARMUP, flags
 from training_runs import Killed, assert_same_run, kill_at_step, rows
 
 from tokenizer import train_provq
+from tokenizer.code_meter import PaceMeter
 from tokenizer.curriculum import CurriculumConfig
 from tokenizer.pretrained import load_tokenizer, save_pretrained, to_llamagen_state_dict, tokenizer_hash
 from tokenizer.provq_codes import DeadCodeRestart
@@ -256,3 +258,64 @@ def test_two_processes_follow_like_one(tmp_path):
     states = [checkpoint(tmp_path / name, WARMUP + 3)["model"] for name in ("None", "2")]
     for name in (TABLE, "quantize.quantizer.mean", "quantize.quantizer.spread"):
         torch.testing.assert_close(states[0][name], states[1][name], atol=2e-4, rtol=1e-4)
+
+
+# -------------------------------------------------------------------------------------------------------------- pace
+
+PACE = {"latent_spread", "code_spread", "latents_moved", "codes_moved"}
+
+
+def test_rows_show_the_pace_from_k_means_on(reclustered):
+    log = rows(reclustered)
+    assert [PACE <= row.keys() for row in log] == [False] * WARMUP + [True] * (STEPS - WARMUP)
+    assert not any(PACE & row.keys() for row in log[:WARMUP])
+    for row in log[WARMUP:]:
+        assert 0 < row["codes_moved"] < 2e-3, "a step of Adam, not the k-means before it"
+        assert 0 < row["latents_moved"]
+    snapshot = np.load(reclustered / "latents" / f"{WARMUP:07d}_codebook_initialised.npz")
+    assert log[WARMUP]["code_spread"] == pytest.approx(snapshot["codes"].std(0).mean(), rel=0.2)
+    events = b"".join(path.read_bytes() for path in (reclustered / "tensorboard").iterdir())
+    assert all(name.encode() in events for name in PACE)
+
+
+def test_a_plain_quantizer_shows_its_pace_from_the_start(tmp_path):
+    train_provq.main(flags(tmp_path, max_steps=3, warmup_steps=0, transition_steps=0))
+    log = rows(tmp_path)
+    assert {"latent_spread", "code_spread"} <= log[0].keys()
+    assert PACE <= log[1].keys()
+
+
+def test_advice_is_given_once_also_over_a_resume(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(PaceMeter, "CONTRACTED", 1.0)  # whatever moves is advised
+    words = flags(tmp_path)
+    kill_at_step(monkeypatch, train_provq.main, train_provq.Trainer, words, WARMUP + 3)
+    train_provq.main(words)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("advice: ")]
+    assert len(said) == 1
+    assert "since k-means the spread of the latents went from" in said[0]
+    assert "--codebook-lr-scale 10, in another --results-dir" in said[0]
+
+
+def test_a_run_from_before_these_options_goes_on(straight_of_old, tmp_path):
+    """Its checkpoints know neither their settings nor the pace."""
+    train_provq.main(flags(straight_of_old))
+    log = rows(straight_of_old)
+    assert len(log) == STEPS
+    assert "latents_moved" in log[-1]
+    train_provq.main(flags(tmp_path))
+    assert [row["loss"] for row in rows(tmp_path)] == [row["loss"] for row in log]
+
+
+@pytest.fixture
+def straight_of_old(tmp_path):
+    folder = tmp_path / "old"
+    train_provq.main(flags(folder, max_steps=END))
+    for path in (folder / "checkpoints").glob("*.pt"):
+        state = load_file(path)
+        for name in ("codebook_lr_scale", "recluster", "recluster_at", "codebook_follow"):
+            del state["config"][name]
+        state.pop("restart", None)
+        if "drift" in state:
+            state["drift"] = {name: state["drift"][name] for name in ("code", "latent")}
+        torch.save(state, path)
+    return folder

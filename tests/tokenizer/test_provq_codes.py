@@ -1,9 +1,15 @@
 """Beyond the paper, of the library: re-clustering, following codes, restarts; what each does, and nothing else."""
 
+import ast
 import copy
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
+from places import ROOT
 from torch.nn import functional as F
 
 from tokenizer.provq import (
@@ -316,3 +322,64 @@ def test_following_codes_are_float32_under_autocast():
     assert torch.equal(looked_up, plain(x).codes)
     quantizer.update_(), plain.update_()
     assert torch.equal(quantizer.mean, plain.mean)
+
+
+# ----------------------------------------------------------------------------------------------- compiled, and copied
+
+def test_compiled_is_eager():
+    """Statistics of codes that follow, and what a restart watches, are gathered inside the graph as well."""
+    results = []
+    for compiled in (False, True):
+        provq, _, _ = trained(following())
+        restart = DeadCodeRestart(provq.quantizer, 0.5)
+        model = torch.compile(provq, backend="eager") if compiled else provq
+        for number in range(5, 8):
+            provq.set_step(number)
+            model(tokens(50, seed=number, offset=2.0))
+        provq.set_step(8)
+        results.append((provq.state_dict(), restart.counts, restart.latents))
+    torch.testing.assert_close(results[0], results[1])
+    assert results[1][1].sum() == 150
+
+
+CHECK = """
+import sys, torch
+from provq import Curriculum, ProVQ
+from provq_codes import DeadCodeRestart, FollowingVectorQuantizer
+import provq, provq_codes
+
+encoder, decoder = torch.nn.Conv2d(3, 8, 4, 4), torch.nn.ConvTranspose2d(8, 3, 4, 4)
+provq = ProVQ(FollowingVectorQuantizer(num_codes=64, dim=8), Curriculum(warmup_steps=5, transition_steps=5))
+opt = torch.optim.Adam([*encoder.parameters(), *decoder.parameters(), *provq.parameters()], 1e-2)
+restart = DeadCodeRestart(provq.quantizer, below=0.1, every=4)
+for step in range(16):
+    provq.set_step(step)
+    x = torch.rand(4, 3, 32, 32)
+    if provq.needs_init:
+        with torch.no_grad():
+            provq.init_codebook(encoder(x).movedim(1, -1).reshape(-1, 8), optimizers=[opt])
+    out = provq(encoder(x))
+    loss = (decoder(out.quantized) - x).square().mean() + out.loss
+    opt.zero_grad(), loss.backward(), opt.step()
+    restart.step(optimizers=[opt])
+    provq.set_step(step + 1)
+plain = provq.quantizer.folded()
+assert torch.equal(plain.codebook(), provq.codebook)
+assert provq_codes.provq is sys.modules["provq"]
+"""
+
+
+def test_it_works_copied_beside_provq_alone(tmp_path):
+    source = ROOT / "tokenizer" / "provq_codes.py"
+    ast.parse(source.read_text(), feature_version=(3, 9))
+    for name in ("provq.py", "provq_codes.py"):
+        shutil.copy(source.with_name(name), tmp_path)
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", CHECK], cwd=tmp_path, env=environment, capture_output=True, text=True,
+                          check=False)
+    assert done.returncode == 0, done.stderr
+    core = tmp_path / "provq.py"
+    core.write_text(core.read_text().replace('__version__ = "', '__version__ = "9'))
+    done = subprocess.run([sys.executable, "-c", "import provq_codes"], cwd=tmp_path, env=environment, text=True,
+                          capture_output=True, check=False)
+    assert "copy both, provq*.py, from one release" in done.stderr

@@ -1,8 +1,8 @@
 """Program of tests/test_first_steps.py: a few steps of each trainer in its precisions and parallel modes, eager and
 compiled, on two gloo processes: `torchrun ... first_steps.py FOLDER`.
 
-One program, because starting Python takes longer than these steps. Compiled graphs run without inductor, whose C++ takes
-minutes: what breaks is found while tracing.
+One program, because starting Python takes longer than these steps. Compiled graphs run without inductor, whose C++
+takes minutes: what breaks is found while tracing.
 """
 
 import sys
@@ -22,8 +22,8 @@ from tokenizer.runtime import distributed
 IMAGES = ("--image-size 32 --codebook-size 16 --global-batch-size 4 --max-steps 3 --warmup-steps 1 "
           "--transition-steps 1 --val-size 4 --kmeans-batches 1 --kmeans-iters 2 --disc-weight 0.5 --disc-start 0 "
           "--lr 1e-5")
-GPT = ("--preset digits --vq-ckpt none --max-steps 2 --global-batch-size 4 --val-size 4 --dropout-p 0 --token-dropout-p 0 "
-       "--class-dropout-prob 0 --lr-warmup-steps 0")
+GPT = ("--preset digits --vq-ckpt none --max-steps 2 --global-batch-size 4 --val-size 4 --dropout-p 0 "
+       "--token-dropout-p 0 --class-dropout-prob 0 --lr-warmup-steps 0")
 STRUCTURES = ("--ideal-chains 40 --max-length 24 --codebook-size 16 --global-batch-size 4 --max-steps 3 "
               "--warmup-steps 1 --transition-steps 1 --lr-warmup-steps 1 --val-size 4 --kmeans-batches 2")
 COMPILE = {"eager": "--no-compile", "compile": "--compile"}

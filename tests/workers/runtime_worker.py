@@ -1,10 +1,12 @@
-"""Programs that tests/test_runtime.py runs in processes of their own: `runtime_worker.py kill|two|end|cuda FOLDER`."""
+"""Programs that test_runtime.py runs in processes of their own: `runtime_worker.py MODE FOLDER`; modes: see main."""
 
 import json
 import math
 import os
 import signal
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -201,11 +203,38 @@ def end_worker(folder):
     (folder / "threads.json").write_text(json.dumps(found))
 
 
+def uneven_worker(folder):
+    """Rank 1 needs longer for its first piece of work than collectives wait."""
+    mine = []
+    for number in distributed.deal_out(6):
+        mine.append(number)
+        if distributed.rank() == 1 and len(mine) == 1:
+            time.sleep(3.0)
+        time.sleep(0.2)
+    everywhere = distributed.gather_objects(mine)
+    time.sleep(3.0 * distributed.rank())
+    saved = Checkpointer(folder / "checkpoints").save(1, {"dealt": everywhere})
+    again = distributed.gather_objects(list(distributed.deal_out(3)))  # each deal starts over
+    failure = ""
+    try:
+        time.sleep(3.0 * distributed.rank())
+        distributed.barrier()
+    except RuntimeError as error:
+        failure = str(error)
+    (folder / f"uneven-{distributed.rank()}.json").write_text(json.dumps([everywhere, again, failure, saved.exists()]))
+    time.sleep(2.0)  # torchrun would end the other one
+
+
 def main(mode, folder):
     if mode == "kill":
         kill_worker(folder)
         return
+    if mode == "uneven":
+        distributed.TIMEOUT = timedelta(seconds=2)
     device = distributed.init("cuda" if mode == "cuda" else "cpu")
+    if mode == "uneven":
+        uneven_worker(folder)
+        return
     if mode == "end":
         end_worker(folder)
         return

@@ -282,6 +282,7 @@ class Checkpointer:
                     self.prune(prune_to)
             failed = False
         finally:
+            distributed.wait_for_all()  # slow storage takes its time
             any_failed = distributed.any_rank(failed)  # doubles as the barrier: afterwards every rank sees the file
         if any_failed:
             raise distributed.OtherRankFailed(f"{path}: rank 0 could not write this checkpoint; its own error says why")

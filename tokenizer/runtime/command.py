@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tokenizer.runtime import config, distributed, lock
 from tokenizer.runtime.checkpoint import require_writable
+from tokenizer.runtime.precision import set_tf32
 
 
 class CannotContinue(RuntimeError):
@@ -25,8 +26,9 @@ def command(prog: str, *, one_process: bool = False) -> Iterator[None]:
 
     one_process: the script does not share its work, and refuses to start on several processes. On the normal way out
     it leaves the process group; after an error torchrun ends the other ranks. Folders that the command has owned are
-    free afterwards.
+    free afterwards. What it computes in float32 is exact: no TF32.
     """
+    set_tf32(convolutions=False, matmul=False)
     try:
         if one_process:
             require_one_process()

@@ -5,11 +5,16 @@ exists and a collective is the identity. The world size is asked for on every ca
 imported before `init()` sees the group as soon as it exists.
 
 An exception on one rank must not leave the others waiting: torchrun ends the remaining ranks when one exits, so let
-exceptions propagate and call `finalize()` on the normal way out only. `TIMEOUT` bounds every wait that is left.
+exceptions propagate and call `finalize()` on the normal way out only. `TIMEOUT` bounds every wait of a collective.
+Work that takes one rank longer than another is no part of one: `deal_out` it, or `wait_for_all` after it.
 """
 
+import itertools
 import os
+import time
+from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +25,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional
 from torch import Tensor
 
-# Longer than rank 0 needs to write a checkpoint to slow storage, short enough to notice a lost node the same hour.
+# Of a collective, which ranks reach together: short enough to notice a lost node the same hour.
 TIMEOUT = timedelta(minutes=10)
 
 T = TypeVar("T")
@@ -97,6 +102,14 @@ def finalize() -> None:
     """Leave the process group. For the normal end of a program; after an exception just let the process exit."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        if _gloo_threads():  # DTensor's caches keep FSDP's group; what a thread lets go of in the interpreter's end
+            time.sleep(0.5)  # would abort the process
+
+
+def _gloo_threads() -> bool:
+    """Whether this process has threads of gloo. Linux says it; elsewhere False."""
+    names = Path("/proc/self/task").glob("*/comm")
+    return any(name.read_text(errors="replace").startswith(("pt_gloo", "gloo")) for name in names)
 
 
 def _grouped() -> bool:
@@ -155,8 +168,45 @@ def gather_stack(tensor: Tensor) -> Tensor:
     return torch.stack(parts)  # (W, ...)
 
 
+_waits, _deals = itertools.count(), itertools.count()  # all ranks count alike, as they do in any collective
+
+
+def wait_for_all() -> None:
+    """Wait on the host until every rank is here, however long that takes: for the end of uneven work.
+
+    A collective would give up after TIMEOUT. This asks the store that the ranks have met in; torchrun ends all of them
+    when one fails.
+    """
+    if world_size() == 1:
+        return
+    store, key = dist.distributed_c10d._get_default_store(), f"provq/wait/{next(_waits)}"
+    store.add(key, 1)
+    pause = 0.001  # seconds
+    while store.add(key, 0) < world_size():
+        time.sleep(pause)  # not store.wait: signals must be seen meanwhile
+        pause = min(2 * pause, 0.5)
+
+
+def deal_out(count: int) -> Iterator[int]:
+    """The numbers below count, each on one rank, in order: whoever asks first gets the next. Collective.
+
+    For pieces of work of uneven length. After its last one, every rank waits until all pieces are done.
+    """
+    if world_size() == 1:
+        yield from range(count)
+        return
+    store, key = dist.distributed_c10d._get_default_store(), f"provq/deal/{next(_deals)}"
+    while (number := store.add(key, 1) - 1) < count:
+        yield number
+    wait_for_all()
+
+
 def gather_objects(value: T) -> list[T]:
-    """Every rank's value (anything that pickles), in the order of ranks, on every rank. For small things."""
+    """Every rank's value (anything that pickles), in the order of ranks, on every rank. For small things.
+
+    Waits for all ranks first: it is what uneven work ends with.
+    """
+    wait_for_all()
     values: list[T] = [value] * world_size()
     if world_size() > 1:
         dist.all_gather_object(values, value)

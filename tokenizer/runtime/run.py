@@ -51,6 +51,8 @@ class RunConfig:
     max_grad_norm: float = arg(1.0, "clip the gradient norm of a network; 0: off; LlamaGen, StructTokenBench: 1")
     ema: bool = arg(False, "keep, validate and export an exponential moving average of the weights; LlamaGen: no")
     ema_decay: float = arg(0.9999, "decay of that average per step; LlamaGen: 0.9999")
+    tf32: bool = arg(True, "on GPUs, float32 convolutions, and matrix products of GPTs and protein models, in TF32; "
+                           "distances to codes and geometry stay exact; LlamaGen: yes")
 
 
 # What may differ when a run is resumed: its length, its cadence, its machine. Else it would be another experiment.
@@ -202,7 +204,8 @@ class Run:
         """(name, value there, value now) of settings that must not differ. One that is newer than the checkpoint had
         its default there.
         """
-        defaults = {f.name: f.default for f in fields(self.cfg) if f.default is not MISSING}
+        defaults = {f.name: list(f.default) if isinstance(f.default, tuple) else f.default  # as config.to_dict has them
+                    for f in fields(self.cfg) if f.default is not MISSING}
         recorded = {**{name: value for name, value in defaults.items() if name not in recorded}, **recorded}
         return [entry for entry in config.diff(recorded, self.identity()) if entry[0] not in self._resumable]
 

@@ -149,6 +149,19 @@ def test_collectives_are_the_identity_on_one_process():
     distributed.finalize()
 
 
+def test_uneven_work_is_dealt_out_and_waited_for(tmp_path):
+    """One rank is later than collectives wait: only a collective of its own gives up on it."""
+    launch(*TORCHRUN, "--nproc_per_node=2", WORKER, "uneven", tmp_path)
+    for rank in range(2):
+        everywhere, again, failure, saved = json.loads((tmp_path / f"uneven-{rank}.json").read_text())
+        assert sorted(number for part in everywhere for number in part) == list(range(6))
+        assert len(everywhere[1]) == 1  # the other rank took what this one was too late for
+        assert sorted(number for part in again for number in part) == [0, 1, 2]
+        assert saved
+        assert failure or rank == 1  # a barrier does give up
+    assert list(distributed.deal_out(3)) == [0, 1, 2]  # on one process
+
+
 def test_init_without_torchrun(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
