@@ -59,7 +59,7 @@ CASES = [
                                             (32768, 4096, 8), (8192, 4096, 64), (4096, 4096, 256))),
     *(("k-means, 10 iterations", *size) for size in ((32768, 1024, 8), (32768, 4096, 8), (32768, 1024, 64))),
     *(("k-means++", *size) for size in ((32768, 1024, 8), (65536, 16384, 8))),
-    *(("quantizer, training step", *size) for size in ((8192, 1024, 8), (8192, 16384, 8), (8192, 4096, 64))),
+    *(("quantizer step", *size) for size in ((8192, 1024, 8), (8192, 16384, 8), (8192, 4096, 64))),
 ]
 
 
@@ -127,7 +127,7 @@ def ways(case: tuple[str, int, int, int], args: argparse.Namespace) -> tuple[dic
             ours(z)), x)
         if lucidrains := package("vector_quantize_pytorch"):
             ema = lucidrains.VectorQuantize(dim=d, codebook_size=k).to(device)
-            found["vector-quantize-pytorch, EMA"] = lambda: step(lambda z: ema(z[None])[::2], x)
+            found["lucidrains EMA"] = lambda: step(lambda z: ema(z[None])[::2], x)
         if args.llamagen is None:
             missing.append("LlamaGen (--llamagen is not given)")
         else:
