@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms.functional import ten_crop
 
 from autoregressive.code_shards import code_dtype
 from tokenizer.data import BadImageCounter, ImageDataset, make_loader
@@ -18,6 +17,8 @@ from tokenizer.vq_model import VQModel
 def make_views(x: Tensor, size: int, flip: bool, ten: bool) -> Tensor:
     """Crops (B, C, S', S') -> views (B, V, C, size, size). S' is larger than size for ten crops, else equal."""
     if ten:
+        from torchvision.transforms.functional import ten_crop  # here because torchvision takes a second to import
+
         return torch.stack(ten_crop(x, [size, size]), dim=1)
     return torch.stack([x, x.flip(-1)] if flip else [x], dim=1)
 

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.utils import save_image
 
 from autoregressive import sharding
 from autoregressive.code_shards import CodeDataset, CodeFiles, open_codes
@@ -252,6 +251,8 @@ class Trainer:
         with torch.no_grad():
             images = tokenizer.decode_code(codes.view(-1, side, side).clone())
         self.raw.train()
+        from torchvision.utils import save_image  # here because torchvision takes a second to import
+
         folder = self.run.folder / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         pictures = (images.float() + 1) / 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 
@@ -15,7 +15,9 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
-from sklearn.decomposition import PCA
+
+if TYPE_CHECKING:
+    from sklearn.decomposition import PCA
 
 # Hues that keep a contrast of 3:1 on white and on near-black paper.
 COLORS = ("#3a7fc4", "#d9701a", "#2c9a57", "#d0435b", "#8d63c9", "#98694a", "#1595a5", "#c9589f", "#8c8b2a", "#7d858d")
@@ -128,6 +130,8 @@ def latents(snapshots: Sequence[Any], name: str) -> str:
 
     snapshots: in time order, with name, step, latents (n, D), codes (m, D), rows (m,) and counts (K,); all of one D.
     """
+    from sklearn.decomposition import PCA  # here because scikit-learn takes a second to import
+
     last = snapshots[-1].latents
     pca = PCA(n_components=min(2, *last.shape), svd_solver="full").fit(last)
     flat = [(_flat(pca, s.latents), _flat(pca, s.codes)) for s in snapshots]

@@ -51,7 +51,7 @@ __all__ = ["QUANTIZERS", "SCHEDULES", "AdaptiveWarmup", "Curriculum", "EMAVector
            "code_statistics", "kmeans", "make_quantizer", "nearest_code"]
 
 # Elements of the N x K distance matrix that exist at a time: on a CPU, per thread, as many as its cache holds (or twice
-# that; see evaluations/benchmarks/code_search.py); a GPU wants fewer, larger launches (128 MiB of float32).
+# that; see evaluations/benchmarks/run_all.py); a GPU wants fewer, larger launches (128 MiB of float32).
 CPU_SEARCH_ELEMENTS, GPU_SEARCH_ELEMENTS = 2**19, 2**25
 
 _is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling  # public since torch 2.3

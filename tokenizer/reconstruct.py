@@ -24,7 +24,6 @@ if not __package__:
 
 import numpy as np
 import torch
-from torchvision.utils import save_image
 
 from tokenizer import pretrained
 from tokenizer.data import BadImageCounter, consecutive, describe_source
@@ -119,6 +118,8 @@ def reconstruct(model: VQModel, args: argparse.Namespace, device: torch.device) 
     """Write everything for args.images -> metrics. ValueError: images or sizes that the tokenizer cannot take, or
     --out holds something else.
     """
+    from torchvision.utils import save_image  # here because torchvision takes a second to import
+
     size = args.image_size or model.config.image_size
     options = ImageOptions.of(args)
     source = open_images(None if args.images == "digits" else args.images, channels=model.config.image_channels,

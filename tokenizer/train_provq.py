@@ -20,7 +20,6 @@ if not __package__:
 
 import torch
 from torch import Tensor, nn
-from torchvision.utils import save_image
 
 from tokenizer import losses
 from tokenizer.code_meter import PaceMeter
@@ -252,6 +251,8 @@ class Trainer(CurriculumTrainer):
 
     def save_examples(self, model: VQModel, stem: str) -> None:
         """RUN/images/STEM.png: images above their reconstructions."""
+        from torchvision.utils import save_image  # here because torchvision takes a second to import
+
         x = torch.stack([self.val_set[i]["image"] for i in spread(len(self.val_set), 8)]).to(self.device)
         x_hat = model(x)[0]
         folder = self.run.folder / "images"

@@ -1,0 +1,59 @@
+"""The benchmark of all: it runs small, fills its table, names missing peers and tells what became slower."""
+
+import json
+
+import pytest
+
+from evaluations.benchmarks import run_all
+
+DOCUMENT = f"# Speed\n\n{run_all.MARKERS[0]}\nold\n{run_all.MARKERS[1]}\n\nafter\n"
+
+
+def test_a_small_run_fills_the_table_and_names_missing_peers(tmp_path, capsys, monkeypatch):
+    real = run_all.importlib.import_module
+
+    def without_faiss(name):
+        if name == "faiss":
+            raise ImportError("not here")
+        return real(name)
+
+    monkeypatch.setattr(run_all.importlib, "import_module", without_faiss)
+    monkeypatch.setattr(run_all, "CASES", [run_all.CASES[0], run_all.CASES[-1]])
+    monkeypatch.setattr(run_all, "peak_mib", lambda case, way, args: run_all.grown_mib(
+        run_all.ways(case, args)[0][way], args.device))
+    document, out = tmp_path / "speed.md", tmp_path / "speed.json"
+    document.write_text(DOCUMENT)
+    run_all.main(["--scale", "0.01", "--repeats", "2", "--out", str(out), "--document", str(document)])
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["way"] for row in rows][:2] == [run_all.OURS, "whole matrix"]
+    assert all(row["seconds"] > 0 for row in rows)
+    assert rows[0]["ratio"] == 1.0
+    text = document.read_text()
+    assert "old" not in text
+    assert text.endswith(f"{run_all.MARKERS[1]}\n\nafter\n")
+    assert text.count("| nearest codes | 81 | 10 | 8 |") == 2
+    assert "missing: faiss (not here)" in capsys.readouterr().err
+
+
+def test_memory_is_that_of_a_process_of_its_own(capsys):
+    run_all.main(["--scale", "0.5", "--measure-memory", "1", "whole matrix"])
+    assert 20 < float(capsys.readouterr().out) < 300  # 4096 x 2048 distances are 32 MiB, and there are a few
+
+
+def test_what_became_slower_is_named():
+    row = {"case": "k-means", "tokens": 9, "codes": 3, "dim": 2, "way": run_all.OURS, "cpu_seconds": 1.0}
+    row["seconds"] = 9.0
+    machine = {"device": "a", "threads": 1, "scale": 1.0}
+    old = {"machine": machine, "clock": "cpu", "rows": [row, row | {"way": "faiss", "cpu_seconds": 0.1}]}
+    slower = {"machine": machine, "clock": "cpu", "rows": [row | {"cpu_seconds": 1.4}, row | {"way": "faiss"}]}
+    assert run_all.regressions(slower, old, 1.5) == []
+    assert run_all.regressions(slower, old, 1.3) == ["slower: k-means N=9 K=3 D=2: 1.4000 s, was 1.0000 s"]
+    assert run_all.regressions(slower | {"clock": "wall"}, old, 1.3) == [], "there the clock's seconds count"
+    with pytest.raises(ValueError, match="threads 2"):
+        run_all.regressions(slower, old | {"machine": machine | {"threads": 2}}, 1.3)
+
+
+@pytest.mark.parametrize("text", ["no markers", f"{run_all.MARKERS[1]}{run_all.MARKERS[0]}"])
+def test_a_document_without_markers_is_refused(text):
+    with pytest.raises(ValueError, match="--document"):
+        run_all.put_table(text, "")
