@@ -244,9 +244,9 @@ def fake_cuda():
         return None if accumulate_grad else found
 
     patches = [
-        mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
-        mock.patch("torch.cuda.is_bf16_supported", lambda *_, **__: True),
-        mock.patch("torch.cuda.get_device_capability", lambda *_: (9, 0)),
+        mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False),
+        mock.patch("torch.cuda.is_bf16_supported", return_value=True),
+        mock.patch("torch.cuda.get_device_capability", return_value=(9, 0)),
         mock.patch("torch.autograd._engine_run_backward", engine),
         mock.patch("torch.autograd.graph._engine_run_backward", engine),
     ]
