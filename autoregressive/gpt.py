@@ -130,10 +130,13 @@ class KVCache:
         shape = (batch, config.n_head, config.block_size, config.head_dim)  # the last code is never fed back
         self.layers = [tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
                        for _ in range(config.n_layer)]
+        self._first: dict[int, list[tuple[Tensor, ...]]] = {}
 
     def first(self, batch: int) -> list[tuple[Tensor, ...]]:
-        """Views of the first `batch` sequences."""
-        return [tuple(part[:batch] for part in layer) for layer in self.layers]
+        """Views of the first `batch` sequences, the same ones at every call."""
+        if batch not in self._first:
+            self._first[batch] = [tuple(part[:batch] for part in layer) for layer in self.layers]
+        return self._first[batch]
 
 
 class RMSNorm(nn.Module):

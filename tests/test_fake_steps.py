@@ -179,7 +179,7 @@ class Collectives(TorchDispatchMode):
         super().__init__()
         self.seen = Counter()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ARG002
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace in ("c10d", "_c10d_functional"):
             self.seen[func._schema.name.split("::")[1]] += 1
         return func(*args, **(kwargs or {}))

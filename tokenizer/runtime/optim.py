@@ -15,8 +15,8 @@ from tokenizer.runtime import config, distributed
 
 DTYPES = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of --mixed-precision
 # torch 2.14 has another name for it, and warns at the old one.
-_BUFFERS_EVERY_FORWARD = ("forward_sync_buffers" if "forward_sync_buffers" in signature(DistributedDataParallel).parameters
-                          else "broadcast_buffers")
+_NEWER = "forward_sync_buffers" in signature(DistributedDataParallel).parameters
+_BUFFERS_EVERY_FORWARD = "forward_sync_buffers" if _NEWER else "broadcast_buffers"
 LR_SCHEDULES = ("constant", "cosine", "linear")
 
 

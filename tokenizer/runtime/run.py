@@ -159,7 +159,8 @@ class Run:
         self._parts = parts
         if not self.cfg.dry_run:
             lock.own(self.folder, "--results-dir")
-        state = self.checkpoints.load_latest()  # on the CPU: there Adam's step counts stay, and cost no device sync
+        main_only = [name for name, part in parts.items() if getattr(part, "from_main", False)]
+        state = self.checkpoints.load_latest(main_only=main_only)  # on the CPU, as a copy on the GPU would not fit
         if state is None:
             if (self.folder / "metrics.jsonl").exists() and not (self.folder / "config.json").exists():
                 raise ValueError(f"--results-dir {self.folder} holds the metrics.jsonl of something else; use another")

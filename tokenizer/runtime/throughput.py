@@ -50,8 +50,8 @@ class Throughput:
         self.flops = 0 if self.peak is None else 3 * count_flops(forward)
 
     def entries(self, samples_per_second: float) -> dict[str, float]:
-        """tokens_per_second of all ranks; mfu: share of the devices' peak, in [0, 1]; peak_memory_gib of this rank: of a
-        GPU since the last call, of a CPU process since it began.
+        """tokens_per_second of all ranks; mfu: share of the devices' peak, in [0, 1]; peak_memory_gib of this rank, on
+        a GPU since the last call, of a CPU process since it began.
         """
         row = {"tokens_per_second": samples_per_second * self.tokens}
         if self.peak is not None:
