@@ -3,7 +3,7 @@
 #     RUN=runs/imagenet256
 #     source scripts/slurm/job.sh tokenizer/train_provq.py --data-path /data/imagenet/train
 #
-# One process per GPU, started by srun instead of torchrun: Slurm's SIGTERM (--signal) then reaches every process itself.
+# One process per GPU, started by srun instead of torchrun: Slurm's SIGTERM (--signal) then reaches each process itself.
 # It saves a checkpoint and ends with 0, for which it has as long as --signal says. (torchrun kills after 30 seconds.)
 # Then, while the run is not finished, the job goes back into the queue, and the same command resumes at the very step.
 #   PYTHON=/path/to/python   the interpreter (.venv/bin/python if there is one)
