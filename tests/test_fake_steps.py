@@ -156,11 +156,16 @@ def test_kmeans_does_not_wait_for_every_code(monkeypatch):
 
 # ------------------------------------------------------------------------------------------------------------ ceilings
 
+def low_precision_norms(fake):
+    return image_trainer(fake, low_precision_norms=True)
+
+
 @pytest.mark.parametrize(("build", "batches", "traffic", "saved"), [
     (image_trainer, lambda trainer: images(trainer, 16), 291, 21.3),
+    (low_precision_norms, lambda trainer: images(trainer, 16), 143, 13.2),
     (gpt_trainer, lambda trainer: codes(trainer, 32), 192, 6.1),
     (structure_trainer, lambda trainer: chains(trainer, 4, 512), 254, 8.0),
-], ids=["images", "gpt", "structures"])
+], ids=["images", "low-precision-norms", "gpt", "structures"])
 def test_memory_of_an_eager_step_at_the_papers_size(build, batches, traffic, saved):
     """GiB read and written by a step, and kept for its backward: 16 images of 256 pixels, 32 of GPT-B, 4 chains of 512.
     """

@@ -67,6 +67,8 @@ class TrainConfig(CurriculumConfig):
     beta2: float = arg(0.95, "Adam's second moment; LlamaGen: 0.95")
     mixed_precision: str = arg("bf16", "autocast; quantizer and losses stay float32; LlamaGen: bf16",
                                choices=("none", "bf16", "fp16"))
+    low_precision_norms: bool = arg(False, "group norm in the dtype of --mixed-precision, its statistics in float32: "
+                                           "half the memory traffic of a step that is not compiled; LlamaGen: no")
     compile: bool = arg(False, "torch.compile the tokenizer: minutes at the start, then a fraction of the memory "
                                "traffic; imagenet256, imagenet384: yes; LlamaGen: an option, off")
 

@@ -57,7 +57,8 @@ def build_model(cfg: TrainConfig) -> VQModel:
     """The tokenizer with its curriculum; weights are a function of --global-seed alone. ValueError: see its parts."""
     curriculum, adaptive = build_curriculum(cfg)
     torch.manual_seed(cfg.global_seed)
-    return VQModel(VQModelConfig.from_dict(config.to_dict(cfg)), curriculum, adaptive=adaptive)
+    model = VQModel(VQModelConfig.from_dict(config.to_dict(cfg)), curriculum, adaptive=adaptive)
+    return model.set_norm_precision(cfg.low_precision_norms)
 
 
 def _open_lpips(cfg: TrainConfig) -> LPIPS:
