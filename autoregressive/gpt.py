@@ -130,10 +130,13 @@ class KVCache:
         shape = (batch, config.n_head, config.block_size, config.head_dim)  # the last code is never fed back
         self.layers = [tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
                        for _ in range(config.n_layer)]
+        self._first: dict[int, list[tuple[Tensor, ...]]] = {}
 
     def first(self, batch: int) -> list[tuple[Tensor, ...]]:
-        """Views of the first `batch` sequences."""
-        return [tuple(part[:batch] for part in layer) for layer in self.layers]
+        """Views of the first `batch` sequences, the same ones at every call."""
+        if batch not in self._first:
+            self._first[batch] = [tuple(part[:batch] for part in layer) for layer in self.layers]
+        return self._first[batch]
 
 
 class RMSNorm(nn.Module):
@@ -290,3 +293,20 @@ class GPT(nn.Module):
         for layer, part in zip(self.layers, cache, strict=True):
             x = layer(x, rope, part, position, mask, length)
         return self.output(self.norm(x))[:, 0].float()
+
+
+class NextCodeLoss(nn.Module):
+    """A GPT and its loss in one module, so that a compiler fuses the softmax with what makes the logits.
+
+    codes of whole images (B, block_size) int64, labels (B,) int64 -> cross-entropy (B,) in nats per code, and the share
+    of codes predicted right (B,), float32.
+    """
+
+    def __init__(self, gpt: nn.Module):
+        super().__init__()
+        self.gpt = gpt
+
+    def forward(self, codes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.gpt(codes[:, :-1], labels).flatten(0, 1)  # (B T, vocab_size)
+        losses = F.cross_entropy(logits, codes.flatten(), reduction="none").view_as(codes).mean(1)
+        return losses, (logits.detach().argmax(-1).view_as(codes) == codes).float().mean(1)

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from autoregressive.gpt import GPT
 from autoregressive.pretrained import LoadedGPT, export_gpt, load_gpt
-from autoregressive.sampling import SCHEDULES, SamplingConfig, compile_decoding, generate
+from autoregressive.sampling import SCHEDULES, CompiledDecoding, SamplingConfig, generate
 from tokenizer.pixels import to_uint8
 from tokenizer.pretrained import load_tokenizer, tokenizer_hash
 from tokenizer.runtime import config, distributed, lock
@@ -205,7 +205,7 @@ def check_folder(args: argparse.Namespace, settings: dict[str, Any]) -> bool:
     return grows
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def draw_batch(
     model: GPT, vq: VQModel, places: list[int], labels: list[int], args: argparse.Namespace,
     compiled: Callable[..., Tensor] | None,
@@ -265,7 +265,7 @@ def sample(args: argparse.Namespace, device: torch.device) -> None:
         atomic_write_json(args.out / SETTINGS, settings)
         atomic_write(args.out / "labels.npy", lambda file: np.save(file, np.array(labels)))
     distributed.barrier()
-    compiled = compile_decoding(model) if args.compile else None
+    compiled = CompiledDecoding(model) if args.compile else None
     starts = range(0, args.num_samples, args.batch_size)
     with tqdm(total=args.num_samples, unit="image", disable=None if distributed.is_main() else True) as shown:
         for number in distributed.deal_out(len(starts)):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,7 +98,35 @@ def draw(logits: Tensor, uniform: Tensor, config: SamplingConfig) -> Tensor:
     return torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0]
 
 
-@torch.inference_mode()
+class CompiledDecoding:
+    """The decoding step of a GPT through torch.compile, for `generate`; on GPUs as CUDA graphs, without launches.
+
+    Compiles at the first images, once per LENGTH_STEP and batch size. Graphs read and write memory at fixed places, so
+    the caches are kept here from call to call. One call at a time.
+    """
+
+    def __init__(self, model: GPT) -> None:
+        options = {"mode": "reduce-overhead"} if model.output.weight.is_cuda else {}
+        self._step = torch.compile(model.decode, fullgraph=True, dynamic=False, **options)  # type: ignore[call-overload]
+        self._caches: dict[tuple[int, torch.dtype], KVCache] = {}
+
+    def cache(self, model: GPT, batch: int) -> KVCache:
+        """For `batch` sequences. What an earlier call left in it is hidden, see GPT.decode."""
+        weight = model.output.weight
+        key = batch, weight.dtype
+        if key not in self._caches:
+            self._caches[key] = cache = KVCache(model.config, batch, weight.dtype, weight.device)
+            for layer in (*cache.layers, *cache.first(batch // 2)):
+                for part in layer:
+                    torch._dynamo.mark_static_address(part)
+        return self._caches[key]
+
+    def __call__(self, *args: Any) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()  # what the last step returned has been read
+        return self._step(*args)
+
+
+@torch.no_grad()
 def generate(
     model: GPT, labels: Tensor, *, seeds: Sequence[int], config: SamplingConfig, num_codes: int | None = None,
     compiled: Callable[..., Tensor] | None = None, progress: Callable[[int], object] | None = None,
@@ -106,7 +135,7 @@ def generate(
     """Codes (B, num_codes) int64 of images of the classes labels (B,) int64.
 
     model: in eval mode; its parameters' dtype and device are used. seeds: one int per image. num_codes: the first so
-    many codes of an image; None: all. compiled: what compile_decoding made of this model (worth its minutes for many
+    many codes of an image; None: all. compiled: CompiledDecoding of this model (worth its minutes for many
     images). progress: called with the number of codes done, after each. prefix: (B, P) int64, the first codes, which
     are given and not drawn.
     ValueError: a model in training mode, labels, seeds or a prefix that do not fit.
@@ -122,7 +151,11 @@ def generate(
     labels = labels.to(weight.device)
     batch = len(labels)
     guided = [config.scale(t, total) != 1 for t in range(total)]
-    cache = KVCache(model.config, 2 * batch if any(guided) else batch, weight.dtype, weight.device)
+    size = 2 * batch if any(guided) else batch
+    if isinstance(compiled, CompiledDecoding):
+        cache = compiled.cache(model, size)
+    else:
+        cache = KVCache(model.config, size, weight.dtype, weight.device)
     uniform = uniforms(seeds, total).to(weight.device)
     codes = torch.empty(batch, total, dtype=torch.int64, device=weight.device)
     decode = compiled or model.decode
@@ -161,8 +194,3 @@ def check_request(model: GPT, labels: Tensor, seeds: Sequence[int], total: int) 
         raise ValueError(f"{len(seeds)} seeds for {len(labels)} images")
     if not 1 <= total <= model.config.block_size:
         raise ValueError(f"{total} codes are asked for; an image has {model.config.block_size}")
-
-
-def compile_decoding(model: GPT) -> Callable[..., Tensor]:
-    """The decoding step through torch.compile, for `generate`. Compiles at the first images, once per LENGTH_STEP."""
-    return torch.compile(model.decode, fullgraph=True, dynamic=False)

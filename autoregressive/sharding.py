@@ -54,7 +54,12 @@ def load_full_state(model: nn.Module, state: Mapping[str, Any]) -> None:
 
 
 class ShardedModel:
-    """state_dict and load_state_dict of a sharded model in full tensors; both collective."""
+    """state_dict and load_state_dict of a sharded model in full tensors; both collective.
+
+    from_main: what is loaded is read from rank 0's argument alone, so that nobody else needs to read a checkpoint.
+    """
+
+    from_main = True
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -68,6 +73,8 @@ class ShardedModel:
 
 class ShardedOptimizer:
     """The same for its optimizer; states are named by parameter, so they fit any number of processes."""
+
+    from_main = True
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
         self.model, self.optimizer = model, optimizer

@@ -20,12 +20,11 @@ if not __package__:
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoregressive import sharding
 from autoregressive.code_shards import CodeDataset, CodeFiles, open_codes
-from autoregressive.gpt import GPT, GPTConfig
+from autoregressive.gpt import GPT, GPTConfig, NextCodeLoss
 from autoregressive.sampling import SamplingConfig, generate
 from autoregressive.train_config import TrainConfig, check, parse_config, resumable, shards
 from tokenizer.data import make_loader, split_holdout, spread
@@ -47,6 +46,7 @@ from tokenizer.runtime.optim import (
 from tokenizer.runtime.precision import set_tf32
 from tokenizer.runtime.run import Run, Stateful, launch, with_max_steps
 from tokenizer.runtime.seeding import fold
+from tokenizer.runtime.throughput import Throughput
 from tokenizer.vq_model import VQModel
 
 SAMPLES = 16  # pictures in a grid of samples
@@ -82,7 +82,9 @@ class Trainer:
         self.optimizer = build_adamw(self.raw, cfg)
         self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.mixed_precision == "fp16")
         self.run.resume(self._parts())
-        core: nn.Module = torch.compile(self.raw) if cfg.compile else self.raw  # type: ignore[assignment]
+        self.run.throughput = Throughput(cfg, device, self.gpt_config.block_size, self._forward_once)
+        loss = NextCodeLoss(self.raw)
+        core: nn.Module = torch.compile(loss) if cfg.compile else loss  # type: ignore[assignment]
         self.model = core if self.sharded else replicate(core, device)
 
     # ---------------------------------------------------------------------------------------------------- parts
@@ -143,6 +145,13 @@ class Trainer:
             sharding.shard(model, model.layers, self.device, DTYPES[self.cfg.mixed_precision])
         return model
 
+    def _forward_once(self) -> None:
+        """What one image costs in FLOP; on parameters that nobody has, since those of this model may be shards."""
+        with torch.device("meta"):
+            model = GPT(self.gpt_config).eval()
+            size = self.gpt_config.block_size
+            model(torch.zeros(1, size - 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+
     def _parts(self) -> dict[str, Stateful | None]:
         """What checkpoints hold."""
         if not self.sharded:
@@ -183,9 +192,7 @@ class Trainer:
         codes = batch["codes"].to(self.device, non_blocking=True)
         labels = batch["label"].to(self.device, non_blocking=True)
         with self.autocast():
-            logits = model(codes[:, :-1], labels)
-        losses = F.cross_entropy(logits.transpose(1, 2), codes, reduction="none").mean(1)
-        return losses, (logits.detach().argmax(-1) == codes).float().mean(1)
+            return model(codes, labels)
 
     def autocast(self) -> torch.autocast:
         """Sharded models cast their parameters themselves."""
@@ -208,8 +215,7 @@ class Trainer:
     @torch.no_grad()
     def validate(self) -> None:
         """Collective. Loss and accuracy on the held-out images, with their classes; keeps the best."""
-        model = self.ema.module if self.ema else self.raw
-        model.eval()
+        model = NextCodeLoss(self.ema.module if self.ema else self.raw).eval()
         rank, world, size = distributed.rank(), distributed.world_size(), self.run.micro_batch()
         places = range(len(self.val_set))
         rounds = math.ceil(len(places) / (size * world))  # equal on all ranks: a sharded forward is collective

@@ -218,8 +218,9 @@ def place_atom(
 
     Source: Parsons et al., Practical conversion from torsion space to Cartesian space (NeRF), J. Comput. Chem. 2005.
     """
-    length, angle, torsion = (torch.as_tensor(value, dtype=c.dtype, device=c.device)[..., None]
-                              for value in (length, angle, torsion))
+    length, angle, torsion = (  # a number is filled in on the device, not copied there
+        (value.to(c) if isinstance(value, Tensor) else torch.full((), value, dtype=c.dtype, device=c.device))[..., None]
+        for value in (length, angle, torsion))
     along = torch.nn.functional.normalize(c - b, dim=-1)
     normal = torch.nn.functional.normalize(torch.linalg.cross(b - a, along), dim=-1)
     plane = torch.linalg.cross(normal, along)

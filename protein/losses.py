@@ -279,7 +279,8 @@ def _direction_bins(backbone: Tensor, as_coded: bool) -> Tensor:
                             ((a, b), (a, normal), (b, a), (b, normal), (normal, a), (normal, b))], dim=-1)
     if not as_coded:
         # A residue's normal is orthogonal to its own a and b, and 0 is an edge: rounding must not choose the bin.
-        dots.diagonal(dim1=1, dim2=2)[:, [1, 3, 4, 5]] = 0.0  # (B, 6, L)
+        own = dots.diagonal(dim1=1, dim2=2)  # (B, 6, L)
+        own[:, 1] = own[:, 3:] = 0.0
     half = DIRECTION_BINS // 2
     return (dots * half).floor().long().add_(half).clamp_(0, DIRECTION_BINS - 1)
 

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from protein.losses import PADDING
 from protein.structure_cache import MANIFEST, ROWS, StructureSet, read_cache, structure_set
 from protein.structure_io import Chain
+from protein.structure_model import check_residues, residue_places
 from protein.structure_sources import Failure, iterate_folder
 from tokenizer.runtime import distributed
 from tokenizer.runtime.seeding import StepSampler, fold
@@ -225,7 +226,8 @@ class StructureDataset(Dataset):
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Tensor]:
     """Items -> coords float32 (B, L, 3, 3), residue_index and sequence int64 (B, L), mask bool (B, L): True = residue
-    of the chain, with or without coordinates; index, length int64 (B,). Padded with NaN, 0 and losses.PADDING.
+    of the chain, with or without coordinates; index, length int64 (B,). Padded with NaN, 0 and losses.PADDING. places
+    int64 (N,): of residues with coordinates among all B L.
     """
     length = torch.tensor([len(item["sequence"]) for item in items])
     batch, longest = len(items), int(length.max())
@@ -238,7 +240,8 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Tensor]:
         for name, array in padded.items():
             array[row, : len(item[name])] = item[name]
     mask = torch.arange(longest) < length[:, None]
-    return {**padded, "mask": mask, "index": torch.tensor([item["index"] for item in items]), "length": length}
+    return {**padded, "mask": mask, "index": torch.tensor([item["index"] for item in items]), "length": length,
+            "places": residue_places(check_residues(padded["coords"], mask))}
 
 
 class StructureBatchSampler(StepSampler):

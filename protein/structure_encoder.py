@@ -136,8 +136,10 @@ class GeometricAttention(nn.Module):
         Planes, because rotating them multiplies 3 x 3 by 3 x (2..3 H), which a matrix unit does far better than its
         transpose.
         """
-        weight = self.proj.weight.view(5, self.heads, 3, -1)[rows].permute(2, 0, 1, 3).flatten(0, 2)
-        bias = self.proj.bias.view(5, self.heads, 3)[rows].permute(2, 0, 1).flatten()
+        weights = self.proj.weight.view(5, self.heads, 3, -1).unbind()  # not [rows], which are copied to the device
+        biases = self.proj.bias.view(5, self.heads, 3).unbind()
+        weight = torch.stack([weights[row] for row in rows]).permute(2, 0, 1, 3).flatten(0, 2)
+        bias = torch.stack([biases[row] for row in rows]).permute(2, 0, 1).flatten()
         return F.linear(s, weight, bias)
 
     def project(self, x: Tensor, queries: int) -> tuple[Tensor, Tensor]:
@@ -209,19 +211,22 @@ class StructureEncoder(nn.Module):
         self.pre_vq_proj = nn.Linear(width, dim)
         self.relative_positional_embedding = RelativePosition(width)
 
-    def forward(self, coords: Tensor, mask: Tensor | None = None, residue_index: Tensor | None = None) -> Tensor:
+    def forward(self, coords: Tensor, mask: Tensor | None = None, residue_index: Tensor | None = None,
+                places: Tensor | None = None) -> Tensor:
         """coords (B, L, 3, 3) float, mask (B, L) bool or None, residue_index (B, L) int or None -> latents (B, L, D)
         float32.
 
         coords: N, CA, C in Angstrom; anything, NaN too, where mask is False. residue_index: position in the sequence,
-        by default in the array. Residues that are not `valid_residues` get pre_vq_proj.bias.
+        by default in the array. Residues that are not `valid_residues` get pre_vq_proj.bias. places (N,) int64: of the
+        valid residues among all B L, in order; None: they are found, for which the host waits.
         """
         valid = valid_residues(coords, mask)
         coords = torch.where(valid[..., None, None], coords, 0.0).float()
         edges, near = knn_graph(coords[:, :, 1], valid, self.neighbours)
         rotation, origin = backbone_frames(coords)
-        chain, residue = valid.nonzero(as_tuple=True)                    # (N,) each
-        slots, near = edges[chain, residue], near[chain, residue]        # (N, S)
+        places = valid.flatten().nonzero()[:, 0] if places is None else places
+        chain = places // valid.shape[1]                                 # (N,)
+        slots, near = edges.flatten(0, 1)[places], near.flatten(0, 1)[places]  # (N, S)
         number = slots if residue_index is None else residue_index[chain[:, None], slots]
         offset = (number - number[:, :1]).clamp(-REACH, REACH) + REACH + 1
         rotation, origin = rotation[chain[:, None], slots], origin[chain[:, None], slots]
@@ -231,7 +236,8 @@ class StructureEncoder(nn.Module):
         size = max(1, elements // (slots.shape[1] * self.hidden))
         parts = zip(*(t.split(size) for t in (offset, rotation, origin, near)), strict=True)
         encoded = torch.cat([self._neighbourhoods(*part) for part in parts])  # (N, d)
-        full = encoded.new_zeros(*valid.shape, encoded.shape[-1]).index_put((chain, residue), encoded)
+        full = encoded.new_zeros(valid.numel(), encoded.shape[-1]).index_copy(0, places, encoded)
+        full = full.unflatten(0, valid.shape)
         with exact_float32(full.device):  # codes are chosen by distances between latents
             return self.pre_vq_proj(full.float())
 

@@ -110,11 +110,20 @@ class StructureVQModel(nn.Module):
         self.inverse_folding_head = RegressionHead(config.decoder_width, SEQUENCE_VOCABULARY)
 
     def forward(
-        self, coords: Tensor, mask: Tensor | None = None, residue_index: Tensor | None = None
+        self, coords: Tensor, mask: Tensor | None = None, residue_index: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> StructureOutput:
-        """coords (B, L, A >= 3, 3) Angstrom, residue_index (B, L) int -> see StructureOutput. Raises like encode."""
+        """coords (B, L, A >= 3, 3) Angstrom, residue_index (B, L) int -> see StructureOutput. Raises like encode.
+
+        places (N,) int64: of `residues(coords, mask)` among all B L, in order, for who knows them without waiting for
+        the device; None: they are found.
+        """
         mask = self.residues(coords, mask)
-        out = self.quantize(self.encoder(coords[:, :, :3], mask, residue_index), mask)
+        places = residue_places(mask) if places is None else places
+        z = self.encoder(coords[:, :, :3], mask, residue_index, places)
+        out = self.quantize(z.flatten(0, 1).index_select(0, places))  # (N, D)
+        out = out._replace(quantized=_spread(out.quantized, places, mask, 0.0),
+                           indices=None if out.indices is None else _spread(out.indices, places, mask, -1))
         decoded = self.decoder(out.quantized, mask)
         pairs = self.decoder.pair_logits(decoded.hidden)
         return StructureOutput(decoded, pairs, self.inverse_folding_head(decoded.hidden), out, mask)
@@ -152,6 +161,17 @@ class StructureVQModel(nn.Module):
             raise ValueError(f"quantized vectors must be (B, L, {self.config.codebook_embed_dim}), "
                              f"got {tuple(tokens.shape)}")
         return self.decoder(tokens, _check_mask(mask, tokens.shape[:2]))
+
+
+def residue_places(valid: Tensor) -> Tensor:
+    """bool (B, L) -> where it is True among all B L, int64 (N,) in order. On a GPU the host waits for it."""
+    return valid.flatten().nonzero()[:, 0]
+
+
+def _spread(values: Tensor, places: Tensor, valid: Tensor, padding: float) -> Tensor:
+    """Of N residues (N, ...) -> (B, L, ...), padding elsewhere."""
+    full = values.new_full((valid.numel(), *values.shape[1:]), padding)
+    return full.index_copy(0, places, values).unflatten(0, valid.shape)
 
 
 def _check_mask(mask: Tensor | None, shape: torch.Size) -> Tensor | None:

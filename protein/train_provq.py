@@ -38,7 +38,7 @@ from protein.structure_io import ATOMS, Chain, write_structure
 from protein.structure_model import StructureModelConfig, StructureVQModel
 from protein.train_config import RESUMABLE, TrainConfig, check, loss_weights, parse_config
 from protein.validation import StructureMeter
-from tokenizer.code_meter import PaceMeter
+from tokenizer.code_meter import PaceMeter, count_
 from tokenizer.curriculum import CurriculumTrainer, build_curriculum, code_usage, kmeans_batches, with_length
 from tokenizer.data import consecutive, make_loader, spread
 from tokenizer.quantizer_config import build_restart
@@ -47,7 +47,9 @@ from tokenizer.runtime.ema import EMA
 from tokenizer.runtime.optim import accumulating, build_adamw, learning_rate, replicate, set_learning_rate, update
 from tokenizer.runtime.precision import set_tf32
 from tokenizer.runtime.run import Run, launch
+from tokenizer.runtime.throughput import Throughput
 
+FED = ("coords", "mask", "residue_index", "sequence", "places")  # what of a batch goes to the device
 PROBED, EXAMPLES = 16, 4  # validation chains whose drift is watched, and that are written at each stage's end
 
 
@@ -79,7 +81,16 @@ class Trainer(CurriculumTrainer):
         self.kmeans_batches = kmeans_batches(cfg, max(1, int(cfg.global_batch_size * self.train_set.observed.mean())))
         self.run.resume({"model": self.raw, "ema": self.ema, "optimizer": self.optimizer, "drift": self.drift,
                          "restart": self.restart})
+        self.run.throughput = Throughput(cfg, device, float(self.train_set.observed.mean()), self._forward_once)
         self.model = replicate(self.raw, device)
+
+    def _forward_once(self) -> None:
+        """What a chain of mean length costs in FLOP."""
+        length, model = max(2, round(float(self.train_set.observed.mean()))), self.raw
+        coords = torch.zeros(1, length, 3, 3, device=self.device)
+        valid = torch.ones(1, length, dtype=torch.bool, device=self.device)
+        z = model.encoder(coords, valid, None, torch.arange(length, device=self.device))
+        model.decoder.pair_logits(model.decoder(z, valid).hidden)
 
     def _open_data(self, cfg: TrainConfig) -> dict[str, str]:
         def opened(flag: str, path: str | None) -> StructureSet:
@@ -155,7 +166,7 @@ class Trainer(CurriculumTrainer):
         for part, batch in enumerate(together):
             with accumulating(self.model, part < parts - 1):
                 with self.autocast():
-                    out = self.model(batch["coords"], batch["mask"], batch["residue_index"])
+                    out = self.model(batch["coords"], batch["mask"], batch["residue_index"], batch["places"])
                 terms = structure_losses(out, batch["coords"], batch["sequence"], batch["residue_index"],
                                          as_coded=cfg.losses_as_coded)
                 weighted = [weight * terms[name] for name, weight in loss_weights(cfg).items()]
@@ -185,7 +196,7 @@ class Trainer(CurriculumTrainer):
         pin = self.device.type == "cuda"
         for batch in make_loader(dataset, batches, num_workers=self.cfg.num_workers, pin_memory=pin,
                                  collate=collate):
-            yield {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+            yield {name: batch[name].to(self.device, non_blocking=True) for name in FED}
 
     # -------------------------------------------------------------------------------------- what is tokenized
 
@@ -237,7 +248,7 @@ class Trainer(CurriculumTrainer):
         counts = torch.zeros(model.quantize.num_codes, dtype=torch.int64, device=self.device)
         for batch in self._val_batches(self._mine()):
             tokens = model.encode(batch["coords"], batch["mask"], batch["residue_index"])
-            counts += torch.bincount(tokens[tokens >= 0], minlength=len(counts))
+            count_(counts, tokens)
         return distributed.all_reduce_(counts)
 
     def save_examples(self, model: StructureVQModel, stem: str) -> None:

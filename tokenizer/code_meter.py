@@ -66,6 +66,13 @@ def moved(before: Tensor, after: Tensor) -> float:
     return F.mse_loss(after.double(), before.double()).sqrt().item()
 
 
+@torch.no_grad()
+def count_(counts: Tensor, indices: Tensor) -> None:
+    """Add to counts (K,) int64 how often each code is among indices (int64, any shape; negative: none)."""
+    indices = indices.flatten()  # not bincount: it would wait for the device to find the largest
+    counts.index_add_(0, indices.clamp_min(0), (indices >= 0).long())
+
+
 class CodeMeter:
     """Exact statistics over all tokens of all ranks, whatever their batches.
 
@@ -84,7 +91,7 @@ class CodeMeter:
             self.error += (latents.float() - codes.float()).square().sum(dtype=torch.float64)
         self.moments += second_moments(latents)
         if indices is not None:
-            self.counts += torch.bincount(indices.flatten(), minlength=len(self.counts))
+            count_(self.counts, indices)
 
     def result(self, codebook: Tensor | None) -> dict[str, float]:
         """Collective, once. codebook (K, D); None: the warm-up has none, and its statistics are 0: no code is in use.

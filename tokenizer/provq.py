@@ -270,7 +270,7 @@ class ProVQ(nn.Module):
 
         TypeError: z not floating point. ValueError: channels, mask. RuntimeError: past the warm-up, without a codebook.
         """
-        tokens, shape = self._flatten(z, mask)
+        tokens, shape, places = self._flatten(z, mask)
         if self.training and self.needs_init:
             raise RuntimeError(f"step {self._step} is past the warm-up: first call init_codebook(latents, ...)")
         continuous = self.stage == 1 if self.training else not self.has_codebook
@@ -278,7 +278,7 @@ class ProVQ(nn.Module):
             # 0 x every parameter: DistributedDataParallel sees the codebook used, without find_unused_parameters.
             loss = sum((0.0 * p.float().sum() for p in self.parameters() if p.requires_grad),
                        torch.zeros((), device=z.device))
-            quantized = _unmasked(self._smooth(tokens).to(z.dtype), shape, mask, 0.0).movedim(-1, self.channel_dim)
+            quantized = _unmasked(self._smooth(tokens).to(z.dtype), shape, places, 0.0).movedim(-1, self.channel_dim)
             indices = None if continuous else torch.full(shape, -1, dtype=torch.int64, device=z.device)
             return ProVQOutput(quantized, indices, loss, {})
 
@@ -291,9 +291,9 @@ class ProVQ(nn.Module):
                 mixed = alpha * self._smooth(tokens) + (1.0 - alpha) * out.codes  # Eq. 2
                 loss = self._omega.clone() * loss  # Eq. 4
             self._count(out.indices)
-        quantized = _unmasked(mixed.to(z.dtype), shape, mask, 0.0).movedim(-1, self.channel_dim)
+        quantized = _unmasked(mixed.to(z.dtype), shape, places, 0.0).movedim(-1, self.channel_dim)
         losses = {name: value.detach() for name, value in out.losses.items()}
-        return ProVQOutput(quantized, _unmasked(out.indices, shape, mask, -1), loss, losses)
+        return ProVQOutput(quantized, _unmasked(out.indices, shape, places, -1), loss, losses)
 
     def _smooth(self, tokens: Tensor) -> Tensor:  # what the decoder sees at alpha = 1, (N, D)
         return self._ask("output", self.quantizer.latent(tokens))
@@ -400,8 +400,8 @@ class ProVQ(nn.Module):
         """Codes of z: int64, z's shape without channels, -1 where masked. RuntimeError: there is no codebook yet."""
         if not self.has_codebook:
             raise RuntimeError("encode() before init_codebook(): the warm-up has not ended, there are no codes yet")
-        tokens, shape = self._flatten(z, mask)
-        return _unmasked(nearest_code(self.quantizer.latent(tokens), self.codebook), shape, mask, -1)
+        tokens, shape, places = self._flatten(z, mask)
+        return _unmasked(nearest_code(self.quantizer.latent(tokens), self.codebook), shape, places, -1)
 
     def decode(self, indices: Tensor) -> Tensor:
         """Codes of int64 indices (B, ...) in z's layout; 0 where negative (masked). RuntimeError: no codebook yet."""
@@ -446,8 +446,8 @@ class ProVQ(nn.Module):
         self._counts = self._counts.to(indices.device)
         self._counts.index_add_(0, indices.clamp_min(0), (indices >= 0).long())
 
-    def _flatten(self, z: Tensor, mask: Tensor | None) -> tuple[Tensor, tuple[int, ...]]:
-        """z -> its valid tokens (N, D) and its shape without channels."""
+    def _flatten(self, z: Tensor, mask: Tensor | None) -> tuple[Tensor, tuple[int, ...], Tensor | None]:
+        """z -> its valid tokens (N, D), its shape without channels, and with a mask their places in it (N,)."""
         if not z.is_floating_point():
             raise TypeError(f"latents must be floating point, got {z.dtype}")
         if z.ndim < 2 or z.shape[self.channel_dim] != self.dim:
@@ -455,19 +455,22 @@ class ProVQ(nn.Module):
         last = z.movedim(self.channel_dim, -1)
         if mask is not None and (mask.dtype != torch.bool or mask.shape != last.shape[:-1]):
             raise ValueError(f"mask must be bool {tuple(last.shape[:-1])}, got {mask.dtype} {tuple(mask.shape)}")
-        return last.reshape(-1, self.dim) if mask is None else last[mask], tuple(last.shape[:-1])
+        tokens, shape = last.reshape(-1, self.dim), tuple(last.shape[:-1])
+        if mask is None:
+            return tokens, shape, None
+        places = mask.flatten().nonzero()[:, 0]  # once: each indexing by a mask would wait for the device to count it
+        return tokens.index_select(0, places), shape, places
 
     def extra_repr(self) -> str:
         return f"{self._full_curriculum}, {self.adaptive}, channel_dim={self.channel_dim}"
 
 
-def _unmasked(tokens: Tensor, shape: tuple[int, ...], mask: Tensor | None, padding: float) -> Tensor:
+def _unmasked(tokens: Tensor, shape: tuple[int, ...], places: Tensor | None, padding: float) -> Tensor:
     """Valid tokens (N, ...) -> (*shape, ...). Padding leaks nothing, not even a NaN."""
-    if mask is None:
-        return tokens.reshape(*shape, *tokens.shape[1:])
-    full = tokens.new_full((*shape, *tokens.shape[1:]), padding)
-    full[mask] = tokens
-    return full
+    if places is not None:
+        full = tokens.new_full((math.prod(shape), *tokens.shape[1:]), padding)
+        tokens = full.index_copy(0, places, tokens)
+    return tokens.reshape(*shape, *tokens.shape[1:])
 
 
 # ----------------------------------------------------------------------------------------------------------- quantizers
@@ -624,7 +627,7 @@ class EMAVectorQuantizer(VectorQuantizer):
 
     @torch.no_grad()
     def _observe(self, latent: Tensor, indices: Tensor) -> None:
-        self._pending, self._last = self._pending.to(latent.device), self._last.to(latent.device)
+        self._pending = self._pending.to(latent.device)  # not _last, by whose size a compiler would know this call
         self._pending.index_add_(0, indices, F.pad(latent.double(), (0, 1), value=1.0))
         if self.restart_below > 0:
             self._last = latent.float()

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenizer import losses
-from tokenizer.code_meter import PaceMeter
+from tokenizer.code_meter import PaceMeter, count_
 from tokenizer.curriculum import CurriculumTrainer, build_curriculum, code_usage, kmeans_batches, with_length
 from tokenizer.data import (
     BadImageCounter,
@@ -43,6 +43,7 @@ from tokenizer.runtime.ema import EMA
 from tokenizer.runtime.optim import accumulating, replicate, scale_learning_rate, update
 from tokenizer.runtime.precision import set_tf32
 from tokenizer.runtime.run import Run, launch
+from tokenizer.runtime.throughput import Throughput
 from tokenizer.train_config import RESUMABLE, TrainConfig, check, open_split, parse_config, tokens_per_batch
 from tokenizer.validation import channels_last, validate
 from tokenizer.vq_model import VQModel, VQModelConfig
@@ -55,7 +56,8 @@ def build_model(cfg: TrainConfig) -> VQModel:
     """The tokenizer with its curriculum; weights are a function of --global-seed alone. ValueError: see its parts."""
     curriculum, adaptive = build_curriculum(cfg)
     torch.manual_seed(cfg.global_seed)
-    return VQModel(VQModelConfig.from_dict(config.to_dict(cfg)), curriculum, adaptive=adaptive)
+    model = VQModel(VQModelConfig.from_dict(config.to_dict(cfg)), curriculum, adaptive=adaptive)
+    return model.set_norm_precision(cfg.low_precision_norms)
 
 
 def _open_lpips(cfg: TrainConfig) -> LPIPS:
@@ -85,10 +87,7 @@ class Trainer(CurriculumTrainer):
         self.run = Run(cfg, device, resumable=RESUMABLE, inputs=fingerprints)
         self.raw = build_model(cfg).to(device)
         self.disc = NLayerDiscriminator(cfg.image_channels).to(device) if cfg.disc_weight else None
-        adam = partial(torch.optim.Adam, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))
-        self.optimizer = adam(scale_learning_rate([{"params": list(self.raw.parameters())}],
-                                                  self.quantize.parameters(), cfg.codebook_lr_scale, cfg.lr))
-        self.opt_d = None if self.disc is None else adam(self.disc.parameters())
+        self.optimizer, self.opt_d = self.make_optimizers()
         self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.mixed_precision == "fp16")
         self.ema = EMA(self.raw, cfg.ema_decay) if cfg.ema else None
         self.restart = build_restart(cfg, self.raw.quantize.quantizer)
@@ -97,12 +96,29 @@ class Trainer(CurriculumTrainer):
         self.run.resume({"model": self.raw, "ema": self.ema, "optimizer": self.optimizer, "discriminator": self.disc,
                          "optimizer_disc": self.opt_d, "scaler": self.scaler, "drift": self.drift,
                          "unreadable": self.bad, "restart": self.restart})
+        self.run.throughput = Throughput(cfg, device, tokens_per_batch(cfg) / cfg.global_batch_size, self._forward_once)
         # Only training is worth the compile time; everything else goes through self.raw, under its own names.
         core: nn.Module = torch.compile(self.raw) if cfg.compile else self.raw  # type: ignore[assignment]
         self.model = replicate(core, device)
         if self.disc is not None and cfg.sync_batchnorm and distributed.world_size() > 1:
             self.disc = nn.SyncBatchNorm.convert_sync_batchnorm(self.disc)
         self.disc_ddp = None if self.disc is None else replicate(self.disc, device)
+
+    def make_optimizers(self) -> tuple[torch.optim.Adam, torch.optim.Adam | None]:
+        """Of the tokenizer and of the discriminator, if there is one."""
+        cfg = self.cfg
+        adam = partial(torch.optim.Adam, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=True)
+        groups = scale_learning_rate([{"params": list(self.raw.parameters())}], self.quantize.parameters(),
+                                     cfg.codebook_lr_scale, cfg.lr)
+        return adam(groups), None if self.disc is None else adam(self.disc.parameters())
+
+    def _forward_once(self) -> None:
+        """What one image costs in FLOP: the tokenizer and LPIPS. The discriminator, some per cent, is left out."""
+        cfg = self.cfg
+        x = torch.empty(1, cfg.image_channels, cfg.image_size, cfg.image_size, device=self.device)
+        x_hat = self.raw.decode_latents(self.raw.encode_latents(x))
+        if self.lpips is not None:
+            self.lpips(x, x_hat)
 
     def _open_data(self, cfg: TrainConfig) -> dict[str, str]:
         split = open_split(cfg)
@@ -246,7 +262,7 @@ class Trainer(CurriculumTrainer):
         counts = torch.zeros(model.quantize.num_codes, dtype=torch.int64, device=self.device)
         for batch in self._val_batches():
             indices = model.quantize.encode(model.encode_latents(batch["image"].to(self.device)))
-            counts += torch.bincount(indices.flatten(), minlength=len(counts))
+            count_(counts, indices)
         return distributed.all_reduce_(counts)
 
     def save_examples(self, model: VQModel, stem: str) -> None:

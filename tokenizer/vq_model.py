@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -74,8 +75,23 @@ def _conv3(in_channels: int, out_channels: int) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=1e-6)
+class GroupNorm(nn.GroupNorm):
+    """Under autocast in float32, on every device, as CUDA's autocast has it; or, if `low_precision`, in the dtype of
+    what comes in, with statistics in float32: half the memory traffic where nothing fuses the norm with its neighbours.
+    """
+
+    low_precision = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            x = x if self.low_precision else x.float()
+            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+def _norm(channels: int) -> GroupNorm:
+    return GroupNorm(32, channels, eps=1e-6)
 
 
 class ResBlock(nn.Module):
@@ -253,6 +269,13 @@ class VQModel(nn.Module):
         )
         self.quant_conv = nn.Conv2d(arch.z_channels, config.codebook_embed_dim, kernel_size=1)
         self.post_quant_conv = nn.Conv2d(config.codebook_embed_dim, arch.z_channels, kernel_size=1)
+
+    def set_norm_precision(self, low: bool) -> VQModel:
+        """Of all group norms under autocast, see GroupNorm. No part of the state dict."""
+        for module in self.modules():
+            if isinstance(module, GroupNorm):
+                module.low_precision = low
+        return self
 
     @property
     def last_layer(self) -> Tensor:

@@ -19,7 +19,7 @@ if not __package__:
 import torch
 
 from autoregressive.gpt import GPT, GPT_PRESETS
-from autoregressive.sampling import SamplingConfig, compile_decoding, generate
+from autoregressive.sampling import CompiledDecoding, SamplingConfig, generate
 from evaluations.benchmarks import peer
 from tokenizer.runtime.command import as_flag_errors, command, make_parser, require_flags_at_least
 
@@ -49,7 +49,7 @@ def measure(args: argparse.Namespace) -> None:
     theirs.to(device=device, dtype=dtype).eval()
     their_generate = peer.load_module(args.peer, "autoregressive/models/generate.py").generate
     labels = torch.arange(args.batch_size, device=device)
-    compiled = compile_decoding(ours) if args.compile else None
+    compiled = CompiledDecoding(ours) if args.compile else None
 
     def run_ours() -> object:
         return generate(ours, labels, seeds=range(args.batch_size), config=args.sampling, num_codes=args.codes,

@@ -7,7 +7,7 @@ import torch
 from golden_fill import load_arrays
 from gpt_models import tiny
 
-from autoregressive.sampling import SCHEDULES, SamplingConfig, compile_decoding, draw, filter_logits, generate, uniforms
+from autoregressive.sampling import SCHEDULES, CompiledDecoding, SamplingConfig, draw, filter_logits, generate, uniforms
 
 PLAIN = SamplingConfig(cfg_scale=1)
 
@@ -110,7 +110,24 @@ def test_a_masked_step_changes_nothing():
     labels, seeds = torch.tensor([1, 2, 3]), [1, 2, 3]
     plain = generate(model, labels, seeds=seeds, config=config)
     assert torch.equal(generate(model, labels, seeds=seeds, config=config, compiled=model.decode), plain)
-    assert callable(compile_decoding(model))
+
+
+def test_compiled_steps_keep_their_caches_and_hide_what_is_in_them(monkeypatch):
+    """CUDA graphs need them where they were; the codes of an earlier call must not show."""
+    real, graphs = torch.compile, []
+    backend = lambda graph, _: graphs.append(1) or graph.forward  # noqa: E731
+    monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, backend=backend, **options))
+    model, config = tiny(), SamplingConfig(cfg_scale=2, cfg_interval=5)
+    decoding = CompiledDecoding(model)
+    for seeds in ([1, 2, 3], [4, 5, 6]):
+        labels = torch.tensor(seeds) % 5
+        plain = generate(model, labels, seeds=seeds, config=config)
+        assert torch.equal(generate(model, labels, seeds=seeds, config=config, compiled=decoding), plain)
+    assert len(decoding._caches) == 1
+    assert len(graphs) == 2  # with guidance and without
+    cache = decoding.cache(model, 6)
+    assert cache.first(3)[0][0] is cache.first(3)[0][0]
+    assert {part._dynamo_static_input_type for layer in cache.layers for part in layer} == {"unguarded"}
 
 
 def test_progress_is_reported():

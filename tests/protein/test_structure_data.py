@@ -359,8 +359,10 @@ def test_a_batch_is_padded(dataset):
     assert {key: (value.dtype, tuple(value.shape)) for key, value in batch.items()} == {
         "coords": (torch.float32, (2, 20, 3, 3)), "residue_index": (torch.int64, (2, 20)),
         "sequence": (torch.int64, (2, 20)), "mask": (torch.bool, (2, 20)), "index": (torch.int64, (2,)),
-        "length": (torch.int64, (2,)),
+        "length": (torch.int64, (2,)), "places": (torch.int64, (len(batch["places"]),)),
     }
+    known = batch["coords"].isfinite().all(-1).all(-1).flatten()
+    assert batch["places"].tolist() == [i for i in range(40) if known[i]]
     assert batch["mask"].sum(1).tolist() == batch["length"].tolist() == [12, 20]
     assert batch["index"].tolist() == [0, 3]
     assert batch["coords"][0, 12:].isnan().all()

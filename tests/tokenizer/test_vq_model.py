@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from golden_fill import fill_values, load_arrays, load_shapes, sums
+from torch import nn
 from torch.nn import functional as F
 
 from tokenizer.pretrained import (
@@ -19,7 +20,7 @@ from tokenizer.pretrained import (
 )
 from tokenizer.provq import QUANTIZERS, Curriculum
 from tokenizer.runtime.checkpoint import Checkpointer
-from tokenizer.vq_model import ARCHITECTURES, VQModel, VQModelConfig
+from tokenizer.vq_model import ARCHITECTURES, GroupNorm, VQModel, VQModelConfig
 
 SMALL = VQModelConfig("VQ-4", codebook_size=32, codebook_embed_dim=4, codebook_l2_norm=False)
 
@@ -343,3 +344,22 @@ def test_what_does_not_fit_is_named(tmp_path):
     simvq = VQModel(VQModelConfig(**SMALL.to_dict() | {"quantizer": "simvq"}))
     with pytest.raises(ValueError, match="quantizer='vq' only"):
         load_llamagen_state_dict(simvq, to_llamagen_state_dict(model))
+
+
+def test_norms_under_autocast_are_float32_unless_asked_otherwise():
+    """On CPUs as on GPUs, where autocast's own lists of operations differ."""
+    torch.manual_seed(0)
+    norm, x = GroupNorm(4, 16), torch.randn(2, 16, 8, 8) * 3 + 5
+    nn.init.normal_(norm.weight)
+    plain = nn.GroupNorm(4, 16)
+    plain.load_state_dict(norm.state_dict())
+    assert torch.equal(norm(x), plain(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        wide, low = norm(x.bfloat16()), GroupNorm(4, 16)
+        low.load_state_dict(norm.state_dict())
+        low.low_precision = True
+        narrow = low(x.bfloat16())
+    assert (wide.dtype, narrow.dtype) == (torch.float32, torch.bfloat16)
+    expected = plain(x.bfloat16().float())
+    assert torch.equal(wide, expected)
+    torch.testing.assert_close(narrow.float(), expected, rtol=2e-2, atol=2e-2)  # two roundings of 8 bits

@@ -15,7 +15,7 @@ from torch import nn
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from tokenizer.runtime import distributed
+from tokenizer.runtime import checkpoint, distributed
 from tokenizer.runtime.checkpoint import Checkpointer
 from tokenizer.runtime.ema import EMA
 from tokenizer.runtime.metrics import TIMING_FIELDS, JsonlFile, MetricLogger
@@ -213,7 +213,12 @@ def uneven_worker(folder):
         time.sleep(0.2)
     everywhere = distributed.gather_objects(mine)
     time.sleep(3.0 * distributed.rank())
-    saved = Checkpointer(folder / "checkpoints").save(1, {"dealt": everywhere})
+    saver, read, load = Checkpointer(folder / "checkpoints"), [], checkpoint.load_file
+    saved = saver.save(1, {"dealt": everywhere, "large": {"w": torch.ones(3)}})
+    checkpoint.load_file = lambda *args: read.append(args) or load(*args)
+    state = saver.load_latest(main_only=["large"])
+    assert state["dealt"] == everywhere
+    assert (len(read), len(state["large"])) == ((1, 1) if distributed.rank() == 0 else (0, 0))
     again = distributed.gather_objects(list(distributed.deal_out(3)))  # each deal starts over
     failure = ""
     try:

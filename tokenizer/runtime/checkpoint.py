@@ -17,7 +17,7 @@ import tempfile
 import time
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -232,39 +232,52 @@ class Checkpointer:
         self._write(path, state, prune_to=None)
         return path
 
-    def load_latest(self, map_location: str | torch.device = "cpu") -> dict[str, Any] | None:
+    def load_latest(
+        self, map_location: str | torch.device = "cpu", main_only: Collection[str] = ()
+    ) -> dict[str, Any] | None:
         """State of the newest readable numbered file; None when there is no file.
+
+        main_only: entries that only rank 0 needs. Then nobody else reads the file: others get {} in their place.
 
         An unreadable file (damaged, a link to nothing, a failing disk, another user's) is skipped with a message that
         names it. Raises ValueError when files exist and none can be read (starting over would overwrite the run),
         RuntimeError when the ranks do not find the same file.
         """
-        steps = self.steps()
-        state, found = None, -1
-        for step in reversed(steps):
-            try:
-                state, found = load_file(self._numbered(step), map_location), step
-                break
-            except (ValueError, OSError) as error:
-                path = self._numbered(step)
-                reason = str(error) if str(path) in str(error) else f"{path}: {error}"
-                distributed.print0(f"skipping a checkpoint that cannot be read: {reason}")
-        if steps and state is None:
-            found = -2
+        if main_only:
+            state, found = self._read_newest(map_location) if distributed.is_main() else (None, -1)
+            shared = state and {name: {} if name in main_only else value for name, value in state.items()}
+            found, shared = distributed.gather_objects((found, shared))[0]
+            if found == -2:
+                raise self._none_readable()
+            return state if distributed.is_main() else shared
+        state, found = self._read_newest(map_location)
         # The ranks agree before anyone raises: one that left alone would keep the others waiting.
         lowest = int(distributed.all_reduce_(torch.tensor(found), op="min"))
         highest = int(distributed.all_reduce_(torch.tensor(found), op="max"))
         if lowest == highest == -2:
-            raise ValueError(
-                f"{self.folder}: none of the {len(steps)} checkpoint(s) can be read; "
-                "move them away to start this run from the beginning"
-            )
+            raise self._none_readable()
         if lowest != highest:
             raise RuntimeError(
                 f"{self.folder}: ranks found different checkpoints (rank {distributed.rank()}: step {found}); "
                 "every node needs the same folder, on a shared file system"
             )
         return state
+
+    def _read_newest(self, map_location: str | torch.device) -> tuple[dict[str, Any] | None, int]:
+        """State and step of the newest readable file; None and -1 without any file, -2 without a readable one."""
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                return load_file(self._numbered(step), map_location), step
+            except (ValueError, OSError) as error:
+                path = self._numbered(step)
+                reason = str(error) if str(path) in str(error) else f"{path}: {error}"
+                distributed.print0(f"skipping a checkpoint that cannot be read: {reason}")
+        return None, -2 if steps else -1
+
+    def _none_readable(self) -> ValueError:
+        return ValueError(f"{self.folder}: none of the {len(self.steps())} checkpoint(s) can be read; "
+                          "move them away to start this run from the beginning")
 
     def _numbered(self, step: int) -> Path:
         return self.folder / f"{step:07d}.pt"

@@ -174,8 +174,8 @@ _waits, _deals = itertools.count(), itertools.count()  # all ranks count alike, 
 def wait_for_all() -> None:
     """Wait on the host until every rank is here, however long that takes: for the end of uneven work.
 
-    A collective would give up after TIMEOUT. This asks the store that the ranks have met in; torchrun ends all of them
-    when one fails.
+    A collective would give up after TIMEOUT. This asks the store that the ranks have met in. What has started them ends
+    all of them when one fails: torchrun, or srun with --kill-on-bad-exit.
     """
     if world_size() == 1:
         return
@@ -185,6 +185,7 @@ def wait_for_all() -> None:
     while store.add(key, 0) < world_size():
         time.sleep(pause)  # not store.wait: signals must be seen meanwhile
         pause = min(2 * pause, 0.5)
+    barrier()  # where rank 0 holds the store, it must not be gone before the others have asked it
 
 
 def deal_out(count: int) -> Iterator[int]:

@@ -55,8 +55,7 @@ class EMA:
         """
         decay = self.decay if step is None else min(self.decay, (1 + step) / (10 + step))
         averages, values = _matched(dict(self._module.named_parameters()), dict(model.named_parameters()))
-        for average, value in zip(averages, values, strict=True):
-            average.lerp_(value, 1.0 - decay)
+        torch._foreach_lerp_(averages, values, 1.0 - decay)  # few launches, not one per parameter
         self._copy(dict(self._module.named_buffers()), dict(model.named_buffers()))
 
     @torch.no_grad()
@@ -68,8 +67,9 @@ class EMA:
         self._copy(own, other)
 
     def _copy(self, own: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-        for target, source in zip(*_matched(own, other), strict=True):
-            target.copy_(source)
+        targets, sources = _matched(own, other)
+        if targets:
+            torch._foreach_copy_(targets, sources)
         self._hooks_due = True
 
     def state_dict(self) -> dict[str, Any]:

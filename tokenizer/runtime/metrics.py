@@ -2,7 +2,7 @@
 
 Rows are forced to disk before `flush` returns, so a checkpoint saved at step s finds the row of step s on disk
 already, and a resumed run only ever has to drop rows. Every field of a row but samples_per_second and elapsed_seconds
-repeats bit for bit when a killed run continues from its newest checkpoint.
+repeats bit for bit when a killed run continues from its newest checkpoint; nor do those of throughput.py.
 """
 
 import json
@@ -24,9 +24,12 @@ from torch import Tensor
 from tokenizer.runtime import distributed
 from tokenizer.runtime.checkpoint import atomic_write, located, sync_folder
 from tokenizer.runtime.parsing import reason
+from tokenizer.runtime.throughput import Throughput
 
-TIMING_FIELDS = ("samples_per_second", "elapsed_seconds")  # the only fields of a row that two equal runs may differ in
+# The only fields of a row that two equal runs may differ in.
+TIMING_FIELDS = ("samples_per_second", *Throughput.FIELDS, "elapsed_seconds")
 _BAR_FIELDS = ("stage", "alpha", "loss")  # what fits beside a progress bar
+_RATES = {"tokens_per_second": "{:.0f} tokens/s", "mfu": "MFU {:.1%}", "peak_memory_gib": "{:.1f} GiB"}
 _PADDING = 256  # numbers; see MetricLogger._message
 
 
@@ -119,6 +122,7 @@ class MetricLogger:
     device:       where the metrics are computed; sums are float64 there (float32 on MPS, which has no float64)
     progress:     True for a progress bar, False for one line per flush, None for a bar on a terminal
     resume_step:  step of the checkpoint that the run continues from; see JsonlFile
+    throughput:   what turns samples per second into more entries
 
     `flush`, `state_dict` and `load_state_dict` are collective: call them on every rank.
     """
@@ -132,10 +136,11 @@ class MetricLogger:
         tensorboard: bool = True,
         progress: bool | None = None,
         resume_step: int = 0,
+        throughput: Throughput | None = None,
     ) -> None:
         run_dir = Path(run_dir)
         self._file = JsonlFile(run_dir / "metrics.jsonl", resume_step)
-        self._device = device
+        self._device, self._throughput = device, throughput
         self._dtype = torch.float32 if device.type == "mps" else torch.float64
         self._board: Any = None
         self._console: _Console | None = None
@@ -198,7 +203,8 @@ class MetricLogger:
         derive:  more entries, from the reduced metrics; what turns code_counts into a perplexity in the row
 
         Returns, on every rank, the row and the reduced "_counts" as float64 (K,) on the CPU. The row has step, extra,
-        the means, the derived entries, samples_per_second (when add_samples was called) and elapsed_seconds.
+        the means, the derived entries, samples_per_second and what throughput makes of it (when add_samples was called)
+        and elapsed_seconds.
 
         Raises FloatingPointError on every rank, naming metric and step, for NaN or infinity; no row is written.
         """
@@ -220,6 +226,8 @@ class MetricLogger:
         now = time.perf_counter()
         if samples:
             row["samples_per_second"] = samples / (now - self._window_start)
+            if self._throughput is not None:
+                _extend(row, self._throughput.entries(row["samples_per_second"]))
         row["elapsed_seconds"] = now - self._run_start
         self.write(row)
         if self._console is not None:
@@ -337,6 +345,7 @@ class _Console:
     def show(self, row: Mapping[str, Any]) -> None:
         step, rate = row["step"], row.get("samples_per_second")
         words = [f"{rate:.0f} samples/s"] if rate is not None else []
+        words += [shown.format(row[name]) for name, shown in _RATES.items() if name in row]
         if self._bar is not None:
             words = [f"{name} {_short(row[name])}" for name in _BAR_FIELDS if name in row] + words
             self._bar.set_postfix_str(" ".join(words), refresh=False)

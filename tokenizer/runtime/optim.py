@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tokenizer.runtime import config, distributed
 
 DTYPES = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of --mixed-precision
+# torch 2.14 has another name for it, and warns at the old one.
+_NEWER = "forward_sync_buffers" in signature(DistributedDataParallel).parameters
+_BUFFERS_EVERY_FORWARD = "forward_sync_buffers" if _NEWER else "broadcast_buffers"
 LR_SCHEDULES = ("constant", "cosine", "linear")
 
 
@@ -92,7 +96,8 @@ def replicate(module: nn.Module, device: torch.device) -> nn.Module:
     if distributed.world_size() == 1:
         return module
     ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
+    options: dict[str, Any] = {_BUFFERS_EVERY_FORWARD: False, "gradient_as_bucket_view": True}
+    return DistributedDataParallel(module, device_ids=ids, **options)
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from tokenizer.runtime.config import arg
 from tokenizer.runtime.metrics import JsonlFile, MetricLogger
 from tokenizer.runtime.parsing import brief, parsing
 from tokenizer.runtime.seeding import StepSampler, seed_step
+from tokenizer.runtime.throughput import Throughput
 
 _INTERRUPTED = 128 + signal.SIGINT  # the exit status of shells
 
@@ -128,6 +129,7 @@ class Run:
         self.best: float | None = None  # score of checkpoints/best.pt
         self.interrupted = False        # by Ctrl-C
         self.last_validation: dict[str, Any] = {}
+        self.throughput: Throughput | None = None  # for the log rows; set it before `steps`
         self._resumable, self._inputs, self._describe = resumable, dict(inputs), dict(describe or {})
         self._parts: Mapping[str, Stateful | None] = {}
         self._resumed_metrics: Mapping[str, Any] | None = None
@@ -157,7 +159,8 @@ class Run:
         self._parts = parts
         if not self.cfg.dry_run:
             lock.own(self.folder, "--results-dir")
-        state = self.checkpoints.load_latest()  # on the CPU: there Adam's step counts stay, and cost no device sync
+        main_only = [name for name, part in parts.items() if getattr(part, "from_main", False)]
+        state = self.checkpoints.load_latest(main_only=main_only)  # on the CPU, as a copy on the GPU would not fit
         if state is None:
             if (self.folder / "metrics.jsonl").exists() and not (self.folder / "config.json").exists():
                 raise ValueError(f"--results-dir {self.folder} holds the metrics.jsonl of something else; use another")
@@ -256,7 +259,7 @@ class Run:
         """
         try:
             self.metrics = MetricLogger(self.folder, total_steps=self.cfg.max_steps, device=self.device,
-                                        resume_step=self.start)
+                                        resume_step=self.start, throughput=self.throughput)
             self.validations = JsonlFile(self.folder / "validation.jsonl", resume_step=self.start)
             if self._resumed_metrics is not None:
                 with parsing(f"--results-dir {self.folder}", "the metrics of its newest checkpoint are damaged"):

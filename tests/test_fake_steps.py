@@ -1,0 +1,238 @@
+"""Guards of the GPU without one (see fake_cuda.py): no wrong device, no wait for the device in a training step, and
+ceilings on memory traffic, on what is kept for backward, and on collectives. Ceilings are 5 % above what was measured.
+"""
+
+from collections import Counter
+
+import pytest
+import torch
+import torch.distributed as dist
+from fake_cuda import GIB, fake_cuda, run_backward
+from fake_trainers import (
+    SMALL_IMAGES,
+    SMALL_STRUCTURES,
+    chains,
+    codes,
+    gpt_trainer,
+    image_trainer,
+    images,
+    step,
+    structure_trainer,
+)
+from gpt_models import TINY, tiny
+from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from autoregressive import sharding
+from autoregressive.gpt import GPT
+from autoregressive.sampling import SamplingConfig, generate
+from autoregressive.train_config import TrainConfig
+from tokenizer import provq
+from tokenizer.provq import ProVQ, kmeans
+from tokenizer.runtime.optim import build_adamw, replicate, update
+from tokenizer.validation import validate
+from tokenizer.vq_model import VQModel, VQModelConfig
+
+STAGES = range(3)
+
+
+# ------------------------------------------------------------------------------------------------------- the harness
+
+def test_backward_by_hand_is_autograds():
+    def loss():
+        z = conv(x).flatten(1)
+        return (z * scale).square().mean() + torch.cat([z, z[:, :3] * 2], 1).softmax(1)[:, 0].sum()
+
+    torch.manual_seed(0)
+    conv, scale, x = nn.Conv2d(2, 4, 3), nn.Parameter(torch.rand(1)), torch.randn(3, 2, 5, 5)
+    leaves = [*conv.parameters(), scale]
+    expected = torch.autograd.grad(loss(), leaves)
+    for one, other in zip(run_backward([loss()], [None], leaves), expected, strict=True):
+        torch.testing.assert_close(one, other)
+    run_backward([loss()], [None])
+    for leaf, other in zip(leaves, expected, strict=True):
+        torch.testing.assert_close(leaf.grad, other)
+
+
+@pytest.mark.parametrize("fault", ["item", "mask", "host", "device"])
+def test_planted_faults_are_caught(monkeypatch, fault):
+    count = ProVQ._count
+
+    def faulty(self, indices):
+        if fault == "item":
+            indices.max().item()
+        elif fault == "mask":
+            indices = indices[indices >= 0]
+        elif fault == "host":
+            indices.cpu()
+        else:
+            self._counts.index_add_(0, indices, torch.ones(indices.shape, dtype=torch.int64))
+        count(self, indices)
+
+    monkeypatch.setattr(ProVQ, "_count", faulty)
+    with fake_cuda() as fake:
+        trainer = image_trainer(fake, **SMALL_IMAGES, disc_weight=0.0)
+        if fault == "device":
+            with pytest.raises(RuntimeError, match="device"):
+                step(fake, trainer, images(trainer, 2), 2)
+            return
+        seen = step(fake, trainer, images(trainer, 2), 2)
+    assert len(seen.syncs) == 1
+    assert "provq.py" in seen.syncs[0]
+
+
+# ---------------------------------------------------------------------------------------------------- training steps
+
+@pytest.mark.parametrize("options", [
+    {}, {"quantizer": "ema", "codebook_restart_below": 0.1}, {"quantizer": "simvq"}, {"codebook_follow": True},
+    {"codebook_l2_norm": True, "rotation": True}, {"disc_adaptive_weight": True},
+], ids=str)
+def test_a_step_of_the_image_trainer_never_waits(options):
+    with fake_cuda() as fake:
+        trainer = image_trainer(fake, **SMALL_IMAGES, **options)
+        for number in STAGES:
+            seen = step(fake, trainer, images(trainer, 4), number)
+            assert seen.syncs == []
+            assert len(seen.copies) == 1, seen.copies  # the images
+            assert "disc_loss" in seen.terms
+
+
+def test_a_step_of_a_gpt_never_waits():
+    with fake_cuda() as fake:
+        trainer = gpt_trainer(fake, TINY, drop_path_rate=0.1)
+        seen = step(fake, trainer, codes(trainer, 4), 0)
+        assert seen.syncs == []
+        assert len(seen.copies) == 2, seen.copies  # codes and labels
+
+
+@pytest.mark.parametrize("options", [{}, {"mixed_precision": "bf16"}, {"losses_as_coded": True}, {"quantizer": "ema"}],
+                         ids=str)
+def test_a_step_of_the_structure_trainer_never_waits(options):
+    with fake_cuda() as fake:
+        trainer = structure_trainer(fake, **SMALL_STRUCTURES, **options)
+        for number in STAGES:
+            seen = step(fake, trainer, chains(trainer, 3, 40), number)
+            assert seen.syncs == []
+            assert len(seen.copies) == 5, seen.copies  # coordinates, mask, numbers, letters, places
+
+
+def test_sampling_never_waits():
+    with fake_cuda() as fake:
+        gpt = fake.to_cuda(GPT(TINY)).eval()
+        with fake.recorder() as seen:
+            drawn = generate(gpt, torch.empty(4, dtype=torch.int64, device="cpu"), seeds=range(4),
+                             config=SamplingConfig(cfg_scale=2.0, top_k=5, top_p=0.9))
+    assert drawn.is_cuda
+    assert seen.syncs == []
+    assert len(seen.copies) <= 3, seen.copies  # labels and random numbers
+
+
+def test_validation_waits_for_its_results_only():
+    def waits(batches):
+        with fake.recorder() as seen:
+            validate(model, ({"image": torch.empty(2, 3, 16, 16)} for _ in range(batches)), fake.device)
+        return Counter(seen.syncs)
+
+    with fake_cuda() as fake:
+        model = VQModel(VQModelConfig("VQ-4", image_size=16, codebook_size=32, codebook_embed_dim=4))
+        fake.to_cuda(model).eval().quantize._initialised = True
+        assert waits(1) == waits(3)
+
+
+def test_kmeans_does_not_wait_for_every_code(monkeypatch):
+    class Sizes:  # what the ranks tell one another about their tokens: numbers, which a fake tensor has none of
+        def tolist(self):
+            return [4096, 0]
+
+    reduce = provq._all_reduce
+    monkeypatch.setattr(provq, "_all_reduce", lambda t: Sizes() if t.shape == (2,) else reduce(t))
+    with fake_cuda() as fake:
+        with fake.recorder() as seen:
+            found = kmeans(fake.empty(4096, 8), 256, iters=2)
+        assert found.centroids.is_cuda
+        assert len(seen.syncs) < 64, Counter(seen.syncs).most_common(5)
+
+
+# ------------------------------------------------------------------------------------------------------------ ceilings
+
+def low_precision_norms(fake):
+    return image_trainer(fake, low_precision_norms=True)
+
+
+@pytest.mark.parametrize(("build", "batches", "traffic", "saved"), [
+    (image_trainer, lambda trainer: images(trainer, 16), 291, 21.3),
+    (low_precision_norms, lambda trainer: images(trainer, 16), 143, 13.2),
+    (gpt_trainer, lambda trainer: codes(trainer, 32), 192, 6.1),
+    (structure_trainer, lambda trainer: chains(trainer, 4, 512), 254, 8.0),
+], ids=["images", "low-precision-norms", "gpt", "structures"])
+def test_memory_of_an_eager_step_at_the_papers_size(build, batches, traffic, saved):
+    """GiB read and written by a step, and kept for its backward: 16 images of 256 pixels, 32 of GPT-B, 4 chains of 512.
+    """
+    with fake_cuda() as fake:
+        trainer = build(fake)
+        step(fake, trainer, batches(trainer), 1)  # makes the optimizers' moments
+        seen = step(fake, trainer, batches(trainer), 2)
+    assert 0.5 * traffic < seen.traffic / GIB < 1.05 * traffic
+    assert 0.5 * saved < seen.saved / GIB < 1.05 * saved
+
+
+# --------------------------------------------------------------------------------------------------------- collectives
+
+class Collectives(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self.seen[func._schema.name.split("::")[1]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def _eight():
+    """Rank 0 of 8 processes, of which there is one: collectives do nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_eight")
+def test_a_replicated_step_reduces_its_buckets_only():
+    """DDP's buckets of 25 MiB, the first of 1 MiB, and nothing else: no buffers, no batch norm, no metrics."""
+    model, batch = tiny(dim=256, n_layer=4, vocab_size=8192), torch.zeros(2, TINY.block_size - 1, dtype=torch.int64)
+    ddp, buckets = replicate(model.train(), torch.device("cpu")), []
+
+    def reduce(_, bucket):
+        buckets.append(bucket.buffer().numel() * 4)
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    ddp.register_comm_hook(None, reduce)
+    optimizer = build_adamw(model, TrainConfig())
+    for _ in range(3):
+        buckets.clear()
+        with Collectives() as other:
+            ddp(batch, batch[:, 0]).sum().backward()
+            update(optimizer, model, torch.amp.GradScaler("cpu", enabled=False), 1.0)
+    weights = sum(p.numel() * 4 for p in model.parameters())
+    assert sum(buckets) == weights
+    assert len(buckets) <= 2 + weights // (25 * 2**20)
+    assert other.seen == {}
+
+
+@pytest.mark.usefixtures("_eight")
+def test_a_sharded_step_gathers_each_block_twice():
+    model = tiny().train()
+    sharding.shard(model, model.layers, torch.device("cpu"), torch.bfloat16)
+    optimizer, batch = build_adamw(model, TrainConfig()), torch.zeros(2, TINY.block_size - 1, dtype=torch.int64)
+    for _ in range(2):
+        with Collectives() as found:
+            model(batch, batch[:, 0]).sum().backward()
+            update(optimizer, model, torch.amp.GradScaler("cpu", enabled=False), 1.0)
+    blocks = TINY.n_layer
+    assert found.seen["_allgather_base_"] <= 2 * blocks + 1  # forward and backward; the rest once
+    assert found.seen["_reduce_scatter_base_"] == blocks + 1
+    assert sum(found.seen.values()) <= 3 * blocks + 4

@@ -1,0 +1,92 @@
+"""What torch.compile makes of the models: one graph per stage without a break, and none when alpha moves."""
+
+import pytest
+import torch
+from gpt_models import TINY, tiny
+
+from autoregressive.gpt import NextCodeLoss
+from tokenizer import vq_model
+from tokenizer.provq import Curriculum
+from tokenizer.quantizer_config import build_restart
+from tokenizer.train_config import PRESETS, TrainConfig
+from tokenizer.vq_model import Architecture, VQModel, VQModelConfig
+
+WARMUP, TRANSITION = 2, 3
+
+
+class Graphs:
+    """A backend that counts and runs the graphs eagerly."""
+
+    def __init__(self):
+        torch.compiler.reset()
+        self.count = 0
+
+    def __call__(self, graph, _):
+        self.count += 1
+        return graph.forward
+
+
+@pytest.fixture
+def _small(monkeypatch):
+    """VQ-4 with one block per level: tracing takes seconds per layer."""
+    small = Architecture(32, (1, 1), encoder_blocks=(0, 1), decoder_blocks=(0, 1), z_channels=32)
+    monkeypatch.setitem(vq_model.ARCHITECTURES, "VQ-4", small)
+
+
+@pytest.mark.usefixtures("_small")
+@pytest.mark.parametrize("options", [
+    {}, {"quantizer": "ema", "codebook_restart_below": 0.1}, {"quantizer": "simvq"}, {"codebook_follow": True},
+    {"codebook_l2_norm": True, "rotation": True, "codebook_restart_below": 0.1},
+], ids=str)
+def test_one_graph_per_stage(options):
+    cfg = TrainConfig(vq_model="VQ-4", image_size=16, codebook_size=32, dropout_p=0.1, **options)
+    model = VQModel(VQModelConfig.from_dict(vars(cfg)), Curriculum(WARMUP, TRANSITION))
+    restart = build_restart(cfg, model.quantize.quantizer)
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    graphs = Graphs()
+    compiled = torch.compile(model, fullgraph=True, backend=graphs)
+    counts, x = [], torch.randn(2, 3, 16, 16)
+    for step in range(WARMUP + TRANSITION + 2):
+        model.quantize.set_step(step)
+        if model.quantize.needs_init:
+            model.quantize.init_codebook(torch.randn(64, 8), optimizers=[optimizer])
+        with torch.autocast("cpu", torch.bfloat16):
+            x_hat, out = compiled(x)
+        (x_hat.float().square().mean() + out.loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if restart:
+            restart.step([optimizer])
+        model.quantize.set_step(step + 1)
+        counts.append(graphs.count)
+    assert counts == [1, 1, 2, 2, 2, 3, 3]
+    assert model.quantize.usage()["counts"].sum() > 0
+
+
+def test_a_gpt_with_its_loss_is_one_graph():
+    model, graphs = tiny(token_dropout_p=0.1), Graphs()
+    loss = NextCodeLoss(model.train())
+    compiled = torch.compile(loss, fullgraph=True, backend=graphs)
+    for seed in range(3):
+        codes = torch.randint(0, TINY.vocab_size, (2, TINY.block_size), generator=torch.Generator().manual_seed(seed))
+        torch.manual_seed(0)
+        found = compiled(codes, torch.tensor([1, 2]))
+        torch.manual_seed(0)
+        for one, other in zip(found, loss(codes, torch.tensor([1, 2])), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert graphs.count == 1
+
+
+def test_a_break_is_found():
+    class Broken(torch.nn.Module):
+        def forward(self, x):
+            torch._dynamo.graph_break()
+            return x + 1
+
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(Broken(), fullgraph=True, backend=Graphs())(torch.ones(2))
+
+
+def test_imagenet_presets_compile():
+    assert {name: preset.get("compile", False) for name, preset in PRESETS.items()} == {
+        "digits": False, "cifar10": False, "imagenet256": True, "imagenet384": True}
