@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from autoregressive.gpt import GPT, GPT_PRESETS, GPTConfig, rope_table
+from autoregressive.sampling import SamplingConfig
 from tokenizer.export_probe import evaluating, require_same
+from tokenizer.pretrained import tokenizer_hash
+from tokenizer.runtime import config
+from tokenizer.runtime.parsing import brief
+from tokenizer.vq_model import VQModel
 from tokenizer.weights import (
+    CARD_FILE,
+    CHECKPOINT_FOLDER,
     CONFIG_FILE,
     WEIGHTS_FILE,
     Saved,
@@ -81,7 +89,7 @@ def export_gpt(loaded: LoadedGPT, folder: str | Path) -> Path:
     ValueError: the folder holds something else, or a model of what would be written does not predict as this one does.
     """
     folder = Path(folder)
-    if folder.exists() and any(p.name not in (CONFIG_FILE, WEIGHTS_FILE) for p in folder.iterdir()):
+    if folder.exists() and any(p.name not in (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE) for p in folder.iterdir()):
         raise ValueError(f"{folder} holds other files; name a new folder for the export")
     state = {key: value.detach().cpu().contiguous() for key, value in loaded.model.state_dict().items()}
     require_finite(state, "this model")
@@ -93,13 +101,52 @@ def export_gpt(loaded: LoadedGPT, folder: str | Path) -> Path:
 
 def _require_faithful(model: GPT, exported: GPT) -> None:
     """ValueError: the two models do not give the codes of some images the same logits."""
-    weight, config = model.output.weight, model.config
+    weight, sizes = model.output.weight, model.config
     exported.to(weight.device).cast(weight.dtype).eval()
-    place = torch.arange(min(config.block_size - 1, PROBE_CODES), device=weight.device)
-    codes = torch.stack([place * 7919 % config.vocab_size, place * 104729 % config.vocab_size])
-    labels = torch.tensor([0, config.num_classes], device=weight.device)
+    place = torch.arange(min(sizes.block_size - 1, PROBE_CODES), device=weight.device)
+    codes = torch.stack([place * 7919 % sizes.vocab_size, place * 104729 % sizes.vocab_size])
+    labels = torch.tensor([0, sizes.num_classes], device=weight.device)
     with evaluating(model):
         require_same("logits", model(codes, labels), exported(codes, labels))
+
+
+def recorded_tokenizer(gpt: Path) -> dict[str, Any]:
+    """What the GPT's run says of its tokenizer: vq_ckpt, vq_weights, codebook_l2_norm; {}: it is no run's folder.
+
+    ValueError: of another type.
+    """
+    path = gpt / CONFIG_FILE
+    run = config.load(path) if (gpt / CHECKPOINT_FOLDER).is_dir() else {}
+    kinds = {"vq_ckpt": str, "vq_weights": str, "codebook_l2_norm": bool}
+    for name, kind in kinds.items():
+        if not isinstance(run.get(name), (kind, type(None))):
+            raise ValueError(f"{path}: {name}: {brief(run[name])} is of the wrong type")
+    return {name: run[name] for name in kinds if name in run}
+
+
+def require_tokenizer(loaded: LoadedGPT, vq: VQModel, vq_path: str | Path, *, other: str | None) -> None:
+    """ValueError: the codes are not those of this tokenizer. other: how to go on all the same; None: that was said."""
+    if vq.quantize.num_codes != loaded.model.config.vocab_size:
+        raise ValueError(f"the tokenizer has {vq.quantize.num_codes} codes, the GPT {loaded.model.config.vocab_size}")
+    if other is not None and loaded.tokenizer_hash not in ("", tokenizer_hash(vq)):
+        raise ValueError(f"{loaded.name} was trained on codes of another tokenizer than {vq_path} is now: {other}")
+
+
+def require_guidance(loaded: LoadedGPT, sampling: SamplingConfig) -> None:
+    """ValueError: guidance compares with "no class", which the model has never seen."""
+    if sampling.cfg_scale > 1 and loaded.model.config.class_dropout_prob == 0:
+        raise ValueError(f"--cfg-scale {sampling.cfg_scale:g}: {loaded.name} was trained with --class-dropout-prob 0, "
+                         "so without the class \"none\" that guidance compares with; pass --cfg-scale 1")
+
+
+def require_trained(loaded: LoadedGPT, classes: Sequence[int], said: str) -> None:
+    """ValueError, starting with said: a class of which there was no training image."""
+    trained = loaded.trained_classes
+    unknown = sorted(set(classes) - set(trained)) if trained is not None else []
+    if trained is not None and unknown:
+        raise ValueError(f"{said}: {loaded.name} had no training image of class "
+                         f"{', '.join(map(str, unknown[:20]))}; it was trained on {len(trained)} of "
+                         f"{loaded.model.config.num_classes}")
 
 
 def _build(gpt_config: GPTConfig, state: Mapping[str, Tensor], source: str, tokenizer_hash: object) -> LoadedGPT:

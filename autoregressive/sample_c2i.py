@@ -34,7 +34,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from autoregressive.gpt import GPT
-from autoregressive.pretrained import LoadedGPT, export_gpt, load_gpt
+from autoregressive.pretrained import (
+    LoadedGPT,
+    export_gpt,
+    load_gpt,
+    recorded_tokenizer,
+    require_guidance,
+    require_tokenizer,
+    require_trained,
+)
 from autoregressive.sampling import SCHEDULES, CompiledDecoding, SamplingConfig, generate
 from tokenizer.pixels import to_uint8
 from tokenizer.pretrained import load_tokenizer, tokenizer_hash
@@ -48,7 +56,6 @@ from tokenizer.runtime.command import (
     require_out_folder,
 )
 from tokenizer.runtime.optim import DTYPES
-from tokenizer.runtime.parsing import brief
 from tokenizer.runtime.seeding import fold
 from tokenizer.vq_model import VQModel
 
@@ -120,13 +127,9 @@ def tokenizer_of(args: argparse.Namespace) -> tuple[Path, str, bool | None]:
         return args.vq_ckpt, weights, args.codebook_l2_norm
     if not args.gpt_ckpt.exists():
         raise FileNotFoundError(f"--gpt-ckpt {args.gpt_ckpt} does not exist")
-    path = args.gpt_ckpt / "config.json"
-    run = config.load(path) if (args.gpt_ckpt / "checkpoints").is_dir() else {}
+    run = recorded_tokenizer(args.gpt_ckpt)
     if not run.get("vq_ckpt"):
         raise ValueError(f"--gpt-ckpt {args.gpt_ckpt} does not say where its tokenizer is: give --vq-ckpt")
-    for name, kind in (("vq_ckpt", str), ("vq_weights", str), ("codebook_l2_norm", bool)):
-        if not isinstance(run.get(name), (kind, type(None))):
-            raise ValueError(f"{path}: {name}: {brief(run[name])} is of the wrong type")
     l2_norm = run.get("codebook_l2_norm") if args.codebook_l2_norm is None else args.codebook_l2_norm
     return Path(run["vq_ckpt"]), args.vq_weights or run.get("vq_weights") or weights, l2_norm
 
@@ -140,12 +143,8 @@ def open_models(args: argparse.Namespace, device: torch.device) -> tuple[LoadedG
                          "factor")
     num_codes = None if args.image_size is None else (args.image_size // vq.downsample) ** 2
     loaded = load_gpt(args.gpt_ckpt, device, args.weights, num_codes=num_codes)
-    if vq.quantize.num_codes != loaded.model.config.vocab_size:
-        raise ValueError(f"the tokenizer has {vq.quantize.num_codes} codes, the GPT {loaded.model.config.vocab_size}")
-    other = loaded.tokenizer_hash not in ("", tokenizer_hash(vq))
-    if other and not args.other_tokenizer:
-        raise ValueError(f"{loaded.name} was trained on codes of another tokenizer than {vq_path} is now: "
-                         "name the right one with --vq-ckpt, or pass --other-tokenizer")
+    how = None if args.other_tokenizer else "name the right one with --vq-ckpt, or pass --other-tokenizer"
+    require_tokenizer(loaded, vq, vq_path, other=how)
     return loaded, vq
 
 
@@ -158,18 +157,8 @@ def class_list(args: argparse.Namespace, loaded: LoadedGPT) -> list[int]:
     words = [word.strip() for word in args.classes.split(",")]
     if not all(re.fullmatch("[0-9]{1,9}", word) and int(word) < num_classes for word in words):
         raise ValueError(f"--classes {args.classes}: give numbers from 0 to {num_classes - 1}, comma-separated")
-    unknown = sorted({int(word) for word in words} - set(trained))
-    if unknown:
-        raise ValueError(f"--classes {args.classes}: {loaded.name} had no training image of class "
-                         f"{', '.join(map(str, unknown[:20]))}; it was trained on {len(trained)} of {num_classes}")
+    require_trained(loaded, [int(word) for word in words], f"--classes {args.classes}")
     return [int(word) for word in words]
-
-
-def require_guidance(loaded: LoadedGPT, sampling: SamplingConfig) -> None:
-    """ValueError: guidance compares with "no class", which the model has never seen."""
-    if sampling.cfg_scale > 1 and loaded.model.config.class_dropout_prob == 0:
-        raise ValueError(f"--cfg-scale {sampling.cfg_scale:g}: {loaded.name} was trained with --class-dropout-prob 0, "
-                         "so without the class \"none\" that guidance compares with; pass --cfg-scale 1")
 
 
 def folder_name(args: argparse.Namespace) -> str:

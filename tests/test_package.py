@@ -84,6 +84,16 @@ def test_it_imports_anywhere(installed, tmp_path):
     assert run("-c", check, cwd=tmp_path, path=installed).split() == ["provq_attach", str(installed / "provq.py")]
 
 
+@pytest.mark.parametrize("host", [False, True])
+def test_load_needs_a_checkout(installed, tmp_path, host):
+    if host:
+        (tmp_path / "tokenizer").mkdir()  # of somebody else, without an __init__.py
+    check = "import provq\ntry:\n  provq.load\nexcept ImportError as error:\n  print(error)"
+    assert run("-c", check, cwd=tmp_path, path=installed).startswith("load is in hub.py: run in a checkout of ProVQ")
+    there = "import provq; print(provq.load.__module__, provq.__file__)"
+    assert run("-c", there, cwd=ROOT, path=installed).split() == ["tokenizer.hub", str(installed / "provq.py")]
+
+
 def test_a_host_keeps_its_own_tokenizer_folder(installed, tmp_path):
     model = tmp_path / "tokenizer" / "tokenizer_image" / "vq_model.py"
     model.parent.mkdir(parents=True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tokenizer.code_meter import PaceMeter
+from tokenizer.grid_quantizers import GRIDS
 from tokenizer.provq import SCHEDULES, AdaptiveWarmup, Curriculum, ProVQ, code_statistics
 from tokenizer.provq_codes import DeadCodeRestart
 from tokenizer.quantizer_config import QuantizerConfig, check_quantizer
@@ -43,8 +44,8 @@ class CurriculumConfig(QuantizerConfig, RunConfig):
                                            "--warmup-steps at the latest; 0: there; paper: 0")
     adaptive_warmup_min_steps: int = arg(0, "adaptive warm-up: never end before this step")
     codebook_init: str = arg("auto", "when stage 1 is over: kmeans of latents, latents drawn at random, or none; auto: "
-                                     "kmeans after a warm-up, else latents for aminoaseed, else none; paper: kmeans",
-                             choices=CODEBOOK_INITS)
+                                     "kmeans after a warm-up, else latents for aminoaseed, else none, as for fsq and "
+                                     "lfq; paper: kmeans", choices=CODEBOOK_INITS)
     kmeans_batches: int = arg(0, "global batches whose latents are clustered; 0: 32 latents per code, in at most 16 "
                                  "batches if those give every code one; paper: one batch")
     kmeans_iters: int = arg(20, "Lloyd iterations at most; paper: not given")
@@ -58,6 +59,13 @@ def check_curriculum(cfg: CurriculumConfig, world_size: int) -> None:
     """Raise ValueError, naming flag, value and fix, for settings of CurriculumConfig that cannot work."""
     check_run(cfg, world_size)
     check_quantizer(cfg, flags=True)
+    if cfg.quantizer in GRIDS:
+        for flag, asked in (("--codebook-init", codebook_init(cfg) != "none"), ("--recluster", cfg.recluster),
+                            ("--recluster-at", bool(cfg.recluster_at)),
+                            ("--codebook-lr-scale", cfg.codebook_lr_scale != 1)):
+            if asked:
+                raise ValueError(f"{flag}: the codes of --quantizer {cfg.quantizer} lie on a fixed grid, which nothing "
+                                 "places or trains; leave it out")
     config.require_at_least(cfg, 0, "kmeans_batches kmeans_iters adaptive_warmup_patience adaptive_warmup_min_steps "
                             "warmup_steps transition_steps")
     config.require_positive(cfg, "codebook_lr_scale")
@@ -138,6 +146,8 @@ def codebook_init(cfg: CurriculumConfig) -> str:
     """--codebook-init, or what its "auto" stands for."""
     if cfg.codebook_init != "auto":
         return cfg.codebook_init
+    if cfg.quantizer in GRIDS:
+        return "none"
     return "kmeans" if cfg.warmup_steps else "latents" if cfg.quantizer == "aminoaseed" else "none"
 
 
@@ -321,7 +331,8 @@ class CurriculumTrainer(ABC):
         with self.run.untimed():
             pace = self.drift.row(self._probed(), quantize.codebook)
         # The last row may be of fewer steps, and then of fewer codes.
-        why = self.drift.behind(pace, usage["usage"]) if step % cfg.log_every == 0 else None
+        moves = cfg.quantizer not in GRIDS
+        why = self.drift.behind(pace, usage["usage"]) if moves and step % cfg.log_every == 0 else None
         if why:
             distributed.print0(f"advice: step {step}: {why}. Codes that keep pace: {pace_flag(cfg)}, in another "
                                "--results-dir (tokenizer/README.md, Codes that keep pace; not in the paper)")

@@ -6,7 +6,7 @@ they are (or on the unit sphere); one that bounds or projects them first would g
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -113,7 +113,7 @@ def is_table(quantize: ProVQ, l2_norm: bool) -> bool:
         return differing(quantize.quantizer, table, probe_tokens(codes[:TOKENS].float())) == 0
 
 
-def quantizer_identity(quantize: ProVQ, l2_norm: bool) -> tuple[dict[str, str], Mapping[str, Tensor]]:
+def quantizer_identity(quantize: ProVQ, l2_norm: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
     """What a tokenizer's hash says of its quantizer beyond the table of codes: nothing, for those that are one."""
     if is_table(quantize, l2_norm):
         return {}, {}

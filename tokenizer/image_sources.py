@@ -245,6 +245,16 @@ def open_images(data_path: str | None, *, channels: int = 3, options: ImageOptio
     return source
 
 
+def open_images_or_one(data_path: str | None, *, channels: int = 3, options: ImageOptions = DEFAULTS) -> ImageSource:
+    """`open_images`, or a single image file: what a command looks at need not be a data set."""
+    path = Path(os.path.expanduser(data_path)) if data_path else None
+    if path is None or not is_image(path.name) or not path.is_file():
+        return open_images(data_path, channels=channels, options=options)
+    source = FileImages(path.parent, [path.name], np.zeros(1, dtype=np.int64), ["all"], channels)
+    source.options = options
+    return source
+
+
 def _open_path(data_path: str, channels: int, options: ImageOptions) -> ImageSource:
     if not data_path.strip():
         raise ValueError(f"the data path is empty ({data_path!r}); for the current folder write a dot")

@@ -19,12 +19,14 @@ from torch import Tensor
 
 from tokenizer.export_probe import (
     evaluating,
+    is_table,
     probe_images,
     quantizer_identity,
     require_same,
     require_same_codes,
     require_table_shape,
 )
+from tokenizer.grid_quantizers import GRIDS
 from tokenizer.quantizer_config import Config
 from tokenizer.vq_model import ARCHITECTURES, VQModel, VQModelConfig
 from tokenizer.weights import (
@@ -43,6 +45,7 @@ EXPORT_FORMAT = "provq-tokenizer-1"
 
 _CODEBOOK = "quantize.embedding.weight"
 _OWN_CODEBOOK = "quantize.quantizer.embedding.weight"
+_OWN_QUANTIZER = "quantize.quantizer."
 _USAGE = "quantize.codebook_used"  # FIFO of recent indices that LlamaGen needs for strict loading; training state only
 _USAGE_SIZE = 65536
 
@@ -139,12 +142,36 @@ def infer_llamagen_config(
 def save_pretrained(model: VQModel, folder: str | Path) -> Path:
     """Write an inference export, {folder}/config.json and model.safetensors (float32, LlamaGen's keys) -> folder.
 
-    The quantizer becomes a plain table of its effective codes, so LlamaGen can load the weights as they are and the
-    export cannot continue a SimVQ or EMA training: checkpoints do that. ValueError: see `to_llamagen_state_dict` and
-    `write_export`.
+    The quantizer becomes a plain table of its effective codes (but for fsq, which is none and stays what it is), so
+    LlamaGen can load the weights as they are and the export cannot continue a SimVQ or EMA training: checkpoints do
+    that. ValueError: see `to_llamagen_state_dict` and `write_export`.
     """
+    if model.config.quantizer in GRIDS and not is_table(model.quantize, l2_norm=False):
+        return _save_grid(model, Path(folder))
     state = to_llamagen_state_dict(model)
     return write_table_export(Path(folder), EXPORT_FORMAT, model.config, state)
+
+
+def _save_grid(model: VQModel, folder: Path) -> Path:
+    """`save_pretrained` of a quantizer that is a fixed grid and no table."""
+    if not model.quantize.has_codebook:
+        raise ValueError("this tokenizer is still in its continuous warm-up: it has no codes to export")
+    state = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in model.state_dict().items()
+             if not key.startswith("quantize.") or key.startswith(_OWN_QUANTIZER)}
+    require_finite(state, "this model")
+    _require_faithful(model, _grid(model.config, state, "the export"))
+    return write_export(folder, {"format": EXPORT_FORMAT, "trained_quantizer": model.config.quantizer,
+                                 "tokenizer": model.config.to_dict()}, state)
+
+
+def _grid(config: VQModelConfig, state: Mapping[str, Tensor], source: str) -> VQModel:
+    """The discrete model of what `_save_grid` writes."""
+    model = VQModel(config)
+    own = model.state_dict()
+    check_state_dict(state, {key: value for key, value in own.items()
+                             if not key.startswith("quantize.") or key.startswith(_OWN_QUANTIZER)}, source)
+    model.load_state_dict(own | dict(state) | {"quantize.initialised": torch.tensor(1.0)})
+    return model
 
 
 def write_table_export(folder: Path, kind: str, cfg: Any, state: Mapping[str, Tensor]) -> Path:
@@ -216,7 +243,8 @@ def content_hash(description: Mapping[str, Any], state: Mapping[str, Tensor]) ->
 def _from_export(saved: Saved, weights: str) -> VQModel:
     require_keys(saved.description, ["tokenizer"], str(saved.described_in))
     state, source = saved.choose(weights)
-    return _discrete(VQModelConfig.from_dict(saved.description["tokenizer"], str(saved.described_in)), state, source)
+    config = VQModelConfig.from_dict(saved.description["tokenizer"], str(saved.described_in))
+    return (_grid if config.quantizer in GRIDS else _discrete)(config, state, source)
 
 
 def _from_llamagen(saved: Saved, weights: str, l2_norm: bool | None) -> VQModel:

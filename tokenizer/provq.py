@@ -911,7 +911,7 @@ def _recomputing() -> bool:
     return not _is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-# What was in this file in version 0.2: loaded from the file beside it when asked for.
+# What was in this file in version 0.2, and `load`, the repository's: imported when asked for.
 _OF_ATTACH = """ADAPTERS Adapter Attached CustomAdapter DiVeQAdapter EMACodebookAdapter FSQAdapter LFQAdapter
 LlamaGenAdapter LucidrainsSimVQAdapter RESERVOIR_CALLS RESERVOIR_TOKENS_PER_CODE ResidualVQAdapter SimVQAdapter
 TableAdapter TamingAdapter TamingEMAAdapter VectorQuantizeAdapter ResidualAdapter adapt attach detach
@@ -919,12 +919,14 @@ host_state_dict""".split()
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _OF_ATTACH:
+    if name not in (*_OF_ATTACH, "load"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    companion = f"{__package__}.provq_attach" if __package__ else "provq_attach"
+    companion, hint = f"{__package__}.provq_attach" if __package__ else "provq_attach", "copy it beside provq.py"
+    if name == "load":
+        companion, hint = "tokenizer.hub", "run in a checkout of ProVQ, which the wheel is not, or put it on PYTHONPATH"
     try:
         return getattr(importlib.import_module(companion), name)
     except ModuleNotFoundError as error:
-        if error.name != companion:
+        if error.name not in (companion, companion.partition(".")[0]):
             raise
-        raise ImportError(f"{name} is in provq_attach.py: copy it beside provq.py") from None
+        raise ImportError(f"{name} is in {companion.rpartition('.')[2]}.py: {hint}") from None

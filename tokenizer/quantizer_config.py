@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, TypeVar
 
+from tokenizer.grid_quantizers import GRIDS, GridQuantizer, grid_channels
 from tokenizer.provq import QUANTIZERS, VectorQuantizer, make_quantizer
 from tokenizer.provq_codes import DeadCodeRestart, FollowingVectorQuantizer
 from tokenizer.runtime import config
@@ -24,7 +25,7 @@ class QuantizerConfig:
     """Defaults are the paper's for images. Configurations of models and of training runs subclass it."""
 
     quantizer: str = arg("vq", "vq: trained table; simvq, aminoaseed: frozen table, trained linear map; ema: running "
-                               "means; paper: vq", choices=tuple(QUANTIZERS))
+                               "means; fsq, lfq: fixed grid, no k-means; paper: vq", choices=(*QUANTIZERS, *GRIDS))
     codebook_size: int = arg(16384, "codes, K; paper: 16384")
     codebook_embed_dim: int = arg(8, "channels of a code, D; paper: 8")
     codebook_l2_norm: bool = arg(False, "unit-norm latents and codes, LlamaGen's baseline; paper's ProVQ: no")
@@ -73,8 +74,8 @@ def check_quantizer(cfg: QuantizerConfig, *, flags: bool = False) -> None:
         value = getattr(cfg, name)
         return f"{flag_name(name)} is {value}; it" if flags else f"{name}={value!r}"
 
-    if cfg.quantizer not in QUANTIZERS:
-        raise ValueError(f"{said('quantizer')} is unknown; choose one of {', '.join(QUANTIZERS)}")
+    if cfg.quantizer not in (*QUANTIZERS, *GRIDS):
+        raise ValueError(f"{said('quantizer')} is unknown; choose one of {', '.join((*QUANTIZERS, *GRIDS))}")
     limits = {"codebook_size": (1, MAX_CODES), "codebook_embed_dim": (1, MAX_WIDTH),
               "commit_loss_beta": (0, math.inf), "codebook_restart_below": (0, math.inf)}
     for name, (low, high) in limits.items():
@@ -88,6 +89,8 @@ def check_quantizer(cfg: QuantizerConfig, *, flags: bool = False) -> None:
         if cfg.quantizer != needed and getattr(cfg, name) != getattr(QuantizerConfig, name):
             only = f"{flag_name('quantizer')} {needed}" if flags else f"quantizer={needed!r}"
             raise ValueError(f"{said(name)} has an effect with {only} only, got {cfg.quantizer!r}")
+    if cfg.quantizer in GRIDS:
+        _check_grid(cfg, said)
     if cfg.codebook_follow and cfg.codebook_l2_norm:
         other = flag_name("codebook_l2_norm") if flags else "codebook_l2_norm"
         raise ValueError(f"{said('codebook_follow')} needs latents with a spread, and {other} gives them unit norm")
@@ -95,11 +98,27 @@ def check_quantizer(cfg: QuantizerConfig, *, flags: bool = False) -> None:
         raise ValueError(f"{said('codebook_restart_below')} must be below 1: it is a fraction of the mean use")
 
 
+def _check_grid(cfg: QuantizerConfig, said: Callable[[str], str]) -> None:
+    try:
+        channels = grid_channels(cfg.quantizer, cfg.codebook_size)
+    except ValueError as error:
+        raise ValueError(f"{said('codebook_size')} does not fit {cfg.quantizer}: {error}") from error
+    if cfg.codebook_embed_dim != channels:
+        raise ValueError(f"{said('codebook_embed_dim')} must be {channels}, the channels of {cfg.quantizer} with "
+                         f"{cfg.codebook_size} codes")
+    idle = ["codebook_l2_norm", "rotation", "codebook_restart_below"]
+    for name in (*idle, "commit_loss_beta") if cfg.quantizer == "fsq" else idle:
+        if getattr(cfg, name) != getattr(QuantizerConfig, name):
+            raise ValueError(f"{said(name)} has no effect on the fixed grid of {cfg.quantizer}; leave it out")
+
+
 def build_quantizer(cfg: QuantizerConfig) -> VectorQuantizer:
     """The module that the settings describe."""
     options: dict[str, float | bool] = {
         "l2_norm": cfg.codebook_l2_norm, "beta": cfg.commit_loss_beta, "rotation": cfg.rotation,
     }
+    if cfg.quantizer in GRIDS:
+        return GridQuantizer(cfg.quantizer, cfg.codebook_size, beta=cfg.commit_loss_beta)
     if cfg.codebook_follow:
         return FollowingVectorQuantizer(cfg.codebook_size, cfg.codebook_embed_dim, beta=cfg.commit_loss_beta,
                                         rotation=cfg.rotation)

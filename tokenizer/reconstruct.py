@@ -1,7 +1,7 @@
 """Encodes and decodes images with a trained tokenizer, and converts tokenizers between formats.
 
     python tokenizer/reconstruct.py runs/digits images/ --out out/      # a run, a checkpoint or an exported folder
-    python tokenizer/reconstruct.py vq_ds16_c2i.pt images/ --out out/   # LlamaGen's weights
+    python tokenizer/reconstruct.py vq_ds16_c2i.pt cat.png --out out/   # LlamaGen's weights; a single image
     python tokenizer/reconstruct.py runs/digits --export-hf my_tokenizer/
 
 Writes, for the readable images in the order of the source: OUT/pictures/*.png (original left, reconstruction right),
@@ -29,7 +29,7 @@ from tokenizer import pretrained
 from tokenizer.data import BadImageCounter, consecutive, describe_source
 from tokenizer.image_names import to_line, write_names
 from tokenizer.image_readers import ImageOptions
-from tokenizer.image_sources import add_image_flags, open_images, require_image_flags
+from tokenizer.image_sources import add_image_flags, open_images_or_one, require_image_flags
 from tokenizer.perceptual import LPIPS
 from tokenizer.runtime import config, distributed
 from tokenizer.runtime.checkpoint import atomic_write, atomic_write_json
@@ -48,7 +48,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(PROG, __doc__)
     add = parser.add_argument
     add("ckpt", help="run folder, checkpoint, LlamaGen .pt, or folder with config.json and model.safetensors")
-    add("images", nargs="?", help="folder, .tar, .zip, shard pattern or list of images, or digits; none: only export")
+    add("images", nargs="?", help="image, folder, .tar, .zip, shard pattern or list of images, or digits; none: only "
+                                  "export")
     add_image_flags(parser)
     add("--out", type=Path, default=Path("reconstructions"), help="folder to write to (default: reconstructions)")
     add("--image-size", type=int, help="centre crop in pixels (default: the size that the tokenizer was trained at)")
@@ -122,8 +123,8 @@ def reconstruct(model: VQModel, args: argparse.Namespace, device: torch.device) 
 
     size = args.image_size or model.config.image_size
     options = ImageOptions.of(args)
-    source = open_images(None if args.images == "digits" else args.images, channels=model.config.image_channels,
-                         options=options)
+    source = open_images_or_one(None if args.images == "digits" else args.images,
+                                channels=model.config.image_channels, options=options)
     for line in describe_source(source):
         distributed.print0(f"images: {line}")
     count = min(args.max_images or len(source), len(source))

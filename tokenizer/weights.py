@@ -26,6 +26,7 @@ from tokenizer.runtime import checkpoint, config
 from tokenizer.runtime.parsing import brief, from_json, parsing, require_file
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"  # an exported folder
+CARD_FILE = "README.md"                                         # beside them: a model card
 CHECKPOINT_FOLDER = "checkpoints"                               # inside a run folder
 _DESCRIPTION = "provq"                                          # the same description, in the weights' own file
 

@@ -6,13 +6,13 @@ nothing else); what does not is written from its paper. Each is discrete, and ex
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenizer.grid_quantizers import fsq_levels
 from tokenizer.provq import Quantized, VectorQuantizer, nearest_code
 
 
@@ -136,15 +136,6 @@ class Grid(nn.Module):
         codes, indices, *rest = self.module(self.latent(x)[None])
         losses = {"auxiliary": rest[0].float().sum()} if rest else {}
         return Quantized(codes[0], indices.reshape(-1).long(), losses)
-
-
-def fsq_levels(num_codes: int) -> list[int]:
-    """Levels of FSQ with exactly num_codes codes: eights, and fours for what remains. ValueError: not 2^n >= 4."""
-    bits = int(math.log2(num_codes))
-    if bits < 2 or 2**bits != num_codes:
-        raise ValueError(f"FSQ and LFQ at equal bits need a codebook size 2^n >= 4, got {num_codes}")
-    fours = -bits % 3  # 3 a + 2 b = bits with the fewest fours
-    return [8] * ((bits - 2 * fours) // 3) + [4] * fours
 
 
 def make_fsq(num_codes: int, dim: int) -> Grid:

@@ -54,6 +54,23 @@ def test_unreadable_images_are_left_out_of_everything(trained, tmp_path, capsys)
     assert json.loads((tmp_path / "rest" / "metrics.json").read_text())["images"] == COUNT - 1
 
 
+def test_a_single_image(trained, tmp_path, monkeypatch):
+    reconstruct.main([str(trained / "run"), str(trained / "pictures"), "--out", str(tmp_path / "all")])
+    monkeypatch.chdir(trained / "pictures")
+    for i, image in enumerate((trained / "pictures" / "003.png", "003.png")):
+        reconstruct.main([str(trained / "run"), str(image), "--out", str(tmp_path / f"{i}")])
+        codes = np.load(tmp_path / f"{i}" / "codes.npy")
+        np.testing.assert_array_equal(codes, np.load(tmp_path / "all/codes.npy")[3:4])
+        assert (tmp_path / f"{i}" / "names.txt").read_text() == "003.png\n"
+        assert len(list((tmp_path / f"{i}" / "pictures").iterdir())) == 1
+    (tmp_path / "bad.png").write_bytes(b"junk")
+    (tmp_path / "text.doc").write_text("no image")
+    for name, said in (("bad.png", "cannot be read, from bad.png"), ("text.doc", "the extension .doc is not known")):
+        with pytest.raises(SystemExit, match=said):
+            reconstruct.main([str(trained / "run"), str(tmp_path / name), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
 def test_batch_size_changes_nothing(trained, tmp_path):
     for size in ("1", "7"):
         reconstruct.main([str(trained / "run"), str(trained / "pictures"), "--out", str(tmp_path / size),

@@ -154,7 +154,8 @@ def test_every_width_fits_the_group_norm_and_factors_are_as_named():
     ("change", "message"),
     [
         ({"vq_model": "VQ-32"}, "VQ-4, VQ-8, VQ-16"),
-        ({"quantizer": "fsq"}, "simvq"),
+        ({"quantizer": "rvq"}, "simvq"),
+        ({"quantizer": "fsq"}, "codebook_embed_dim=8 must be 5"),
         ({"codebook_size": 0}, "codebook_size=0"),
         ({"dropout_p": 1.0}, "dropout_p"),
         ({"codebook_ema_decay": 0.5}, "quantizer='ema' only"),

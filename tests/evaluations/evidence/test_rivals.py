@@ -9,10 +9,10 @@ from evaluations.evidence.rivals import (
     DiVeQ,
     NoiseSubstitution,
     SoftToHardVectorQuantizer,
-    fsq_levels,
     make_fsq,
     make_lfq,
 )
+from tokenizer.grid_quantizers import fsq_levels
 from tokenizer.provq import Curriculum, ProVQ, nearest_code
 
 K, D = 64, 4
