@@ -456,10 +456,8 @@ class ProVQ(nn.Module):
         if mask is not None and (mask.dtype != torch.bool or mask.shape != last.shape[:-1]):
             raise ValueError(f"mask must be bool {tuple(last.shape[:-1])}, got {mask.dtype} {tuple(mask.shape)}")
         tokens, shape = last.reshape(-1, self.dim), tuple(last.shape[:-1])
-        if mask is None:
-            return tokens, shape, None
-        places = mask.flatten().nonzero()[:, 0]  # once: each indexing by a mask would wait for the device to count it
-        return tokens.index_select(0, places), shape, places
+        places = None if mask is None else mask.flatten().nonzero()[:, 0]  # once: indexing by a mask waits for a GPU
+        return tokens if places is None else tokens.index_select(0, places), shape, places
 
     def extra_repr(self) -> str:
         return f"{self._full_curriculum}, {self.adaptive}, channel_dim={self.channel_dim}"
