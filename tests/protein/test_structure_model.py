@@ -56,7 +56,7 @@ def test_configuration_is_read_out_of_a_larger_one_and_nothing_may_be_absent():
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"encoder_layers": 0}, "encoder_layers=0 must be at least 1"),
-    ({"quantizer": "vqq"}, "quantizer: 'vqq' is not one of vq, simvq, aminoaseed, ema; did you mean vq"),
+    ({"quantizer": "vqq"}, "quantizer: 'vqq' is not one of vq, simvq, aminoaseed, ema, fsq, lfq; did you mean vq"),
     ({"decoder_heads": 3}, "decoder_width=64 must be an even multiple of decoder_heads=3"),
     ({"codebook_ema_decay": 0.9}, "codebook_ema_decay=0.9 has an effect with quantizer='ema' only, got 'vq'"),
 ])
