@@ -3,8 +3,8 @@
     python evaluations/evidence/document.py RESULTS.md
 
 A table stands between `<!-- table: core-512.jsonl --seeds 100 101 -->`, which is a command line of table.py with files
-of evaluations/results/, and `<!-- end -->`. The command line may go on in the next line. What stands there already is
-replaced.
+of evaluations/results/, and `<!-- end -->`. The command line may go on in the next line. `<!-- pace: map-512.jsonl -->`
+is the same for pace_map.py. What stands there already is replaced.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from evaluations.evidence import selection
+from evaluations.evidence import pace, selection
 from tokenizer.runtime.checkpoint import atomic_write_text
 from tokenizer.runtime.command import CannotContinue, command, make_parser
 from tokenizer.runtime.distributed import print0
 from tokenizer.runtime.parsing import read_text
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-_TABLE = re.compile(r"(<!-- table: (?P<words>[^>]*?) -->\n)(?P<rows>.*?)(?P<end><!-- end -->)", re.DOTALL)
+_KINDS = {"table": selection, "pace": pace}
+_TABLE = re.compile(r"(<!-- (?P<kind>table|pace): (?P<words>[^>]*?) -->\n)(?P<rows>.*?)(?P<end><!-- end -->)",
+                    re.DOTALL)
 
 
 def filled(text: str, results: Path = RESULTS) -> tuple[str, int]:
@@ -33,18 +35,19 @@ def filled(text: str, results: Path = RESULTS) -> tuple[str, int]:
 
     CannotContinue: a table's command line is none, or its file is not there.
     """
-    parser, count = make_parser("a table of the document", None), 0
-    selection.add_flags(parser)
+    count = 0
 
     def write(match: re.Match[str]) -> str:
         nonlocal count
         count += 1
+        kind, parser = _KINDS[match["kind"]], make_parser("a table of the document", None)
+        kind.add_flags(parser)
         try:
             args = parser.parse_args(shlex.split(match["words"]))
             args.results = [results / path for path in args.results]
-            return f"{match[1]}{selection.render(args)}{match['end']}"
+            return f"{match[1]}{kind.render(args)}{match['end']}"
         except (SystemExit, OSError, ValueError) as error:
-            raise CannotContinue(f"<!-- table: {match['words']} -->: {error}") from error
+            raise CannotContinue(f"<!-- {match['kind']}: {match['words']} -->: {error}") from error
 
     return _TABLE.sub(write, text), count
 
