@@ -23,7 +23,7 @@ say "the disease and the cure: waves through 64 codes"
 OMP_NUM_THREADS=1 "$PYTHON" "$ROOT/synthetic/demo.py" --out "$OUT/demo.png"
 
 train vanilla --warmup-steps 0 --transition-steps 0
-train provq
+train provq --recluster  # a second k-means when the transition ends: ours, not the paper's; see RESULTS.md, Digits
 
 say "codes of the digits, and a GPT that learns them"
 "$PYTHON" "$ROOT/autoregressive/extract_codes.py" --vq-ckpt "$OUT/provq"
