@@ -23,7 +23,7 @@ import numpy.typing as npt
 from protein.atom_files import ATOMS, FORCE_FIELD, LETTERS, Atoms, FileFacts, parse_atoms
 from protein.residues import ALTLOCS, MAX_BOND, Residues, assemble, chain_rows
 from tokenizer.runtime.checkpoint import atomic_write_text
-from tokenizer.runtime.parsing import parsing, require_file
+from tokenizer.runtime.parsing import brief, parsing, require_file
 
 EXTENSIONS = (".pdb", ".ent", ".pdb1", ".cif", ".mmcif", ".bcif")  # each also with .gz
 MAX_INFLATED = 2**29  # bytes that a gzipped file is inflated to
@@ -158,7 +158,8 @@ def read_structure(
         in Chain.bfactors.
     max_resolution, max_r_free:  Angstrom, and a share; files that say to be above are refused as `Filtered`.
 
-    StructureWarning: a chain whose numbering repeats, which may be several chains under one id.
+    StructureWarning: a chain whose numbering repeats, which may be several chains under one id; further data blocks
+    with atoms, which are not read.
 
     Raises FileNotFoundError, and ValueError naming the file and, as far as known, chain and residue: extension not
     among EXTENSIONS, damaged or truncated, no such model or chain, no residue with N, CA and C. Text that was cut off
@@ -224,10 +225,16 @@ def read_content(
 
 def _check_facts(path: Path, facts: FileFacts, max_resolution: float | None, max_r_free: float | None,
                  min_plddt: float | None) -> None:
-    """Filtered: what the file says of itself is beyond a limit. What it does not say is no reason to leave it out."""
+    """Filtered: what the file says of itself is beyond a limit. What it does not say is no reason to leave it out.
+    StructureWarning: it holds more structures.
+    """
     for what, value, limit in (("resolution", facts.resolution, max_resolution), ("R-free", facts.r_free, max_r_free)):
         if value is not None and limit is not None and value > limit:
             raise Filtered(f"{path}: {what} {value:g} is above {limit:g}")
+    if facts.unread:
+        warnings.warn(f"{path}: the atoms of its first data block are read, and not those of {brief(facts.unread[0])} "
+                      f"({len(facts.unread)} in all); give each structure a file of its own", StructureWarning,
+                      stacklevel=4)
     if min_plddt is not None and facts.method is not None:
         raise ValueError(f"{path}: an experimental structure ({facts.method}), whose B-factors are no pLDDT")
 
