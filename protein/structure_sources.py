@@ -152,11 +152,14 @@ def list_sources(paths: Sequence[Path], ids: Path | None = None) -> list[Source]
             sources += _foldcomp_entries(path)
         else:
             sources.append(Source(structure_name(path, path.parent), path, size=path.stat().st_size))
-    seen: dict[tuple[str, str], Source] = {}
+    seen: dict[str, dict[str | None, Source]] = {}  # by name, and in caches, which list chains, by chain
     twice = []
     for source in sources:
-        other = seen.setdefault((source.name, source.member if source.kind == "cache" else ""), source)
-        if other is not source:
+        known = seen.setdefault(source.name, {})
+        chain = source.member if source.kind == "cache" else None
+        other = next(iter(known.values()), None) if chain is None or None in known else known.get(chain)
+        known.setdefault(chain, source)
+        if other is not None:
             twice.append(f"{other.place} and {source.place} would both be called {source.name}")
     if twice:
         raise ValueError(f"{'; '.join(twice[:_NAMED])}; read them separately" + _more(len(twice)))

@@ -116,6 +116,14 @@ def test_what_prepare_structures_made_gives_the_same_tokens(base, run, tmp_path)
     assert scores[0]["rmsd"] > 0
 
 
+def test_a_cache_beside_its_files_is_named(base, tmp_path):
+    """Every chain would be there twice, under one name."""
+    prepare_structures.main([str(base / "pdb"), "--out", str(tmp_path / "cache")])
+    for places in ([tmp_path / "cache", base / "pdb"], [base / "pdb", tmp_path / "cache"], [tmp_path / "cache"] * 2):
+        with pytest.raises(ValueError, match="would both be called s0; "):
+            list_sources(places)
+
+
 def test_residue_numbers_and_insertion_codes_survive_a_cache(tmp_path):
     rows = [*residue(0, "SER", number=52), *residue(1, "THR", number=52, code="A"), *residue(2, "VAL", number=57)]
     path = save_structure(tmp_path, rows)
