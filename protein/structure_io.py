@@ -27,6 +27,7 @@ from tokenizer.runtime.parsing import brief, parsing, require_file
 
 EXTENSIONS = (".pdb", ".ent", ".pdb1", ".cif", ".mmcif", ".bcif")  # each also with .gz
 MAX_INFLATED = 2**29  # bytes that a gzipped file is inflated to
+MAX_PLDDT = 100
 _NAMES = {letter: name for name, letter in LETTERS.items()}
 _UNLINKED = 33  # residues between parts of unknown distance: one more than ESM3's encoder distinguishes
 
@@ -214,7 +215,10 @@ def read_content(
         kept = [found[chain_id] for chain_id in chains]
     if min_plddt is None:
         return kept
-    masked = [mask_plddt(chain, min_plddt) for chain in kept]
+    try:
+        masked = [mask_plddt(chain, min_plddt) for chain in kept]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     confident = [chain for chain in masked if chain.mask.any()]
     if not confident:
         highest = max(float(np.nanmax(chain.bfactors, initial=-np.inf)) for chain in kept)
@@ -240,9 +244,21 @@ def _check_facts(path: Path, facts: FileFacts, max_resolution: float | None, max
 
 
 def mask_plddt(chain: Chain, min_plddt: float) -> Chain:
-    """The chain with the atoms of residues left out (NaN) whose pLDDT, in bfactors, is below min_plddt or unknown."""
+    """The chain with the atoms of residues left out (NaN) whose pLDDT, in bfactors, is below min_plddt or unknown.
+
+    ValueError: see require_plddt.
+    """
+    require_plddt(chain.label, chain.bfactors)
     low = ~(chain.bfactors >= min_plddt)
     return replace(chain, coords=np.where(low[:, None, None], np.float32(np.nan), chain.coords))
+
+
+def require_plddt(label: str, values: npt.NDArray[np.float32]) -> None:
+    """ValueError, naming the chain: values that pLDDT cannot have. Not every experiment is said to be one."""
+    highest = float(np.nanmax(values, initial=-np.inf))
+    if highest > MAX_PLDDT:
+        raise ValueError(f"chain {label} has {highest:g} where pLDDT should be, which ends at {MAX_PLDDT}: are these "
+                         "the B-factors of an experiment?")
 
 
 def _listed(found: dict[str, Chain]) -> str:

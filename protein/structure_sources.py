@@ -296,7 +296,10 @@ def _read(source: Source, options: dict[str, Any]) -> list[Chain]:
     if wanted is not None and chain.chain_id not in wanted:
         raise Filtered(f"{source.path}: chain {chain.label} is not among those asked for")
     if options.get("min_plddt") is not None:
-        chain = mask_plddt(chain, options["min_plddt"])
+        try:
+            chain = mask_plddt(chain, options["min_plddt"])
+        except ValueError as error:
+            raise ValueError(f"{source.path}: {error}") from error
     if not chain.mask.any():
         raise Filtered(f"{source.path}: chain {chain.label} has no residue with N, CA and C (and a sufficient pLDDT)")
     return [chain]

@@ -338,6 +338,20 @@ def test_plddt_of_a_qa_metric(tmp_path):
         read_structure(predicted(tmp_path, [1] * 4), plddt_from="qa_metric")
 
 
+def test_bfactors_that_no_plddt_can_be_are_refused(run, tmp_path):
+    """Of a file that says nothing of an experiment, and of a cache, which does not know."""
+    path = predicted(tmp_path, [90, 40, 100.5, 30])
+    said = r"chain test_A has 100\.5 where pLDDT should be"
+    with pytest.raises(ValueError, match=rf"test\.pdb: {said}"):
+        read_structure(path, min_plddt=70)
+    prepare_structures.main([str(path), "--out", str(tmp_path / "cache"), "--num-workers", "0"])
+    with pytest.raises(ValueError, match=said):
+        read_cache(tmp_path / "cache").masked(70)
+    assert "where pLDDT should be" in fails(run, encode, tmp_path / "cache", "--out", tmp_path / "c.npz",
+                                            "--min-plddt", "70")
+    assert read_structure(predicted(tmp_path, [90, 40, 100, 30]), min_plddt=70)[0].mask.sum() == 2
+
+
 def test_bfactors_of_experiments_are_no_plddt_and_filters(base, run, tmp_path, capsys):
     remarks = ["EXPDTA    X-RAY DIFFRACTION", "REMARK   2 RESOLUTION.    2.80 ANGSTROMS.",
                "REMARK   3   FREE R VALUE                     : 0.310"]
