@@ -207,19 +207,21 @@ def _only(sources: Sequence[Source], ids: Path) -> list[Source]:
 
 
 def _tar_members(path: Path) -> list[Source]:
-    """The structure files of an archive, such as AlphaFold DB's (which hold each prediction twice)."""
+    """The structure files of an archive, such as AlphaFold DB's (which hold each prediction twice). Of members of one
+    name the last counts, as when it is unpacked: archives are brought up to date by appending.
+    """
     require_file(path)
-    found: dict[str, list[Source]] = {}
+    found: dict[str, dict[str, Source]] = {}
     with parsing(path, "cannot be read as a .tar archive"), tarfile.open(path, "r:") as archive:
         for member in archive:
             name = member.name.removeprefix("./")
             if member.isfile() and is_structure(name) and not Path(name).name.startswith("."):
                 label = structure_name(Path(name), Path())
-                found.setdefault(label, []).append(
-                    Source(label, path, "tar", name, member.offset_data, member.size))
+                found.setdefault(label, {})[name] = Source(label, path, "tar", name, member.offset_data, member.size)
     if not found:
         raise ValueError(f"{path}: no structure files in it ({' '.join(EXTENSIONS)}, also with .gz)")
-    chosen = _one_format(path, found, key=lambda source: source.member)
+    chosen = _one_format(path, {label: [*members.values()] for label, members in found.items()},
+                         key=lambda source: source.member)
     return [chosen[name] for name in sorted(chosen)]
 
 

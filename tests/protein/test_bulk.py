@@ -7,6 +7,7 @@ import shutil
 import signal
 import tarfile
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -94,6 +95,17 @@ def test_an_archive_is_read_where_it_lies(base, run, tmp_path):
     assert "cut.tar" in fails(run, encode, tmp_path / "cut.tar", "--out", tmp_path / "cut.npz")
     (tmp_path / "x.tar.gz").touch()
     assert "unpack this one" in fails(run, encode, tmp_path / "x.tar.gz", "--out", tmp_path / "cut.npz")
+
+
+def test_of_members_of_one_name_the_last_counts(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for names in (("ALA", "SER"), ("TRP", "VAL", "GLY")):
+            path = save_structure(tmp_path, peptide(*names))
+            archive.add(path, "./test.pdb")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (reading,) = read_sources(list_sources([tmp_path / "x.tar"]))
+    assert [chain.sequence for chain in reading.chains] == ["WVG"]
 
 
 def test_what_prepare_structures_made_gives_the_same_tokens(base, run, tmp_path):
