@@ -130,14 +130,15 @@ class CompiledDecoding:
 def generate(
     model: GPT, labels: Tensor, *, seeds: Sequence[int], config: SamplingConfig, num_codes: int | None = None,
     compiled: Callable[..., Tensor] | None = None, progress: Callable[[int], object] | None = None,
-    prefix: Tensor | None = None,
+    prefix: Tensor | None = None, allowed: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Codes (B, num_codes) int64 of images of the classes labels (B,) int64.
 
     model: in eval mode; its parameters' dtype and device are used. seeds: one int per image. num_codes: the first so
     many codes of an image; None: all. compiled: CompiledDecoding of this model (worth its minutes for many
     images). progress: called with the number of codes done, after each. prefix: (B, P) int64, the first codes, which
-    are given and not drawn.
+    are given and not drawn. allowed: codes so far (B, t) -> bool (B, V), those that may follow, one at least of each
+    row; None: all.
     ValueError: a model in training mode, labels, seeds or a prefix that do not fit.
     """
     total = model.config.block_size if num_codes is None else num_codes
@@ -175,7 +176,12 @@ def generate(
         if both:
             with_class, without = logits[:batch], logits[batch:]
             logits = without + (with_class - without) * config.scale(t, total) if guided[t] else with_class
-        codes[:, t] = draw(logits, uniform[:, t], config) if prefix is None or t >= given else prefix[:, t]
+        if prefix is not None and t < given:
+            codes[:, t] = prefix[:, t]
+        else:
+            if allowed is not None:
+                logits = logits.masked_fill(~allowed(codes[:, :t]), -math.inf)
+            codes[:, t] = draw(logits, uniform[:, t], config)
         if progress is not None:
             progress(t + 1)
     return codes

@@ -68,6 +68,7 @@ class FileFacts(NamedTuple):
     resolution: float | None = None  # Angstrom
     r_free: float | None = None
     method: str | None = None        # of an experiment, such as X-RAY DIFFRACTION
+    unread: tuple[str, ...] = ()     # data blocks with atoms beside the first
 
 
 class ParsedFile(NamedTuple):
@@ -93,7 +94,8 @@ def parse_atoms(path: Path, kind: str, content: bytes, model: int, plddt_from: s
     """
     if plddt_from not in PLDDT_SOURCES:
         raise ValueError(f"plddt_from {plddt_from!r} is none of {', '.join(PLDDT_SOURCES)}")
-    text = "" if kind == ".bcif" else content.decode("utf-8", errors="replace")  # authors' names: in any encoding
+    # Authors' names are in any encoding; a byte order mark must not hide the first record.
+    text = "" if kind == ".bcif" else content.decode("utf-8-sig", errors="replace")
     if kind == ".pdb":
         if plddt_from == "qa_metric":
             raise ValueError(f"{path}: PDB has no qa_metric; take pLDDT from b_factor, or read the .cif")
@@ -104,11 +106,11 @@ def parse_atoms(path: Path, kind: str, content: bytes, model: int, plddt_from: s
     # Damaged files make the parsers fail in any way; all of them mean the same here.
     with parsing(path, f"cannot be read as {form}, truncated or damaged"), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        block = _block_with_atoms(kind, content, text)
+        block, unread = _block_with_atoms(kind, content, text)
         site = None if block is None else _columns(block, "atom_site")
         atoms = {} if site is None else {name: _strings(site, name) for name in site if name not in _NUMBERS}
         numbers = {} if site is None else {name: _floats(site, name) for name in _NUMBERS if name in site}
-        facts = FileFacts() if block is None else _cif_facts(block)
+        facts = FileFacts() if block is None else _cif_facts(block)._replace(unread=unread)
         plddt = _qa_metric(block) if block is not None and plddt_from == "qa_metric" else None
     if block is None:
         raise ValueError(f"{path}: holds no atoms (no _atom_site); not a file of a structure")
@@ -256,8 +258,10 @@ def _pdb_atoms(rows: list[tuple[Any, ...]]) -> Atoms:
 _NUMBERS = ("cartn_x", "cartn_y", "cartn_z", "occupancy", "b_iso_or_equiv")
 
 
-def _block_with_atoms(kind: str, content: bytes, text: str) -> Any:
-    """The first data block that has atoms (restraints of ligands are blocks as well); None: none has."""
+def _block_with_atoms(kind: str, content: bytes, text: str) -> tuple[Any, tuple[str, ...]]:
+    """The first data block that has atoms (restraints of ligands are blocks as well), None if none has; and the names
+    of others that have.
+    """
     from biotite.structure.io import pdbx
 
     if kind == ".bcif":
@@ -272,7 +276,8 @@ def _block_with_atoms(kind: str, content: bytes, text: str) -> Any:
         file = pdbx.CIFFile.read(io.StringIO(text))
     if not len(file):
         raise ValueError("no data block")
-    return next((block for block in file.values() if "atom_site" in {name.lower() for name in block}), None)
+    found = {name: block for name, block in file.items() if "atom_site" in {category.lower() for category in block}}
+    return next(iter(found.values()), None), tuple(found)[1:]
 
 
 def _check_lengths(value: Any) -> None:

@@ -9,9 +9,10 @@ The five terms of StructTokenBench (Yuan et al., ICML 2025), which the paper kee
 padding changes nothing. Every value is float32 (float64 if given), whatever the autocast state; inputs do not change.
 
 Each term is a mean over the entries of a chain (pairs, or residues), then over the chains that have any. So the weight
-of a chain does not depend on the batch it is in, and the mean over micro-batches or processes of equal size is the
-mean over all their chains. StructTokenBench takes one mean over all pairs of the batch: there a chain of 512 residues
-has 100 times the weight of one of 51, more or less of it depending on the batching and on the number of processes.
+of a chain does not depend on the batch it is in, and the mean over micro-batches or processes, each weighed by its
+`contributing_chains`, is the mean over all their chains. StructTokenBench takes one mean over all pairs of the batch:
+there a chain of 512 residues has 100 times the weight of one of 51, more or less of it depending on the batching and
+on the number of processes.
 
 as_coded=True computes what StructTokenBench's code does instead, for comparison with its numbers: that mean, and
   distance          the mask is laid out atom by atom, the atoms residue by residue: wrong pairs if there is padding
@@ -89,6 +90,16 @@ def structure_losses(
     }
 
 
+def contributing_chains(mask: Tensor, sequence: Tensor, residue_index: Tensor | None = None) -> dict[str, Tensor]:
+    """Chains that have entries of each term of `structure_losses`, int64 []: what its mean over them weighs in the mean
+    of a larger batch. Arguments as there; mask (B, L) is that of its output.
+    """
+    some = mask.any(1).sum()
+    return {"distance": some, "direction": _inner(mask, residue_index, as_coded=False).any(1).sum(),
+            "binned_distance": some, "binned_direction": some,
+            "inverse_folding": _known(sequence, mask, as_coded=False).any(1).sum()}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # coordinates
 
@@ -113,6 +124,14 @@ def direction_loss(
     bond from the previous C span. Over all ordered pairs of vectors of residues whose neighbours in the array are both
     valid and bonded to it: their residue_index (B, L) int differs by 1. None: no breaks.
     """
+    vectors = _inner(mask, residue_index, as_coded).repeat(1, 6)  # (B, 6 L)
+    predicted, target = (_directions(_backbone(coords, mask)) for coords in (predicted, target))
+    sums = _sums(_PairErrors, predicted, target, vectors, MAX_DIRECTION_ERROR, True)
+    return _mean(sums, vectors.sum(-1).square(), as_coded)
+
+
+def _inner(mask: Tensor, residue_index: Tensor | None, as_coded: bool) -> Tensor:
+    """bool (B, L): the residues of `direction_loss`."""
     inner = mask.clone()
     inner[:, :1] = inner[:, -1:] = False
     if not as_coded:
@@ -123,10 +142,7 @@ def direction_loss(
             linked &= residue_index.diff(dim=1) == 1
         inner[:, 1:] &= linked
         inner[:, :-1] &= linked
-    vectors = inner.repeat(1, 6)  # (B, 6 L)
-    predicted, target = (_directions(_backbone(coords, mask)) for coords in (predicted, target))
-    sums = _sums(_PairErrors, predicted, target, vectors, MAX_DIRECTION_ERROR, True)
-    return _mean(sums, vectors.sum(-1).square(), as_coded)
+    return inner
 
 
 def _backbone(coords: Tensor, mask: Tensor) -> Tensor:
@@ -293,11 +309,15 @@ def inverse_folding_loss(logits: Tensor, sequence: Tensor, mask: Tensor, *, as_c
     if logits.ndim != 3 or not logits.shape[:2] == sequence.shape == mask.shape:
         raise ValueError(f"logits {tuple(logits.shape)}, sequence {tuple(sequence.shape)} and mask {tuple(mask.shape)} "
                          f"must be (B, L, {SEQUENCE_VOCABULARY}), (B, L) and (B, L)")
-    known = mask & (sequence != PADDING)
-    if not as_coded:
-        known &= sequence != UNKNOWN
+    known = _known(sequence, mask, as_coded)
     sums = _sums(_CrossEntropy, logits, torch.where(known, sequence, 0), known)
     return _mean(sums, known.sum(-1), as_coded)
+
+
+def _known(sequence: Tensor, mask: Tensor, as_coded: bool) -> Tensor:
+    """bool (B, L): the residues of `inverse_folding_loss`."""
+    known = mask & (sequence != PADDING)
+    return known if as_coded else known & (sequence != UNKNOWN)
 
 
 def _pair_cross_entropy(logits: Tensor, labels: Tensor, mask: Tensor, as_coded: bool) -> Tensor:

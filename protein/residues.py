@@ -69,7 +69,8 @@ def _drop_coinciding(coords: npt.NDArray[np.float32]) -> None:
 
 
 def residue_slots(atoms: Atoms) -> tuple[npt.NDArray[np.int64], set[int]]:
-    """(n,) residue of each atom, numbered by first appearance; and the residues that repeat a number of their chain.
+    """(n,) residue of each atom, numbered as their backbones appear (without one: as they do), which is their order
+    also where side chains come before; and the residues that repeat a number of their chain.
 
     A residue is a run of lines of one chain, number, insertion code and name. Where a number comes again, its atoms
     belong to the residue that has it if they complete that one (hydrogens at the end of the file) or are marked as
@@ -100,7 +101,20 @@ def residue_slots(atoms: Atoms) -> tuple[npt.NDArray[np.int64], set[int]]:
                     repeats.add(known)
             slots[known].setdefault(names[i], set()).update(parts[i])
             own[keys[i]] = latest[keys[i]] = of_run[i] = known
-    return np.array(of_run, dtype=np.int64)[run], repeats
+    slot = np.array(of_run, dtype=np.int64)[run]
+    place = _first(slot, np.arange(len(slot)), len(slots))
+    backbone = np.flatnonzero(np.isin(atoms.atom, BACKBONE))
+    begin = _first(slot[backbone], backbone, len(slots))
+    place = np.where(begin < len(slot), begin, place)
+    rank = np.argsort(np.argsort(place))
+    return rank[slot], set(rank[sorted(repeats)].tolist())
+
+
+def _first(slot: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
+    """(count,) the least of the rows of each slot; beyond all rows where it has none."""
+    out = np.full(count, np.iinfo(np.int64).max)
+    np.minimum.at(out, slot, rows)
+    return out
 
 
 def _blocks(keys: list[tuple[str, int, str]]) -> Iterator[tuple[list[int], bool]]:

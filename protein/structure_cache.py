@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from protein.losses import sequence_ids, sequence_letters
-from protein.structure_io import ATOMS, Chain
+from protein.structure_io import ATOMS, MAX_PLDDT, Chain, require_plddt
 from tokenizer.runtime import config, lock
 from tokenizer.runtime.checkpoint import atomic_write, atomic_write_json, atomic_write_text, located, sync_folder
 from tokenizer.runtime.mapped import map_array
@@ -105,10 +105,14 @@ class StructureSet:
     def masked(self, min_plddt: float | None) -> StructureSet:
         """The set without the coordinates of residues whose pLDDT, in bfactors, is below min_plddt or unknown.
 
-        ValueError: no residue is left.
+        ValueError: no residue is left, or a value that is no pLDDT.
         """
         if min_plddt is None:
             return self
+        values = self.arrays.bfactors
+        if len(high := np.flatnonzero(values > MAX_PLDDT)):
+            i = int(np.searchsorted(self.offsets, high[0], side="right")) - 1
+            require_plddt(f"{self.names[i]}_{self.chain_ids[i]}", values[self.offsets[i] : self.offsets[i + 1]])
         observed = np.zeros(len(self), dtype=np.int32)
         limited = replace(self, min_plddt=min_plddt)
         for i in range(len(self)):

@@ -23,10 +23,11 @@ import numpy.typing as npt
 from protein.atom_files import ATOMS, FORCE_FIELD, LETTERS, Atoms, FileFacts, parse_atoms
 from protein.residues import ALTLOCS, MAX_BOND, Residues, assemble, chain_rows
 from tokenizer.runtime.checkpoint import atomic_write_text
-from tokenizer.runtime.parsing import parsing, require_file
+from tokenizer.runtime.parsing import brief, parsing, require_file
 
 EXTENSIONS = (".pdb", ".ent", ".pdb1", ".cif", ".mmcif", ".bcif")  # each also with .gz
 MAX_INFLATED = 2**29  # bytes that a gzipped file is inflated to
+MAX_PLDDT = 100
 _NAMES = {letter: name for name, letter in LETTERS.items()}
 _UNLINKED = 33  # residues between parts of unknown distance: one more than ESM3's encoder distinguishes
 
@@ -158,7 +159,8 @@ def read_structure(
         in Chain.bfactors.
     max_resolution, max_r_free:  Angstrom, and a share; files that say to be above are refused as `Filtered`.
 
-    StructureWarning: a chain whose numbering repeats, which may be several chains under one id.
+    StructureWarning: a chain whose numbering repeats, which may be several chains under one id; further data blocks
+    with atoms, which are not read.
 
     Raises FileNotFoundError, and ValueError naming the file and, as far as known, chain and residue: extension not
     among EXTENSIONS, damaged or truncated, no such model or chain, no residue with N, CA and C. Text that was cut off
@@ -213,7 +215,10 @@ def read_content(
         kept = [found[chain_id] for chain_id in chains]
     if min_plddt is None:
         return kept
-    masked = [mask_plddt(chain, min_plddt) for chain in kept]
+    try:
+        masked = [mask_plddt(chain, min_plddt) for chain in kept]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     confident = [chain for chain in masked if chain.mask.any()]
     if not confident:
         highest = max(float(np.nanmax(chain.bfactors, initial=-np.inf)) for chain in kept)
@@ -224,18 +229,36 @@ def read_content(
 
 def _check_facts(path: Path, facts: FileFacts, max_resolution: float | None, max_r_free: float | None,
                  min_plddt: float | None) -> None:
-    """Filtered: what the file says of itself is beyond a limit. What it does not say is no reason to leave it out."""
+    """Filtered: what the file says of itself is beyond a limit. What it does not say is no reason to leave it out.
+    StructureWarning: it holds more structures.
+    """
     for what, value, limit in (("resolution", facts.resolution, max_resolution), ("R-free", facts.r_free, max_r_free)):
         if value is not None and limit is not None and value > limit:
             raise Filtered(f"{path}: {what} {value:g} is above {limit:g}")
+    if facts.unread:
+        warnings.warn(f"{path}: the atoms of its first data block are read, and not those of {brief(facts.unread[0])} "
+                      f"({len(facts.unread)} in all); give each structure a file of its own", StructureWarning,
+                      stacklevel=4)
     if min_plddt is not None and facts.method is not None:
         raise ValueError(f"{path}: an experimental structure ({facts.method}), whose B-factors are no pLDDT")
 
 
 def mask_plddt(chain: Chain, min_plddt: float) -> Chain:
-    """The chain with the atoms of residues left out (NaN) whose pLDDT, in bfactors, is below min_plddt or unknown."""
+    """The chain with the atoms of residues left out (NaN) whose pLDDT, in bfactors, is below min_plddt or unknown.
+
+    ValueError: see require_plddt.
+    """
+    require_plddt(chain.label, chain.bfactors)
     low = ~(chain.bfactors >= min_plddt)
     return replace(chain, coords=np.where(low[:, None, None], np.float32(np.nan), chain.coords))
+
+
+def require_plddt(label: str, values: npt.NDArray[np.float32]) -> None:
+    """ValueError, naming the chain: values that pLDDT cannot have. Not every experiment is said to be one."""
+    highest = float(np.nanmax(values, initial=-np.inf))
+    if highest > MAX_PLDDT:
+        raise ValueError(f"chain {label} has {highest:g} where pLDDT should be, which ends at {MAX_PLDDT}: are these "
+                         "the B-factors of an experiment?")
 
 
 def _listed(found: dict[str, Chain]) -> str:

@@ -152,11 +152,14 @@ def list_sources(paths: Sequence[Path], ids: Path | None = None) -> list[Source]
             sources += _foldcomp_entries(path)
         else:
             sources.append(Source(structure_name(path, path.parent), path, size=path.stat().st_size))
-    seen: dict[tuple[str, str], Source] = {}
+    seen: dict[str, dict[str | None, Source]] = {}  # by name, and in caches, which list chains, by chain
     twice = []
     for source in sources:
-        other = seen.setdefault((source.name, source.member if source.kind == "cache" else ""), source)
-        if other is not source:
+        known = seen.setdefault(source.name, {})
+        chain = source.member if source.kind == "cache" else None
+        other = next(iter(known.values()), None) if chain is None or None in known else known.get(chain)
+        known.setdefault(chain, source)
+        if other is not None:
             twice.append(f"{other.place} and {source.place} would both be called {source.name}")
     if twice:
         raise ValueError(f"{'; '.join(twice[:_NAMED])}; read them separately" + _more(len(twice)))
@@ -204,19 +207,21 @@ def _only(sources: Sequence[Source], ids: Path) -> list[Source]:
 
 
 def _tar_members(path: Path) -> list[Source]:
-    """The structure files of an archive, such as AlphaFold DB's (which hold each prediction twice)."""
+    """The structure files of an archive, such as AlphaFold DB's (which hold each prediction twice). Of members of one
+    name the last counts, as when it is unpacked: archives are brought up to date by appending.
+    """
     require_file(path)
-    found: dict[str, list[Source]] = {}
+    found: dict[str, dict[str, Source]] = {}
     with parsing(path, "cannot be read as a .tar archive"), tarfile.open(path, "r:") as archive:
         for member in archive:
             name = member.name.removeprefix("./")
             if member.isfile() and is_structure(name) and not Path(name).name.startswith("."):
                 label = structure_name(Path(name), Path())
-                found.setdefault(label, []).append(
-                    Source(label, path, "tar", name, member.offset_data, member.size))
+                found.setdefault(label, {})[name] = Source(label, path, "tar", name, member.offset_data, member.size)
     if not found:
         raise ValueError(f"{path}: no structure files in it ({' '.join(EXTENSIONS)}, also with .gz)")
-    chosen = _one_format(path, found, key=lambda source: source.member)
+    chosen = _one_format(path, {label: [*members.values()] for label, members in found.items()},
+                         key=lambda source: source.member)
     return [chosen[name] for name in sorted(chosen)]
 
 
@@ -293,7 +298,10 @@ def _read(source: Source, options: dict[str, Any]) -> list[Chain]:
     if wanted is not None and chain.chain_id not in wanted:
         raise Filtered(f"{source.path}: chain {chain.label} is not among those asked for")
     if options.get("min_plddt") is not None:
-        chain = mask_plddt(chain, options["min_plddt"])
+        try:
+            chain = mask_plddt(chain, options["min_plddt"])
+        except ValueError as error:
+            raise ValueError(f"{source.path}: {error}") from error
     if not chain.mask.any():
         raise Filtered(f"{source.path}: chain {chain.label} has no residue with N, CA and C (and a sufficient pLDDT)")
     return [chain]

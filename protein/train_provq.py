@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from protein.clusters import members, read_clusters
-from protein.losses import structure_losses
+from protein.losses import contributing_chains, structure_losses
 from protein.structure_data import (
     StructureBatchSampler,
     StructureDataset,
@@ -154,31 +154,40 @@ class Trainer(CurriculumTrainer):
     def train_step(self, batches: Iterator[dict[str, Tensor]], step: int) -> dict[str, Tensor]:  # noqa: ARG002
         """-> unweighted terms, means over the micro-batches; code_counts.
 
-        Losses are means over chains, so that the gradient is that of the global batch however it is split. The
-        quantizer's is a mean over the tokens of a micro-batch: it is weighted by their share of the global batch's.
+        The quantizer's loss is a mean over tokens, the others over the chains that have any of what they measure: each
+        is weighted by the micro-batch's share of those in the global batch, so that the gradient is that of the global
+        batch however it is split. --losses-as-coded are means of a micro-batch, as StructTokenBench has them.
         """
         cfg, parts = self.cfg, self.cfg.gradient_accumulation_steps
         totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         together = [next(batches) for _ in range(parts)]
-        tokens = torch.stack([self.raw.residues(batch["coords"], batch["mask"]).sum() for batch in together]).double()
-        every = distributed.all_reduce_(tokens.sum().clone()).clamp_min(1)
-        weights = (tokens * (parts * distributed.world_size()) / every).float()  # of one micro-batch: exactly 1
+        counts = torch.stack([self._counted(batch) for batch in together])
+        every = distributed.all_reduce_(counts.sum(0)).clamp_min(1)
+        weights = (counts * (parts * distributed.world_size()) / every).float()  # of one micro-batch: exactly 1
         for part, batch in enumerate(together):
             with accumulating(self.model, part < parts - 1):
                 with self.autocast():
                     out = self.model(batch["coords"], batch["mask"], batch["residue_index"], batch["places"])
                 terms = structure_losses(out, batch["coords"], batch["sequence"], batch["residue_index"],
                                          as_coded=cfg.losses_as_coded)
+                if not cfg.losses_as_coded:
+                    terms = {name: share * terms[name] for name, share in zip(terms, weights[part, 1:], strict=True)}
                 weighted = [weight * terms[name] for name, weight in loss_weights(cfg).items()]
-                loss = torch.stack(weighted).sum() + weights[part] * out.quantized.loss
+                loss = torch.stack(weighted).sum() + weights[part, 0] * out.quantized.loss
                 (loss / parts).backward()
             logged = {f"{name}_loss": value.detach() for name, value in terms.items()} | {"loss": loss.detach()}
-            logged |= {f"{k}_loss": weights[part] * out.quantized.losses.get(k, loss.new_zeros(()))
+            logged |= {f"{k}_loss": weights[part, 0] * out.quantized.losses.get(k, loss.new_zeros(()))
                        for k in ("codebook", "commit")}
             for name, value in logged.items():
                 totals[name] = totals[name] + value / parts
         totals["grad_norm"] = update(self.optimizer, self.raw, self.scaler, cfg.max_grad_norm)
         return totals | {"code_counts": self.quantize.pop_counts()}
+
+    def _counted(self, batch: dict[str, Tensor]) -> Tensor:
+        """float64 (1 + terms,): what the losses of a micro-batch are means over, see train_step."""
+        valid = self.raw.residues(batch["coords"], batch["mask"])
+        chains = contributing_chains(valid, batch["sequence"], batch["residue_index"])
+        return torch.stack([valid.sum(), *chains.values()]).double()
 
     # --------------------------------------------------------------------------------------------------- data
 

@@ -78,7 +78,8 @@ def make(args: argparse.Namespace) -> str:
         name, part = shard_name(number, count), np.stack(rows[number * SHARD : (number + 1) * SHARD])[:, None]
         atomic_write(args.out / name, partial(np.save, arr=part))
         shards.append({"file": name, "images": len(part), "sha256": file_hash(args.out / name)})
-    atomic_write_json(args.out / VOCABULARY, vocabulary.to_dict() | {"sequence_prefix": args.sequence_prefix})
+    atomic_write_json(args.out / VOCABULARY, vocabulary.to_dict() | {
+        "sequence_prefix": args.sequence_prefix, "complexes": args.complexes})
     description = {"views": 1, "num_tokens": args.length, "codebook_size": len(vocabulary), "num_classes": 1,
                    "tokenizer_hash": vocabulary.tokenizer, "crops": "none: sentences of structure tokens"}
     write_manifest(args.out, description, shards, [0] * len(rows), names)

@@ -6,20 +6,23 @@
         --num-samples 4 --out folded.jsonl
 
 --sequences, for a GPT trained with --sequence-prefix, asks for structures of given sequences (chains of a complex apart
-by "/"): --num-samples of each, as many tokens as residues. protein/decode.py turns the tokens into structures; words
-that are no codes are residues without one. A sample is a function of --seed and its number.
+by "/"): --num-samples of each, as many tokens as residues. Only words that make a structure are drawn: codes, breaks
+between chains if the GPT has seen any, and the end. protein/decode.py turns the tokens into structures. A sample is a
+function of --seed and its number.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
+from torch import Tensor
 
 from autoregressive.pretrained import load_gpt
 from autoregressive.sampling import SamplingConfig, generate
@@ -76,7 +79,7 @@ def sample(args: argparse.Namespace, device: torch.device) -> str:
     require_out_file(args.out)
     described = args.code_path / VOCABULARY
     values = config.load(described)
-    prefixed = values.pop("sequence_prefix", None)
+    prefixed, several = values.pop("sequence_prefix", None), values.pop("complexes", True)
     vocabulary = Vocabulary.from_dict(values, str(described))
     sequences: dict[str, list[str]] = read_sequences(args.sequences) if args.sequences else {"sample": []}
     if bool(args.sequences) != bool(prefixed):
@@ -95,27 +98,57 @@ def sample(args: argparse.Namespace, device: torch.device) -> str:
         raise ValueError(f"--sequences {args.sequences}: {', '.join(long[:20])} and its structure have more words than "
                          f"the {size} of a sentence")
     chains: list[TokenChain] = []
+    endless = 0
     for number, (name, given) in enumerate(sequences.items()):
         for first in range(0, args.num_samples, BATCH):
             places = range(first, min(first + BATCH, args.num_samples))
             codes = generate(loaded.model, torch.zeros(len(places), dtype=torch.int64), num_codes=ends[name],
                              seeds=[fold(args.seed, number, place) for place in places], config=args.sampling,
-                             prefix=torch.tensor([prefixes[name]] * len(places), device=device))
+                             prefix=torch.tensor([prefixes[name]] * len(places), device=device),
+                             allowed=of_sequences(vocabulary, given) if given else any_structure(vocabulary, several))
             for place, row in zip(places, codes.tolist(), strict=True):
-                parts = cut(row[len(prefixes[name]):], given, vocabulary) if given else vocabulary.chains(row)
-                chains += to_token_chains(f"{name}-{place}", parts, given or None, vocabulary.tokenizer)
+                endless += not given and vocabulary.id("<eos>") not in row
+                chains += to_token_chains(f"{name}-{place}", vocabulary.chains(row), given or None,
+                                          vocabulary.tokenizer)
     write_tokens(args.out, chains)
-    return f"wrote {args.out}: {len(chains)} chains"
+    more = f", {endless} of the samples cut off at the {size} words of a sentence" if endless else ""
+    return f"wrote {args.out}: {len(chains)} chains{more}"
 
 
-def cut(words: list[int], sequences: list[str], vocabulary: Vocabulary) -> list[list[int]]:
-    """Words of a structure -> a token for each residue of each chain, -1 for words that are no codes."""
-    parts, start = [], 0
-    for sequence in sequences:
-        part = words[start : start + len(sequence)]
-        parts.append([word if word < vocabulary.codes else -1 for word in part])
-        start += len(sequence) + 1
-    return parts
+def any_structure(vocabulary: Vocabulary, several: bool) -> Callable[[Tensor], Tensor]:
+    """For `generate`: a code; after one also <eos> and, with several chains, <break>; after <eos> only <pad>."""
+    end, gap, pad = (vocabulary.id(word) for word in ("<eos>", "<break>", "<pad>"))
+
+    def allowed(before: Tensor) -> Tensor:
+        out = torch.zeros(len(before), len(vocabulary), dtype=torch.bool, device=before.device)
+        ended = (before == end).any(1)
+        out[:, : vocabulary.codes] = ~ended[:, None]
+        out[:, pad] = ended
+        out[:, end] = before[:, -1] < vocabulary.codes
+        out[:, gap] = out[:, end] & several
+        return out
+
+    return allowed
+
+
+def of_sequences(vocabulary: Vocabulary, sequences: Sequence[str]) -> Callable[[Tensor], Tensor]:
+    """For `generate`: after the prefix, a code for each residue and <break> between chains."""
+    start, gap = len(vocabulary.prefix(sequences)), vocabulary.id("<break>")
+    breaks, place = set(), start
+    for sequence in sequences[:-1]:
+        place += len(sequence)
+        breaks.add(place)
+        place += 1
+
+    def allowed(before: Tensor) -> Tensor:
+        out = torch.zeros(len(before), len(vocabulary), dtype=torch.bool, device=before.device)
+        if before.shape[1] in breaks:
+            out[:, gap] = True
+        else:
+            out[:, : vocabulary.codes] = True
+        return out
+
+    return allowed
 
 
 def main(argv: list[str] | None = None) -> None:

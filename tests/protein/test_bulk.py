@@ -7,6 +7,7 @@ import shutil
 import signal
 import tarfile
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -96,6 +97,17 @@ def test_an_archive_is_read_where_it_lies(base, run, tmp_path):
     assert "unpack this one" in fails(run, encode, tmp_path / "x.tar.gz", "--out", tmp_path / "cut.npz")
 
 
+def test_of_members_of_one_name_the_last_counts(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for names in (("ALA", "SER"), ("TRP", "VAL", "GLY")):
+            path = save_structure(tmp_path, peptide(*names))
+            archive.add(path, "./test.pdb")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (reading,) = read_sources(list_sources([tmp_path / "x.tar"]))
+    assert [chain.sequence for chain in reading.chains] == ["WVG"]
+
+
 def test_what_prepare_structures_made_gives_the_same_tokens(base, run, tmp_path):
     prepare_structures.main([str(base / "pdb"), "--out", str(tmp_path / "cache"), "--num-workers", "0"])
     run(encode, tmp_path / "cache", "--out", tmp_path / "cache.jsonl")
@@ -114,6 +126,14 @@ def test_what_prepare_structures_made_gives_the_same_tokens(base, run, tmp_path)
     assert scores[0] == scores[1]
     assert scores[0]["tm"] is None
     assert scores[0]["rmsd"] > 0
+
+
+def test_a_cache_beside_its_files_is_named(base, tmp_path):
+    """Every chain would be there twice, under one name."""
+    prepare_structures.main([str(base / "pdb"), "--out", str(tmp_path / "cache")])
+    for places in ([tmp_path / "cache", base / "pdb"], [base / "pdb", tmp_path / "cache"], [tmp_path / "cache"] * 2):
+        with pytest.raises(ValueError, match="would both be called s0; "):
+            list_sources(places)
 
 
 def test_residue_numbers_and_insertion_codes_survive_a_cache(tmp_path):
@@ -328,6 +348,20 @@ def test_plddt_of_a_qa_metric(tmp_path):
     assert chain.bfactors.tolist() == [90, 40, 80, 30]
     with pytest.raises(ValueError, match="PDB has no qa_metric"):
         read_structure(predicted(tmp_path, [1] * 4), plddt_from="qa_metric")
+
+
+def test_bfactors_that_no_plddt_can_be_are_refused(run, tmp_path):
+    """Of a file that says nothing of an experiment, and of a cache, which does not know."""
+    path = predicted(tmp_path, [90, 40, 100.5, 30])
+    said = r"chain test_A has 100\.5 where pLDDT should be"
+    with pytest.raises(ValueError, match=rf"test\.pdb: {said}"):
+        read_structure(path, min_plddt=70)
+    prepare_structures.main([str(path), "--out", str(tmp_path / "cache"), "--num-workers", "0"])
+    with pytest.raises(ValueError, match=said):
+        read_cache(tmp_path / "cache").masked(70)
+    assert "where pLDDT should be" in fails(run, encode, tmp_path / "cache", "--out", tmp_path / "c.npz",
+                                            "--min-plddt", "70")
+    assert read_structure(predicted(tmp_path, [90, 40, 100, 30]), min_plddt=70)[0].mask.sum() == 2
 
 
 def test_bfactors_of_experiments_are_no_plddt_and_filters(base, run, tmp_path, capsys):

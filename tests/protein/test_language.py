@@ -97,6 +97,40 @@ def test_a_prefix_is_given_and_not_drawn():
             generate(model, labels, seeds=[1, 2], config=config, prefix=wrong)
 
 
+def test_only_words_that_make_a_structure_are_drawn():
+    """Whatever the GPT likes best: here the words that no structure may hold, and the end."""
+    words = Vocabulary(3)
+    bos, eos, pad, mask, gap, *_ = (words.id(word) for word in SPECIAL)
+
+    def model_that_likes(*liked):
+        model = tiny(vocab_size=len(words))
+        model.decode = lambda x, *_: torch.zeros(len(x), len(words)).index_fill_(1, torch.tensor(liked), 50.0)
+        return model
+
+    def drawn(model, prefix, allowed):
+        return generate(model, torch.zeros(4, dtype=torch.int64), seeds=range(4), config=SamplingConfig(cfg_scale=1.0),
+                        prefix=torch.tensor([prefix] * 4), allowed=allowed).tolist()
+
+    odd = model_that_likes(mask, bos, words.id("<unknown>"), words.id("<structure>"), words.id("M"))
+    for several in (False, True):
+        found = drawn(odd, [bos], sample_structures.any_structure(words, several))
+        assert {word for row in found for word in row[1:]} <= {0, 1, 2, eos, pad, *[gap] * several}
+        found = drawn(model_that_likes(gap, eos), [bos], sample_structures.any_structure(words, several))
+        for row in found:
+            assert row[1] < words.codes, "an empty structure"
+            assert eos in row
+            assert set(row[row.index(eos) + 1 :]) <= {pad}
+            assert all(part for part in words.chains(row))
+            assert (gap in row) <= several
+    assert any(gap in row for row in found)
+    prefix = words.prefix(["MK", "G", "GA"])
+    for model in (odd, model_that_likes(gap, eos)):
+        for row in drawn(model, prefix, sample_structures.of_sequences(words, ["MK", "G", "GA"])):
+            parts = words.chains(row)
+            assert [len(part) for part in parts] == [2, 1, 2]
+            assert min(min(part) for part in parts) >= 0
+
+
 @needs_proteins
 @pytest.mark.parametrize("conditioned", [False, True])
 def test_a_gpt_of_real_structures(tmp_path, conditioned):
@@ -130,9 +164,10 @@ def test_a_gpt_of_real_structures(tmp_path, conditioned):
         assert [(c.label, c.sequence) for c in sampled[::2]] == [
             ("one-0_A", fitting[0].sequence), ("two-0_A", "MKVG"), ("two-1_A", "MKVG")]
     else:
-        assert {c.name for c in sampled} <= {"sample-0", "sample-1"}
+        assert [c.label for c in sampled] == ["sample-0_A", "sample-1_A"]  # codes were made without --complexes
+    assert all((0 <= c.tokens).all() and (c.tokens < words.codes).all() for c in sampled)  # of a GPT of two steps
     decode.main([str(tmp_path / "a.jsonl"), "--ckpt", str(tmp_path / "tokenizer"), "--out", str(tmp_path / "out"),
-                 "--max-bad-structures", "9", "--device", "cpu"])
+                 "--device", "cpu"])
     written = sorted((tmp_path / "out").glob("*.pdb"))
     assert written
     assert all(read_structure(path)[0].mask.any() for path in written)

@@ -89,6 +89,33 @@ def test_atoms_of_a_residue_may_stand_apart(save, extension):
 
 
 @pytest.mark.parametrize("extension", [".pdb", ".cif"])
+def test_residues_are_in_the_order_of_their_backbones(save, extension):
+    """A glycine has no side chain that could come first with the others."""
+    rows = peptide("ALA", "GLY", "TRP", "GLY", "SER")
+    rows = [row for row in rows if (row.residue, row.atom) != ("GLY", "CB")]
+    together = read_structure(save(rows, f"x{extension}"))[0]
+    side, backbone = [row for row in rows if row.atom == "CB"], [row for row in rows if row.atom != "CB"]
+    apart = read_structure(save(side + backbone, f"x{extension}"))[0]
+    assert apart.sequence == "AGWGS"
+    assert same(apart, together)
+
+
+@pytest.mark.parametrize("extension", [".pdb", ".cif"])
+def test_a_byte_order_mark_hides_no_atom(save, extension):
+    path = save(peptide("ALA", "SER"), f"x{extension}")
+    path.write_bytes(b"\xef\xbb\xbf" + "\n".join(
+        line for line in path.read_text().splitlines() if not line.startswith("#")).encode())
+    assert read_structure(path)[0].mask.tolist() == [True, True]
+
+
+def test_further_structures_of_a_file_are_named(save):
+    both = cif_text(peptide("ALA", "SER")) + cif_text(peptide("TRP")).replace("data_TEST", "data_OTHER")
+    with pytest.warns(StructureWarning, match=r"first data block are read, and not those of 'OTHER' \(1 in all\)"):
+        (chain,) = read_structure(save(both, "x.cif"))
+    assert chain.sequence == "AS"
+
+
+@pytest.mark.parametrize("extension", [".pdb", ".cif"])
 def test_a_copy_with_fewer_atoms_is_a_copy_as_a_whole(save, extension):
     """Residue 2 lacks N, CA and C; its copy's must not complete it."""
     rows = [*residue(0), *residue(1, atoms=("O", "CB")), *residue(2)]

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -93,17 +95,34 @@ def test_sigkill_then_the_same_command(straight, tmp_path):
     assert_same_run(straight, tmp_path)
 
 
+def uneven_chains(folder):
+    """Of 8 to 86 residues; of every fifth one no two neighbours are whole, of others no letter is known: they have no
+    directions and no inverse folding.
+    """
+    folder.mkdir()
+    for i in range(24):
+        length = round(8 * 1.109**i)
+        chain = helix(f"{i}abc", length, seed=i, sequence="X" * length if i % 5 == 1 else None)
+        if i % 5 == 0:
+            chain.coords[::2, 0] = float("nan")
+        write_structure(folder / f"{i}abc.cif", chain)
+    return {"data_path": folder, "preset": "ideal", "max_length": 96, "min_length": 4}
+
+
 def test_two_processes_train_like_one(tmp_path):
-    common = {"max_length": 24, "min_length": 24}
+    """One has the short chains of each batch, the other the long ones: means of each would not be the batch's."""
+    common = uneven_chains(tmp_path / "chains")
     for processes in (1, 2):
         process = training_runs.start(SCRIPT, flags(tmp_path / str(processes), **common), processes=processes)
         out, _ = process.communicate()
         assert process.returncode == 0, out
     # Until a latent lies between two codes and rounding decides: then the runs part.
     for one, two in zip(rows(tmp_path / "1")[:WARMUP + 1], rows(tmp_path / "2")[:WARMUP + 1], strict=True):
-        for key in ("loss", "distance_loss", "direction_loss", "binned_distance_loss", "commit_loss"):
-            assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5), (one["step"], key)
+        for key in ("loss", "distance_loss", "direction_loss", "binned_distance_loss", "inverse_folding_loss",
+                    "commit_loss", "grad_norm"):
+            assert two[key] == pytest.approx(one[key], rel=1e-3), (one["step"], key)
     first = [rows(tmp_path / n)[WARMUP] for n in "12"]  # right after k-means, which saw the tokens in one order
+    assert first[0]["commit_loss"] > 0
     assert first[0]["perplexity"] == pytest.approx(first[1]["perplexity"], rel=1e-6)
     one, two = (rows(tmp_path / n, "validation.jsonl")[0] for n in "12")
     assert one["chains"] == two["chains"] == 5
@@ -211,6 +230,30 @@ def test_another_experiment_cannot_resume_a_run(straight, capsys):
     assert "quantizer: 'vq' there, 'aminoaseed' now" in fails(flags(straight, ema=True, quantizer="aminoaseed"), capsys)
 
 
+def test_a_run_from_before_the_newer_flags_resumes(straight, tmp_path, capsys):
+    """Settings that its checkpoint does not know had their defaults; another value is another run, and is named."""
+    shutil.copytree(straight, tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / f"{STEPS:07d}.pt"
+    state = load_file(newest)
+    newer = {"clusters", "sample_by", "min_plddt", "plddt_from", "codebook_lr_scale", "codebook_follow",
+             "codebook_restart_below", "recluster", "recluster_at", "tf32"}
+    assert newer <= state["config"].keys()
+    state["config"] = {name: value for name, value in state["config"].items() if name not in newer}
+    del state["restart"]
+    torch.save(state, newest)
+    assert "min_plddt: None there, 70.0 now" in fails(
+        flags(tmp_path / "run", ema=True, max_steps=STEPS + 1, min_plddt=70), capsys)
+    train_provq.main(flags(tmp_path / "run", ema=True, max_steps=STEPS + 1))
+    assert rows(tmp_path / "run")[:-1] == rows(straight)
+    assert rows(tmp_path / "run")[-1]["step"] == STEPS + 1
+
+
+def test_structures_that_are_read_otherwise_are_other_data(straight, capsys, monkeypatch):
+    """The files may be the same: reading them changes with versions, and the message must not blame the files alone."""
+    monkeypatch.setattr(train_provq.StructureSet, "fingerprint", lambda _: "e7ca")
+    assert "Restore the data, or the version that read them" in fails(flags(straight, ema=True), capsys)
+
+
 def test_unreadable_structures_are_skipped_up_to_a_limit(straight, tmp_path, capsys):
     folder = tmp_path / "structures"
     folder.mkdir()
@@ -301,12 +344,13 @@ def test_real_structures(tmp_path):
 
 @needs_proteins
 def test_clusters_and_plddt(tmp_path, capsys):
-    """A cluster is held out as a whole, an epoch has one chain of each; B-factors stand for pLDDT here."""
+    """A cluster is held out as a whole, an epoch has one chain of each; B-factors, up to 100, stand for pLDDT here."""
     folder = tmp_path / "structures"
     folder.mkdir()
     paths = sorted((PROTEINS / "structures").iterdir())[:12]
     for path in paths:
-        (folder / path.name).symlink_to(path)
+        chains = [replace(chain, bfactors=chain.bfactors.clip(max=100)) for chain in read_structure(path)]
+        write_structure(folder / path.name.removesuffix(".gz"), chains)
     names = [path.name.removesuffix(".pdb.gz") for path in paths]  # bound and unbound forms alternate
     # foldseek's own names, which may have extensions; the last pair is not listed.
     lines = [f"{names[i // 4 * 4]}.pdb.gz\t{name}.pdb.gz" for i, name in enumerate(names[:10])]

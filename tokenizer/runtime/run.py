@@ -172,7 +172,7 @@ class Run:
             what = "; ".join(f"{name}: {old!r} there, {new!r} now" for name, old, new in changed)
             fix = "Use its settings"
             if all(name in self._inputs for name, _, _ in changed):
-                what, fix = f"its data have changed since; {what}", "Restore the data"
+                what, fix = f"its data have changed since; {what}", "Restore the data, or the version that read them,"
             raise ValueError(f"--results-dir {self.folder} holds a run with other settings ({what}). {fix} to resume "
                              "it, or use another --results-dir")
         if state["step"] > self.cfg.max_steps:
