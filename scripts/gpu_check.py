@@ -277,7 +277,7 @@ def check_all(names: Sequence[str], folder: Path) -> bool:
     print("\n".join([f"{max(1, machine.gpus)} x {machine.name}, torch {torch.__version__}", *note]), flush=True)
     for name in names:
         began = time.monotonic()
-        missing = [before for before in NEEDS.get(name, ()) if results[before][0] == "FAIL"]
+        missing = [before for before in NEEDS.get(name, ()) if before in results and results[before][0] == "FAIL"]
         try:
             if missing:
                 raise Failed(f"needs {' and '.join(missing)}")

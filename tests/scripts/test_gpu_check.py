@@ -27,13 +27,13 @@ def test_failures_are_told_and_end_nothing(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setitem(gpu_check.CHECKS, "eager", broken)
     monkeypatch.setitem(gpu_check.CHECKS, "search", lambda _: {"kmeans_seconds": 11.0})
-    monkeypatch.setitem(gpu_check.CHECKS, "sharded", lambda _: {"skipped": "needs two GPUs"})
+    monkeypatch.setitem(gpu_check.CHECKS, "resume", lambda _: {"skipped": "needs two GPUs"})
     monkeypatch.setattr(gpu_check, "peak_flops", lambda *_: gpu_check.H100)
-    assert not gpu_check.check_all(["search", "eager", "sharded"], tmp_path)
+    assert not gpu_check.check_all(["search", "eager", "resume"], tmp_path)
     out = capsys.readouterr().out
     assert "FAIL search (0 s) kmeans_seconds 11, expected 5" in out
     assert "status 1: ValueError: planned" in out
-    assert "SKIP sharded" in out
+    assert "SKIP resume" in out
 
 
 def test_a_run_ends_by_its_signal_its_fault_or_its_limit(tmp_path, monkeypatch):
