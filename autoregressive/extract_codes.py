@@ -209,7 +209,7 @@ def _holds(path: Path, labels: list[int]) -> bool:
 def extract(args: argparse.Namespace, device: torch.device) -> None:
     """Collective. ValueError, OSError: mistakes in flags and files, before anything is computed."""
     require_out_folder(args.code_path, "--code-path")
-    distributed.barrier()  # the trial has left nothing behind when other ranks look
+    distributed.wait_for_all()  # the trial has left nothing behind when other ranks look
     model = load_tokenizer(args.vq_ckpt, device, args.weights, codebook_l2_norm=args.codebook_l2_norm)
     if not model.quantize.has_codebook:
         raise ValueError(f"--vq-ckpt {args.vq_ckpt} is still in its continuous warm-up, without codes; train it "
@@ -239,12 +239,12 @@ def extract(args: argparse.Namespace, device: torch.device) -> None:
             distributed.print0(f"{folder} is complete")
             return
         distributed.print0(f"{folder}: missing or damaged, made again: {', '.join(damaged)}")
-    distributed.barrier()  # all ranks have looked before rank 0 writes
+    distributed.wait_for_all()  # all ranks have looked before rank 0 writes
     lock.own(folder, "--code-path")
     if not finished and not prepare_folder(folder, description):  # by another process in the meantime
         distributed.print0(f"{folder} is complete")
         return
-    distributed.barrier()
+    distributed.wait_for_all()
     parts = folder / PARTS
     if distributed.is_main():
         parts.mkdir(parents=True, exist_ok=True)
@@ -252,7 +252,7 @@ def extract(args: argparse.Namespace, device: torch.device) -> None:
             atomic_write_text(parts / f"{part['file']}.json", json.dumps(part))
         atomic_write_json(folder / SETTINGS, description)
         (folder / MANIFEST).unlink(missing_ok=True)
-    distributed.barrier()
+    distributed.wait_for_all()
     dataset = ImageDataset(source, enlarged(args))
     bad = BadImageCounter(args.max_bad_images)
     bad.add(source.damaged)

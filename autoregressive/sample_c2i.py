@@ -224,7 +224,7 @@ def sample(args: argparse.Namespace, device: torch.device) -> None:
         require_out_folder(args.export_hf, "--export-hf")
     else:
         require_out_folder(args.out)
-    distributed.barrier()  # the trial has left nothing behind when other ranks look
+    distributed.wait_for_all()  # the trial has left nothing behind when other ranks look
     loaded, vq = open_models(args, device)
     model = loaded.model
     precision = args.mixed_precision
@@ -240,11 +240,11 @@ def sample(args: argparse.Namespace, device: torch.device) -> None:
                 "gpt_sha256": _weights_hash(model), "tokenizer_sha256": tokenizer_hash(vq),
                 "image_size_eval": args.image_size_eval, "batch_size": args.batch_size}
     check_folder(args, settings)
-    distributed.barrier()  # all ranks have looked before rank 0 writes
+    distributed.wait_for_all()  # all ranks have looked before rank 0 writes
     lock.own(args.out, "--out")
     grows = check_folder(args, settings)  # again, now that nobody else writes
     model.cast(DTYPES[precision])
-    distributed.barrier()
+    distributed.wait_for_all()
     images = args.out / "images"
     labels = [classes[i % len(classes)] for i in range(args.num_samples)]
     if distributed.is_main():
@@ -253,7 +253,7 @@ def sample(args: argparse.Namespace, device: torch.device) -> None:
             (args.out / name).unlink(missing_ok=True)
         atomic_write_json(args.out / SETTINGS, settings)
         atomic_write(args.out / "labels.npy", lambda file: np.save(file, np.array(labels)))
-    distributed.barrier()
+    distributed.wait_for_all()
     compiled = CompiledDecoding(model) if args.compile else None
     starts = range(0, args.num_samples, args.batch_size)
     with tqdm(total=args.num_samples, unit="image", disable=None if distributed.is_main() else True) as shown:

@@ -149,7 +149,7 @@ def generate(
         raise ValueError(f"a prefix of {prefix.dtype} {tuple(prefix.shape)} for {len(labels)} sequences of {total} "
                          f"codes below {model.config.vocab_size}")
     weight = model.output.weight
-    labels = labels.to(weight.device)
+    labels = labels.to(weight.device, non_blocking=True)
     batch = len(labels)
     guided = [config.scale(t, total) != 1 for t in range(total)]
     size = 2 * batch if any(guided) else batch
@@ -157,7 +157,7 @@ def generate(
         cache = compiled.cache(model, size)
     else:
         cache = KVCache(model.config, size, weight.dtype, weight.device)
-    uniform = uniforms(seeds, total).to(weight.device)
+    uniform = uniforms(seeds, total).to(weight.device, non_blocking=True)
     codes = torch.empty(batch, total, dtype=torch.int64, device=weight.device)
     decode = compiled or model.decode
     nothing = torch.full_like(labels, model.config.num_classes)

@@ -83,5 +83,42 @@ class ShardedOptimizer:
         return get_optimizer_state_dict(self.model, self.optimizer, options=_FULL)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state:  # rank 0's
+            state = _relabelled(state, dict(enumerate(_names(self.model, self.optimizer))))
         set_optimizer_state_dict(self.model, self.optimizer, dict(state),
                                  options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+
+
+class ReplicatedOptimizer:
+    """An optimizer of a model that is not sharded, which also takes what ShardedOptimizer has saved."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
+        self.model, self.optimizer = model, optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        numbers = {name: i for i, name in enumerate(_names(self.model, self.optimizer))}
+        self.optimizer.load_state_dict(_relabelled(state, numbers))
+
+
+def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Of the optimizer's parameters, in the order in which it numbers them."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _relabelled(state: Mapping[str, Any], labels: Mapping[Any, Any]) -> dict[str, Any]:
+    """An optimizer's state with other labels of its parameters, numbers for names or the reverse, in the order of
+    `labels`; as it is, if it has them already. ValueError: the state of other parameters.
+    """
+    found = {label for group in state["param_groups"] for label in group["params"]}
+    if found == set(labels.values()):
+        return dict(state)
+    if found != set(labels):
+        raise ValueError(f"its parameters are others ({len(found)} there, {len(labels)} in the model)")
+    order = {label: place for place, label in enumerate(labels)}
+    groups = [group | {"params": [labels[label] for label in sorted(group["params"], key=order.__getitem__)]}
+              for group in state["param_groups"]]
+    return {"state": {labels[label]: values for label, values in state["state"].items()}, "param_groups": groups}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -155,7 +155,8 @@ class Trainer:
     def _parts(self) -> dict[str, Stateful | None]:
         """What checkpoints hold."""
         if not self.sharded:
-            return {"model": self.raw, "ema": self.ema, "optimizer": self.optimizer, "scaler": self.scaler}
+            return {"model": self.raw, "ema": self.ema, "scaler": self.scaler,
+                    "optimizer": sharding.ReplicatedOptimizer(self.raw, self.optimizer)}
         return {"model": sharding.ShardedModel(self.raw),
                 "ema": self.ema and sharding.ShardedModel(self.ema.module),
                 "optimizer": sharding.ShardedOptimizer(self.raw, self.optimizer), "scaler": self.scaler}
@@ -184,8 +185,11 @@ class Trainer:
 
     def batches(self, start: int, end: int) -> Iterator[dict[str, Any]]:
         sampler = self.run.sampler(len(self.train_set), start, end)
+        yield from self._loader(self.train_set, sampler)
+
+    def _loader(self, dataset: CodeDataset, batches: Iterable[Any]) -> Iterable[dict[str, Any]]:
         pin = self.device.type == "cuda"
-        yield from make_loader(self.train_set, sampler, num_workers=self.cfg.num_workers, pin_memory=pin)
+        return make_loader(dataset, batches, num_workers=self.cfg.num_workers, pin_memory=pin)
 
     def _losses(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Cross-entropy (B,) in nats per code and the share of codes predicted right (B,), float32."""
@@ -222,7 +226,7 @@ class Trainer:
         batches = [[places[(i * world + rank) * size + j] if (i * world + rank) * size + j < len(places) else 0
                     for j in range(size)] for i in range(rounds)]
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        for i, batch in enumerate(make_loader(self.val_set, batches, num_workers=self.cfg.num_workers)):
+        for i, batch in enumerate(self._loader(self.val_set, batches)):
             counted = min(max(len(places) - (i * world + rank) * size, 0), size)  # the rest fills up
             losses, right = (part[:counted].double().sum() for part in self._losses(model, batch))
             sums += torch.stack([losses, right, torch.full_like(losses, counted)])

@@ -75,7 +75,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 # machine. Data and tokenizer may move: what they hold is compared, not where.
 RESUMABLE = RESUMABLE_RUN | {"preset", "code_path", "val_code_path", "vq_ckpt", "vq_weights", "codebook_l2_norm",
                              "other_tokenizer", "sample_every", "sample_cfg_scale", "num_workers", "compile",
-                             "activation_checkpointing"}
+                             "activation_checkpointing", "data_parallel"}
 
 
 def resumable(cfg: TrainConfig) -> frozenset[str]:

@@ -56,7 +56,7 @@ def open_shards(folder: Path, settings: Mapping[str, Any], *, flag: str = "--out
     lock.own(folder, flag)
     if distributed.is_main() and not (folder / SETTINGS).exists():
         atomic_write_json(folder / SETTINGS, dict(settings))
-    distributed.barrier()
+    distributed.wait_for_all()
 
 
 def read_record(folder: Path, number: int) -> dict[str, Any] | None:

@@ -4,7 +4,7 @@
 #     bash scripts/gpu_check.sh                  # all checks, and a table at the end
 #     bash scripts/gpu_check.sh --only eager,compiled
 #
-# Exit status 0: all checks pass. What they do: scripts/gpu_check.py.
+# Exit status 0: there are GPUs, and all checks pass. What they do: scripts/gpu_check.py.
 set -euo pipefail
 
 PROVQ_SETUP_DEV=1 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"

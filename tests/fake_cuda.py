@@ -7,8 +7,9 @@
             loss.backward()
         assert seen.syncs == [] and seen.traffic < 2**30
 
-A wrong device raises, as on a GPU. What waits for the device, or copies to it, is recorded with the line that did it;
-operations whose result's shape depends on data are taken to select everything. Autocast is CUDA's. Backward runs node
+A wrong device raises, as on a GPU. What waits for the device, or copies to it, is recorded with the line that did it
+(a copy to it waits unless it is told not to); operations whose result's shape depends on data are taken to select
+everything. Autocast is CUDA's. Backward runs node
 by node in Python: the engine of torch wants a driver.
 """
 
@@ -63,15 +64,19 @@ class Recorder(TorchDispatchMode):
             args, masked = _without_masks(args)
             if masked:
                 self.syncs.append(f"{func} by a mask @ {self._where()}")
+            if on_gpu and any(t is not None and not t.is_cuda for t in args[1]):
+                self.syncs.append(f"{func} by indices of the host @ {self._where()}")
         if func in _SYNCS:
             if on_gpu:
                 self.syncs.append(f"{func} @ {self._where()}")
             return _everything(func, *args, **kwargs)
-        source, target = _copied(func, args, kwargs)
+        source, target, waits = _copied(func, args, kwargs)
         if source == "cuda" and target == "cpu":
             self.syncs.append(f"copy to the host @ {self._where()}")
         elif source == "cpu" and target == "cuda":
             self.copies.append(f"{tuple(tensors[-1].shape)} @ {self._where()}")
+            if waits:
+                self.syncs.append(f"copy to the device @ {self._where()}")
         out = func(*args, **kwargs)
         view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
         moved = [a for a in args if not isinstance(a, (int, float))]
@@ -81,12 +86,13 @@ class Recorder(TorchDispatchMode):
 
 
 def _copied(func, args, kwargs):
-    """(kind of device, kind of device) that func copies between, (None, None) if it does not."""
+    """(kind of device, kind of device) that func copies between, and whether it waits; (None, None, False): none."""
     if func is aten.copy_.default:
-        return args[1].device.type, args[0].device.type
+        return args[1].device.type, args[0].device.type, not any(args[2:3])
     if func is aten._to_copy.default:
-        return args[0].device.type, torch.device(kwargs.get("device") or args[0].device).type
-    return None, None
+        target = torch.device(kwargs.get("device") or args[0].device)
+        return args[0].device.type, target.type, not kwargs.get("non_blocking")
+    return None, None, False
 
 
 def _without_masks(args):

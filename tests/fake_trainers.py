@@ -32,7 +32,7 @@ def image_trainer(fake, **changes):
     trainer.cfg, trainer.device, trainer.lpips, trainer.restart = cfg, fake.device, None, None
     trainer.raw, trainer.model, trainer.disc, trainer.disc_ddp = model, model, disc, disc
     trainer.optimizer, trainer.opt_d = trainer.make_optimizers()
-    trainer.scaler = torch.amp.GradScaler("cuda", enabled=False)
+    trainer.scaler = torch.amp.GradScaler("cuda", enabled=cfg.mixed_precision == "fp16")
     trainer.raw.train()
     return trainer
 
@@ -53,7 +53,7 @@ def gpt_trainer(fake, gpt=None, **changes):
     fake.to_cuda(trainer.ema._module)
     trainer.model = NextCodeLoss(trainer.raw)
     trainer.optimizer = build_adamw(trainer.raw, cfg)
-    trainer.scaler = torch.amp.GradScaler("cuda", enabled=False)
+    trainer.scaler = torch.amp.GradScaler("cuda", enabled=cfg.mixed_precision == "fp16")
     trainer.raw.train()
     return trainer
 

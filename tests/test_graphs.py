@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from fake_cuda import fake_cuda
+from fake_trainers import SMALL_IMAGES, image_trainer
 from gpt_models import TINY, tiny
 
 from autoregressive.gpt import NextCodeLoss
@@ -61,6 +63,22 @@ def test_one_graph_per_stage(options):
         counts.append(graphs.count)
     assert counts == [1, 1, 2, 2, 2, 3, 3]
     assert model.quantize.usage()["counts"].sum() > 0
+
+
+@pytest.mark.usefixtures("_small")
+@pytest.mark.parametrize("options", [{}, {"quantizer": "simvq", "low_precision_norms": True}], ids=str)
+def test_one_graph_per_stage_on_a_gpu(options):
+    """Which searches codes in other ways than a CPU, and has settings of its own that a graph must not touch."""
+    with fake_cuda() as fake:
+        trainer, graphs = image_trainer(fake, **SMALL_IMAGES, **options), Graphs()
+        compiled, quantize = torch.compile(trainer.raw, fullgraph=True, backend=graphs), trainer.raw.quantize
+        for number in range(4):
+            quantize.set_step(number)
+            quantize._initialised = number > 0
+            with trainer.autocast():
+                x_hat, _ = compiled(fake.empty(2, 3, 32, 32))
+            assert x_hat.is_cuda
+            assert graphs.count == min(number + 1, 3)
 
 
 def test_a_gpt_with_its_loss_is_one_graph():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -194,7 +194,7 @@ class Trainer(CurriculumTrainer):
         if adversarial:
             totals["disc_loss"] = self._update_discriminator(pairs)
         if self.scaler.is_enabled():
-            totals["loss_scale"] = torch.tensor(self.scaler.get_scale(), device=self.device)
+            totals["loss_scale"] = self.scaler.scale(torch.ones((), device=self.device))  # get_scale would wait
             self.scaler.update()
         return totals | {"code_counts": self.quantize.pop_counts()}
 
@@ -219,8 +219,7 @@ class Trainer(CurriculumTrainer):
 
     def batches(self, start: int, end: int) -> Iterator[dict[str, Any]]:
         sampler = self.run.sampler(len(self.train_set), start, end)
-        pin = self.device.type == "cuda"
-        for batch in make_loader(self.train_set, sampler, num_workers=self.cfg.num_workers, pin_memory=pin):
+        for batch in self._loader(self.train_set, sampler):
             self._count_bad(batch)
             yield batch
 
@@ -228,9 +227,13 @@ class Trainer(CurriculumTrainer):
         mine = list(range(distributed.rank(), len(self.val_set), distributed.world_size()))
         size = self.run.micro_batch()
         batches = [mine[i : i + size] for i in range(0, len(mine), size)]
-        for batch in make_loader(self.val_set, batches, num_workers=self.cfg.num_workers):
+        for batch in self._loader(self.val_set, batches):
             self._count_bad(batch)
             yield batch
+
+    def _loader(self, dataset: ImageDataset, batches: Iterable[Any]) -> Iterable[dict[str, Any]]:
+        pin = self.device.type == "cuda"
+        return make_loader(dataset, batches, num_workers=self.cfg.num_workers, pin_memory=pin)
 
     def _count_bad(self, batch: dict[str, Any]) -> None:
         new = set(batch["bad"]) - self.bad.names
@@ -261,7 +264,7 @@ class Trainer(CurriculumTrainer):
     def count_codes(self, model: VQModel) -> Tensor:
         counts = torch.zeros(model.quantize.num_codes, dtype=torch.int64, device=self.device)
         for batch in self._val_batches():
-            indices = model.quantize.encode(model.encode_latents(batch["image"].to(self.device)))
+            indices = model.quantize.encode(model.encode_latents(batch["image"].to(self.device, non_blocking=True)))
             count_(counts, indices)
         return distributed.all_reduce_(counts)
 

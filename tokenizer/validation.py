@@ -71,7 +71,7 @@ def validate(
     model.eval()
     meter = ReconstructionMeter(model.quantize.num_codes, model.quantize.dim, device, lpips)
     for batch in batches:
-        x = batch["image"].to(device)
+        x = batch["image"].to(device, non_blocking=True)
         z = model.encode_latents(x)
         out = model.quantize(z)
         latents = model.quantize.quantizer.latent(channels_last(z))

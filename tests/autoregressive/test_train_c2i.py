@@ -13,15 +13,16 @@ import numpy as np
 import pytest
 import torch
 from digit_runs import train_on_digits
+from gpt_models import tiny
 from PIL import Image
 from places import ROOT
 
-from autoregressive import extract_codes, sample_c2i, train_c2i
+from autoregressive import extract_codes, sample_c2i, sharding, train_c2i
 from autoregressive.pretrained import load_gpt
 from autoregressive.train_config import TrainConfig
 from tokenizer import train_provq
 from tokenizer.runtime.metrics import TIMING_FIELDS
-from tokenizer.runtime.optim import learning_rate
+from tokenizer.runtime.optim import build_adamw, learning_rate
 
 TIMINGS = set(TIMING_FIELDS)
 
@@ -130,6 +131,30 @@ def test_two_processes_train_as_one(base, quiet, tmp_path, mode):
         torchrun(2, "train_c2i.py", words)
         assert rows(tmp_path / mode) == before
         assert equal(weights(tmp_path / mode), second)
+        (tmp_path / mode / "checkpoints" / "0000012.pt").unlink()  # and go on as copies
+        train_c2i.main(flags(base, tmp_path / mode, ema=True, data_parallel="ddp", **QUIET))
+        for one, two in zip(rows(tmp_path / mode), before, strict=True):
+            assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
+        assert max((weights(tmp_path / mode)[k] - second[k]).abs().max().item() for k in second) < 2e-3
+
+
+def test_optimizers_go_from_copies_to_shards_and_back():
+    """Numbers of parameters become names, those of an older checkpoint too, whatever the order in a group."""
+    model = tiny()
+    optimizer = build_adamw(model, TrainConfig())
+    sum(p.square().sum() for p in model.parameters()).backward()
+    optimizer.step()
+    state, names = optimizer.state_dict(), sharding._names(model, optimizer)
+    named = sharding._relabelled(state, dict(enumerate(names)))
+    assert named["state"]["output.weight"]["exp_avg"].shape == model.output.weight.shape
+    assert sharding._relabelled(named, dict(enumerate(names))) == named
+    named["param_groups"] = [group | {"params": group["params"][::-1]} for group in named["param_groups"]]
+    other = build_adamw(model, TrainConfig())
+    sharding.ReplicatedOptimizer(model, other).load_state_dict(named)
+    for parameter, values in optimizer.state.items():
+        assert torch.equal(other.state[parameter]["exp_avg"], values["exp_avg"])
+    with pytest.raises(ValueError, match=r"its parameters are others \(\d+ there, \d+ in"):
+        sharding._relabelled({"state": {}, "param_groups": [{"params": [*names, "more"]}]}, dict(enumerate(names)))
 
 
 def test_accumulation_changes_rounding_only(base, tmp_path):

@@ -345,8 +345,9 @@ class Run:
 
 def _require_like_parameters(part: Any) -> None:
     """ValueError: an optimizer's averages have other shapes than its parameters, which torch notices in a step only."""
-    if isinstance(part, torch.optim.Optimizer):
-        for parameter, values in part.state.items():
+    optimizer = getattr(part, "optimizer", part)  # or what wraps one
+    if isinstance(optimizer, torch.optim.Optimizer):
+        for parameter, values in optimizer.state.items():
             for name, value in values.items():
                 if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
                     raise ValueError(f"{name} {tuple(value.shape)} of a parameter {tuple(parameter.shape)}")
