@@ -53,7 +53,6 @@ Curriculum = provq.Curriculum
 
 # `Attached.collect` keeps this many tokens per code, over all ranks, of at least this many calls.
 RESERVOIR_TOKENS_PER_CODE, RESERVOIR_CALLS = 16, 16
-FORWARDS_OF_A_STEP = 1000  # in training, before a warning that nobody calls set_step
 
 
 # ------------------------------------------------------------------------------------------------------------- adapters
@@ -556,7 +555,6 @@ class Attached(provq.ProVQ):
         self._reclusters = recluster
         # Known, but no child: the host holds this module, and a module tree must have no cycle.
         self.__dict__["quantizer"] = self._modules.pop("quantizer")
-        self._watched = (-1, 0)  # a step, and training forwards in it
         self._empty_reservoir()
         self._make_room()
 
@@ -588,7 +586,10 @@ class Attached(provq.ProVQ):
         dim, mask = adapter.channels(z), given.get("mask") if adapter.accepts else None
         if z.shape[dim] != self.dim:
             raise ValueError(f"latents need {self.dim} channels in dimension {dim}, got {tuple(z.shape)}")
-        self._watch(z, dim)
+        if self.training and self._watched[0] < 0 and dim == 1 and z.ndim == 3 and z.shape[1] == z.shape[2]:
+            warnings.warn(f"{type(module).__name__} takes latents (B, D, L), and {tuple(z.shape)} might as well be "
+                          "(B, L, D): channels last would train, and mean nothing", stacklevel=4)
+        self._watch()
         tokens = z.movedim(dim, -1)
         smooth = adapter.smooth(tokens)
         if mask is not None:
@@ -615,18 +616,6 @@ class Attached(provq.ProVQ):
             if _get(out, path) is not None:
                 out = _put(out, path, omega * _get(out, path))
         return out
-
-    def _watch(self, z: Tensor, dim: int) -> None:
-        if not self.training or provq._is_compiling():  # which would trace anew at every count
-            return
-        step, forwards = self._watched
-        if step < 0 and dim == 1 and z.ndim == 3 and z.shape[1] == z.shape[2]:
-            warnings.warn(f"{type(self.quantizer.module).__name__} takes latents (B, D, L), and {tuple(z.shape)} might "
-                          "as well be (B, L, D): channels last would train, and mean nothing", stacklevel=5)
-        self._watched = (self._step, forwards + 1 if step == self._step else 1)
-        if self._watched[1] == FORWARDS_OF_A_STEP and self.stage == 1:
-            warnings.warn(f"{FORWARDS_OF_A_STEP} training forwards at step {self._step}: without set_step in every step"
-                          " the warm-up never ends", stacklevel=5)
 
     def set_step(self, step: int) -> None:
         super().set_step(step)
