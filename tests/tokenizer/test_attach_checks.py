@@ -105,6 +105,34 @@ def test_the_check_tells_right_codes_from_shuffled_ones(name):
         adapter.require_alike(x)
 
 
+class LastOfEquals(VectorQuantizer2):
+    """Where codes are equal, as those of collapsed latents, it takes the last of them (a GPU may take any)."""
+
+    def _quantize(self, z: Tensor):
+        quantized, loss, indices = super()._quantize(z)
+        equal = (self.embedding.weight[indices][:, None] - self.embedding.weight).abs().amax(2) < 1e-6
+        return quantized, loss, equal.long().mul(torch.arange(1, 9)).argmax(1)
+
+
+class Renumbered(VectorQuantizer2):
+    """The right codes by other numbers."""
+
+    def _quantize(self, z: Tensor):
+        quantized, loss, indices = super()._quantize(z)
+        return quantized, loss, (indices + 1) % 8
+
+
+@pytest.mark.filterwarnings("ignore:k-means gave")
+def test_equal_codes_are_no_look_alike_and_other_numbers_are():
+    tokens = _normal(3, 4).repeat(20, 1)
+    adapter = adapt(LastOfEquals(8, 4, 0.25))
+    adapter.fit_codebook_(tokens)
+    assert not torch.equal(adapter(tokens).indices, adapter.assign(tokens)[1]), "there are equal codes"
+    assert torch.equal(adapter(tokens).codes, adapter.assign(tokens)[0])
+    with pytest.raises(ValueError, match="Renumbered is no host for TamingAdapter"):
+        adapt(Renumbered(8, 4, 0.25))
+
+
 def test_options_of_forks_are_refused_by_name():
     fork = VectorQuantizer2(8, 4, 0.25)
     fork.l2_normalize = True
