@@ -259,7 +259,7 @@ class Adapter(nn.Module):
                              " how; check=False goes on all the same")
 
     def _alike(self, indices: Tensor, codes: Tensor, due: Tensor) -> Tensor:
-        """(N,): the host's indices are those that are due, or of codes equal to theirs, of which either may be taken."""
+        """(N,): the host's indices are those that are due, or those of codes equal to theirs."""
         same = (indices == due).reshape(len(due), -1).all(1)
         sizes = torch.tensor([part.num_codes for part in self.parts()], device=due.device)
         columns = indices.reshape(len(due), -1)

@@ -184,12 +184,12 @@ def test_lightnings_averages(callback, kind, tmp_path):
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), 0.05)
 
-        def training_step(self, batch, batch_idx):
+        def training_step(self, batch, batch_idx):  # noqa: ARG002
             self.model.before(self.global_step, batch)
             y, loss, _ = self.model(batch)
             return (y - batch).square().mean() + loss
 
-        def validation_step(self, batch, batch_idx):
+        def validation_step(self, batch, batch_idx):  # noqa: ARG002
             self.seen.append(self.model(batch)[2])
 
     make = getattr(lightning.pytorch.callbacks, callback)
@@ -299,7 +299,7 @@ def test_keys_of_an_attached_host_are_fixed(name):
         handle.maybe_init_codebook()
         module(case.z(step))
         assert list(module.state_dict()) == keys, step
-        if copies and step in (0, 10):
+        if copies and step == 0:
             assert list(copy.deepcopy(module).state_dict()) == keys, step
     module.eval()(case.z())
     module.load_state_dict(module.state_dict())

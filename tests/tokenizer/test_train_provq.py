@@ -331,7 +331,7 @@ def test_divergence_ends_in_one_line(tmp_path, changes):
 def test_a_collapsed_encoder_ends_in_one_line(tmp_path, monkeypatch):
     encode = vq_model.Encoder.forward
     monkeypatch.setattr(vq_model.Encoder, "forward", lambda self, x: 0.0 * encode(self, x))
-    with pytest.raises(SystemExit, match=rf"error: step {WARMUP}: k-means: all latents are equal \(a collapsed encoder.*"
+    with pytest.raises(SystemExit, match=rf"step {WARMUP}: k-means: all latents are equal \(a collapsed encoder.*"
                                          r"lower --lr \(it is .*\), or mend the data, in another --results-dir$"):
         train_provq.main(flags(tmp_path))
 
