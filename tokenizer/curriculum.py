@@ -20,6 +20,7 @@ from tokenizer.provq import SCHEDULES, AdaptiveWarmup, Curriculum, ProVQ, code_s
 from tokenizer.provq_codes import DeadCodeRestart
 from tokenizer.quantizer_config import QuantizerConfig, check_quantizer
 from tokenizer.runtime import config, distributed
+from tokenizer.runtime.command import CannotContinue
 from tokenizer.runtime.config import arg
 from tokenizer.runtime.ema import EMA
 from tokenizer.runtime.optim import autocast
@@ -256,8 +257,12 @@ class CurriculumTrainer(ABC):
         with self.run.metrics.untimed():
             latents, order = self._collect_latents(step) if init != "none" else (None, None)
             iters, start = (cfg.kmeans_iters, cfg.kmeans_start) if init == "kmeans" else (0, "random")
-            info = place(latents, iters=iters, start=start, seed=cfg.global_seed, order=order,
-                         optimizers=[self.optimizer])
+            try:
+                info = place(latents, iters=iters, start=start, seed=cfg.global_seed, order=order,
+                             optimizers=[self.optimizer])
+            except ValueError as error:  # of latents, such as those of a collapsed encoder: flags were looked at before
+                raise CannotContinue(f"step {step}: {error}; lower --lr (it is {cfg.lr}), or mend the data, in another "
+                                     "--results-dir") from error
             self.drift.start(self._probed(), quantize.codebook)
             if self.ema:
                 self.ema.copy_(self.raw, "quantize.")  # an average with codes from before k-means would mean nothing

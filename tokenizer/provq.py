@@ -23,10 +23,9 @@ and moves it along a curriculum (arXiv 2603.22304, section 4): (1) a plain autoe
         opt.zero_grad(), loss.backward(), opt.step()
     tokens = provq.encode(encoder(x))                               # (B, h, w) int64; provq.decode(tokens) -> codes
 
-Below: curriculum, ProVQ, quantizers, k-means. For a repository whose model, loss and checkpoints stay as they are, copy
-provq_attach.py as well: its `attach` puts the model's quantizer on the curriculum. Beyond the paper: provq_codes.py.
-Sizes: N tokens, D latent channels, K codes. Distances, losses and statistics are float32 or better under any autocast.
-Every collective is a no-op in one process. Checkpoints: `state_dict()` holds tensors only.
+For a repository whose model, loss and checkpoints stay as they are, copy provq_attach.py as well: its `attach` puts the
+model's quantizer on the curriculum. Beyond the paper: provq_codes.py. Sizes: N tokens, D latent channels, K codes.
+Distances, losses and statistics are float32 or better under any autocast; collectives are no-ops in one process.
 """
 
 from __future__ import annotations
@@ -56,8 +55,7 @@ CPU_SEARCH_ELEMENTS, GPU_SEARCH_ELEMENTS = 2**19, 2**25
 
 _is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling  # public since torch 2.3
 
-# Before torch 2.4 a compiled graph has no guards on a module's attributes: that of the warm-up would silently serve all
-# stages. There, the quantizer runs eagerly inside a compiled model.
+# Before torch 2.4 a compiled graph has no guards on attributes, and the warm-up's would serve all stages: run eagerly.
 _guarded = torch.compiler.disable if torch.__version__ < "2.4" else lambda forward: forward
 
 
@@ -76,9 +74,8 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 class Curriculum:
     """When to be continuous and when discrete: pure functions of the optimizer step (Eq. 3 and 4), no state.
 
-    A stage of length 0 is skipped: (0, 0) is the plain quantizer, (0, T) "+ soft transition", (W, 0) "+ manifold
-    warm-up" and (W, T) ProVQ, the rows of Table 5. ValueError: a length that is no int >= 0, loss_floor outside
-    [0, 1], unknown schedule, schedule value outside [0, 1].
+    Table 5, with stages of length 0 skipped: (0, 0) the plain quantizer, (0, T) "+ soft transition", (W, 0) "+ manifold
+    warm-up", (W, T) ProVQ. ValueError: a length no int >= 0; loss_floor or alpha outside [0, 1]; unknown schedule.
     """
 
     warmup_steps: int  # stage 1 in optimizer steps (paper: 50,000 on ImageNet, 20,000 on proteins)
@@ -207,6 +204,7 @@ class ProVQ(nn.Module):
     """
 
     REQUIRED: tuple[str, ...] = ("codebook", "set_codebook_", "latent", "lookup", "num_codes", "dim")  # of quantizers
+    FORWARDS_OF_A_STEP, _watched = 1000, (-1, 0)  # in training, until a warning; a step, and how many it has had
 
     quantizer: Quantizer
     curriculum: Curriculum  # the one in force: warmup_steps is the adaptive decision once there is one
@@ -228,8 +226,7 @@ class ProVQ(nn.Module):
         TypeError: a quantizer without the methods. ValueError: channel_dim; adaptive without a warm-up to end.
         """
         super().__init__()
-        missing = [m for m in self.REQUIRED if not hasattr(quantizer, m)]
-        if missing:
+        if missing := [m for m in self.REQUIRED if not hasattr(quantizer, m)]:
             raise TypeError(f"{type(quantizer).__name__} lacks {', '.join(missing)}, which ProVQ needs of a quantizer "
                             "(a foreign module: adapt() it, or attach() to it, see provq_attach.py)")
         if channel_dim not in (1, -1):
@@ -273,6 +270,7 @@ class ProVQ(nn.Module):
         tokens, shape, places = self._flatten(z, mask)
         if self.training and self.needs_init:
             raise RuntimeError(f"step {self._step} is past the warm-up: first call init_codebook(latents, ...)")
+        self._watch()
         continuous = self.stage == 1 if self.training else not self.has_codebook
         if continuous or not len(tokens):
             # 0 x every parameter: DistributedDataParallel sees the codebook used, without find_unused_parameters.
@@ -294,6 +292,14 @@ class ProVQ(nn.Module):
         quantized = _unmasked(mixed.to(z.dtype), shape, places, 0.0).movedim(-1, self.channel_dim)
         losses = {name: value.detach() for name, value in out.losses.items()}
         return ProVQOutput(quantized, _unmasked(out.indices, shape, places, -1), loss, losses)
+
+    def _watch(self) -> None:
+        if self.training and not (_is_compiling() or _recomputing()):  # a compiler would trace anew at every count
+            self._watched = self._step, self._watched[1] + 1 if self._watched[0] == self._step else 1
+            updates = getattr(type(self.quantizer), "update_", Quantizer.update_) is not Quantizer.update_
+            if self._watched[1] == self.FORWARDS_OF_A_STEP and (self.stage < 3 or updates):
+                warnings.warn(f"{self._watched[1]} training forwards at step {self._step}: without set_step in every "
+                              "step, stages never end and codes that are running means never move", stacklevel=5)
 
     def _smooth(self, tokens: Tensor) -> Tensor:  # what the decoder sees at alpha = 1, (N, D)
         return self._ask("output", self.quantizer.latent(tokens))
@@ -317,7 +323,8 @@ class ProVQ(nn.Module):
                                "train on with Curriculum(0, 0), or load weights alone (see host_state_dict)")
         if step > self._step and self.stage > 1:
             self._ask("update_")
-        if self.training and (self.stage, self.curriculum.stage(step)) == (1, 3) and self.curriculum.transition_steps:
+        first, length = self.curriculum.warmup_steps, self.curriculum.transition_steps
+        if self.training and self._step <= first < first + length <= step != self._step + 1:
             warnings.warn(f"set_step({step}) after {self._step} skips all of stage 2: {self.curriculum}", stacklevel=2)
         self.step.fill_(int(step))
         self._enter(step)
@@ -389,8 +396,7 @@ class ProVQ(nn.Module):
         if signed < float(self.best_score) - self.adaptive.min_delta:
             self.best_score.fill_(signed)
             self.stale_checks.zero_()
-        ended = int(self.stale_checks) >= self.adaptive.patience and self._step >= max(1, self.adaptive.min_steps)
-        if ended:
+        if ended := int(self.stale_checks) >= self.adaptive.patience and self._step >= max(1, self.adaptive.min_steps):
             self.warmup_end.fill_(self._step)
             self._mirror()
         return ended
@@ -555,8 +561,7 @@ class LinearVectorQuantizer(VectorQuantizer):
     """Frozen table times one trained linear map: codes = table W^T + b, so that every code moves in every step.
 
     SimVQ (Zhu et al. 2025) keeps the table of the constructor, ~ N(0, 1/D). AminoAseed (Yuan et al. 2025) sets it from
-    data, once, by `set_codebook_`, which makes the map the identity: codes start as centroids. One class does both;
-    ProVQ's k-means turns the first into the second.
+    data, once, by `set_codebook_`, with the identity as map. ProVQ's k-means turns the first into the second.
     """
 
     table: Tensor  # (K, D)
@@ -633,8 +638,7 @@ class EMAVectorQuantizer(VectorQuantizer):
     @torch.no_grad()
     def update_(self) -> None:
         """Fold what the training forwards since the last call gathered, over all ranks, into the codes. Collective."""
-        device = self.codes.device
-        stats = _all_reduce(self._pending.to(device))
+        stats = _all_reduce(self._pending.to(self.codes.device))
         stats = (stats * (self.num_codes / stats[:, -1].sum().clamp_min(1))).float()  # mean count 1, as at the start
         sums, counts = stats[:, :-1], stats[:, -1]
         decay = torch.where(counts.sum() > 0, self.decay, 1.0)  # without tokens nothing decays; decided on the device
@@ -643,8 +647,8 @@ class EMAVectorQuantizer(VectorQuantizer):
         self._pending.zero_()
         if self.restart_below > 0:
             floor = self.restart_below * self.ema_counts.mean()
-            last = self._last.to(device)
-            rows = _broadcast(last[torch.randint(len(last), (self.num_codes,), device=device)].contiguous())
+            last = self._last.to(stats.device)
+            rows = _broadcast(last[torch.randint(len(last), (self.num_codes,), device=last.device)].contiguous())
             dead = ((self.ema_counts < floor) & (counts.sum() > 0))[:, None]
             self.ema_counts.copy_(torch.where(dead[:, 0], floor, self.ema_counts))
             self.ema_sums.copy_(torch.where(dead, rows * floor, self.ema_sums))
@@ -692,20 +696,18 @@ def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
 def _search(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     """Nearest row of codes (K, D) for each row of x (N, D): squared distances (N,), indices (N,) int64."""
     # Inside a compiled region process-wide settings are the host's: changing them there would break the graph.
-    if _is_compiling() or torch.jit.is_tracing():
-        return _search_blocks(x, codes)
-    threads = torch.get_num_threads()
-    if x.device.type == "cpu" and threads > 1 and len(x) * len(codes) >= 2**25:
+    traced = _is_compiling() or torch.jit.is_tracing()
+    if not traced and x.device.type == "cpu" and (n := torch.get_num_threads()) > 1 and len(x) * len(codes) >= 2**25:
         # A share of the tokens for each thread: if all met after every block, they would wait for one another wherever
         # cores are busy. set_num_threads is for the calling thread, and for those that begin later.
         torch.set_num_threads(1)
         try:
-            with ThreadPoolExecutor(threads) as pool:
-                found = list(pool.map(lambda share: _search_blocks(share, codes.detach()), x.detach().chunk(threads)))
+            with ThreadPoolExecutor(n) as pool:
+                found = list(pool.map(lambda share: _search_blocks(share, codes.detach()), x.detach().chunk(n)))
         finally:
-            torch.set_num_threads(threads)
+            torch.set_num_threads(n)
         return torch.cat([part[0] for part in found]), torch.cat([part[1] for part in found])
-    if not x.is_cuda:
+    if traced or not x.is_cuda:
         return _search_blocks(x, codes)
     matmul = torch.backends.cuda.matmul  # torch 2.9 renamed the switch, and refuses a mixture of both names
     switch, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
@@ -788,8 +790,7 @@ def kmeans(x: Tensor, num_codes: int, *, iters: int = 20, start: str = "kmeans++
     if x.ndim != 2 or not x.is_floating_point():
         raise ValueError(f"k-means needs floating-point tokens (N, D), got {tuple(x.shape)} {x.dtype}")
     if start not in ("kmeans++", "random") or iters < 0 or num_codes < 1:
-        raise ValueError("need start 'kmeans++' or 'random', iters >= 0 and num_codes >= 1; "
-                         f"got {start=} {iters=} {num_codes=}")
+        raise ValueError(f"start: kmeans++ or random; iters >= 0, num_codes >= 1; got {start=} {iters=} {num_codes=}")
     x = x.float()
     rank = dist.get_rank() if _world() > 1 else 0
     sizes = torch.zeros(_world() + 1, dtype=torch.int64, device=x.device)
@@ -835,9 +836,8 @@ def kmeans(x: Tensor, num_codes: int, *, iters: int = 20, start: str = "kmeans++
 
 
 def _kmeans_plus_plus(points: Tensor, num_codes: int, generator: torch.Generator) -> Tensor:
-    # Each next seed is drawn with probability proportional to its squared distance from the seeds so far. In blocks, by
-    # rejection: of candidates drawn together, one stays if those that stay before it leave it more than a uniform share
-    # of its distance. That is the same distribution.
+    # Each next seed is drawn with probability proportional to its squared distance from the seeds. In blocks, by
+    # rejection: a candidate stays if those that stay before it leave it more than a uniform share of its distance.
     place, share = torch.rand(2, 1, generator=generator, dtype=torch.float64).to(points.device)
     seeds = points[(place * len(points)).long()]
     nearest = (points - seeds).square().sum(1)

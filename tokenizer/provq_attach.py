@@ -53,7 +53,6 @@ Curriculum = provq.Curriculum
 
 # `Attached.collect` keeps this many tokens per code, over all ranks, of at least this many calls.
 RESERVOIR_TOKENS_PER_CODE, RESERVOIR_CALLS = 16, 16
-FORWARDS_OF_A_STEP = 1000  # in training, before a warning that nobody calls set_step
 
 
 # ------------------------------------------------------------------------------------------------------------- adapters
@@ -184,6 +183,10 @@ class Adapter(nn.Module):
         """Tokens x (N, D) -> what the host should return for them (N, D), and its indices (N,) or (N, levels)."""
         raise NotImplementedError
 
+    def decoded(self, indices: Tensor) -> Tensor:
+        """What the host should return (N, D) for tokens of these indices, (N,) or (N, levels)."""
+        raise NotImplementedError
+
     def codebook_parameters(self) -> Iterable[nn.Parameter]:
         """What optimizers must forget when codes are set. Projections go on as they are."""
         return [p for name, p in self.module.named_parameters() if not {*name.split(".")} & {*self.projections}]
@@ -244,7 +247,7 @@ class Adapter(nn.Module):
         smooth = self.smooth(x).double()
         stats = x.new_zeros(5, dtype=torch.float64)
         if found:
-            same = (found.indices == due[1]).reshape(len(x), -1).all(1) if self.indices_at else x.new_ones(len(x))
+            same = self._alike(found.indices, *due) if self.indices_at else x.new_ones(len(x))
             errors = [(codes.double() - smooth).square().sum() for codes in (found.codes, due[0])]
             stats = torch.stack([same.double().sum(), *errors, smooth.square().sum(), stats[4] + len(x)])
         same, error, least, power, n = (provq._all_reduce(stats) if reduce else stats).tolist()
@@ -254,6 +257,15 @@ class Adapter(nn.Module):
                              f" the nearest code for {same / n:.0%} of latents, and its error is {error / n:.3g} where "
                              f"{least / n:.3g} is due. It compares or maps codes in another way: kind='custom' can tell"
                              " how; check=False goes on all the same")
+
+    def _alike(self, indices: Tensor, codes: Tensor, due: Tensor) -> Tensor:
+        """(N,): the host's indices are those that are due, or those of codes equal to theirs."""
+        same = (indices == due).reshape(len(due), -1).all(1)
+        sizes = torch.tensor([part.num_codes for part in self.parts()], device=due.device)
+        columns = indices.reshape(len(due), -1)
+        if bool(((columns < 0) | (columns >= sizes)).any()):
+            return same
+        return same | ((self.decoded(indices) - codes).square().sum(1) <= 1e-10 * codes.square().sum(1).mean())
 
     def rehearse(self) -> None:
         """`require_alike` on a copy of the host with random codes: long before k-means, a look-alike is known."""
@@ -295,7 +307,10 @@ class _Table(Adapter):
 
     def assign(self, x: Tensor) -> tuple[Tensor, Tensor]:
         indices = self.nearest(self.latent(x))
-        return self.output(F.embedding(indices, self.codebook())), indices
+        return self.decoded(indices), indices
+
+    def decoded(self, indices: Tensor) -> Tensor:
+        return self.output(F.embedding(indices, self.codebook()))
 
     def fit_codebook_(self, x: Tensor, *, batch: Tensor | None = None, **options: Any) -> dict[str, float]:
         info = self.place_(self.latent(self.cast(x)), batch, **options).info()
@@ -319,7 +334,7 @@ class TableAdapter(_Table, provq.Quantizer):
     """A host with one table of codes, of which it takes the nearest: all that ProVQ asks of a quantizer."""
 
     def lookup(self, indices: Tensor) -> Tensor:
-        return self.output(F.embedding(indices, self.codebook()))
+        return self.decoded(indices)
 
 
 class ResidualAdapter(Adapter):
@@ -344,6 +359,10 @@ class ResidualAdapter(Adapter):
             rest = rest - codes
             indices.append(index)
         return self.output(latent - rest), torch.stack(indices, -1)
+
+    def decoded(self, indices: Tensor) -> Tensor:
+        codes = [level.decoded(index) for level, index in zip(self.levels, indices.unbind(-1))]  # noqa: B905
+        return self.output(torch.stack(codes).sum(0))
 
     def fit_codebook_(self, x: Tensor, *, batch: Tensor | None = None, **options: Any) -> dict[str, float]:
         """Each level gets the centroids of what those before it left over."""
@@ -556,7 +575,6 @@ class Attached(provq.ProVQ):
         self._reclusters = recluster
         # Known, but no child: the host holds this module, and a module tree must have no cycle.
         self.__dict__["quantizer"] = self._modules.pop("quantizer")
-        self._watched = (-1, 0)  # a step, and training forwards in it
         self._empty_reservoir()
         self._make_room()
 
@@ -588,7 +606,10 @@ class Attached(provq.ProVQ):
         dim, mask = adapter.channels(z), given.get("mask") if adapter.accepts else None
         if z.shape[dim] != self.dim:
             raise ValueError(f"latents need {self.dim} channels in dimension {dim}, got {tuple(z.shape)}")
-        self._watch(z, dim)
+        if self.training and self._watched[0] < 0 and dim == 1 and z.ndim == 3 and z.shape[1] == z.shape[2]:
+            warnings.warn(f"{type(module).__name__} takes latents (B, D, L), and {tuple(z.shape)} might as well be "
+                          "(B, L, D): channels last would train, and mean nothing", stacklevel=4)
+        self._watch()
         tokens = z.movedim(dim, -1)
         smooth = adapter.smooth(tokens)
         if mask is not None:
@@ -615,18 +636,6 @@ class Attached(provq.ProVQ):
             if _get(out, path) is not None:
                 out = _put(out, path, omega * _get(out, path))
         return out
-
-    def _watch(self, z: Tensor, dim: int) -> None:
-        if not self.training or provq._is_compiling():  # which would trace anew at every count
-            return
-        step, forwards = self._watched
-        if step < 0 and dim == 1 and z.ndim == 3 and z.shape[1] == z.shape[2]:
-            warnings.warn(f"{type(self.quantizer.module).__name__} takes latents (B, D, L), and {tuple(z.shape)} might "
-                          "as well be (B, L, D): channels last would train, and mean nothing", stacklevel=5)
-        self._watched = (self._step, forwards + 1 if step == self._step else 1)
-        if self._watched[1] == FORWARDS_OF_A_STEP and self.stage == 1:
-            warnings.warn(f"{FORWARDS_OF_A_STEP} training forwards at step {self._step}: without set_step in every step"
-                          " the warm-up never ends", stacklevel=5)
 
     def set_step(self, step: int) -> None:
         super().set_step(step)

@@ -167,6 +167,9 @@ class GroupedResidualAdapter(Adapter):
         codes, indices = zip(*[group.assign(part) for group, part in self._split(x)])  # noqa: B905
         return torch.cat(codes, -1), torch.cat(indices, -1)
 
+    def decoded(self, indices: Tensor) -> Tensor:
+        return torch.cat([group.decoded(part) for group, part in self._split(indices)], -1)
+
     def fit_codebook_(self, x: Tensor, *, batch: Tensor | None = None, **options: Any) -> dict[str, float]:
         if not self.settable:
             return super().fit_codebook_(x)

@@ -105,6 +105,34 @@ def test_the_check_tells_right_codes_from_shuffled_ones(name):
         adapter.require_alike(x)
 
 
+class LastOfEquals(VectorQuantizer2):
+    """Where codes are equal, as those of collapsed latents, it takes the last of them (a GPU may take any)."""
+
+    def _quantize(self, z: Tensor):
+        quantized, loss, indices = super()._quantize(z)
+        equal = (self.embedding.weight[indices][:, None] - self.embedding.weight).abs().amax(2) < 1e-6
+        return quantized, loss, equal.long().mul(torch.arange(1, 9)).argmax(1)
+
+
+class Renumbered(VectorQuantizer2):
+    """The right codes by other numbers."""
+
+    def _quantize(self, z: Tensor):
+        quantized, loss, indices = super()._quantize(z)
+        return quantized, loss, (indices + 1) % 8
+
+
+@pytest.mark.filterwarnings("ignore:k-means gave")
+def test_equal_codes_are_no_look_alike_and_other_numbers_are():
+    tokens = _normal(3, 4).repeat(20, 1)
+    adapter = adapt(LastOfEquals(8, 4, 0.25))
+    adapter.fit_codebook_(tokens)
+    assert not torch.equal(adapter(tokens).indices, adapter.assign(tokens)[1]), "there are equal codes"
+    assert torch.equal(adapter(tokens).codes, adapter.assign(tokens)[0])
+    with pytest.raises(ValueError, match="Renumbered is no host for TamingAdapter"):
+        adapt(Renumbered(8, 4, 0.25))
+
+
 def test_options_of_forks_are_refused_by_name():
     fork = VectorQuantizer2(8, 4, 0.25)
     fork.l2_normalize = True
@@ -172,41 +200,70 @@ def test_levels_that_see_nothing_left_over():
 
 # ---------------------------------------------------------------------------------------------- calls in vain, steps
 
-def test_training_without_set_step_is_noticed_once(monkeypatch):
-    monkeypatch.setattr("tokenizer.provq_attach.FORWARDS_OF_A_STEP", 5)
-    host = VectorQuantizer2(8, 4, 0.25)
-    handle = attach(host, Curriculum(50, 2))
-    z = _normal(2, 4, 3, 3)
+def _train(handle: ProVQ, forwards: int) -> list[str]:
+    """Messages of so many forwards in the modes in which handle and its host are."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for _ in range(12):
-            host(z)
-    assert [str(w.message) for w in caught] == ["5 training forwards at step 0: without set_step in every step the "
-                                                "warm-up never ends"]
+        for _ in range(forwards):
+            handle.quantizer.module(_normal(2, 4, 3, 3)) if hasattr(handle, "collect") else handle(_normal(2, 4, 3, 3))
+    return [str(w.message) for w in caught]
+
+
+ANY = {
+    "attach": lambda curriculum: attach(VectorQuantizer2(8, 4, 0.25), curriculum),
+    "ProVQ": lambda curriculum: ProVQ(make_quantizer("vq", 8, 4), curriculum),
+}
+any_handle = pytest.mark.parametrize("make", ANY.values(), ids=ANY)
+
+
+@any_handle
+@pytest.mark.parametrize("curriculum", [Curriculum(50, 2), Curriculum(0, 50)])
+def test_training_without_set_step_is_noticed_once(make, curriculum, monkeypatch):
+    monkeypatch.setattr(ProVQ, "FORWARDS_OF_A_STEP", 5)
+    assert _train(make(curriculum), 12) == [
+        "5 training forwards at step 0: without set_step in every step, stages never end and codes that are running "
+        "means never move"]
+    handle = make(curriculum)
+    for step in range(12):  # accumulated gradients: the step stays for some forwards
+        handle.set_step(step)
+        assert _train(handle, 4) == []
+    getattr(handle.quantizer, "module", handle).eval()
+    assert _train(handle, 12) == []
+
+
+@any_handle
+def test_without_stages_set_step_is_asked_for_by_running_means_alone(make, monkeypatch):
+    assert ProVQ.FORWARDS_OF_A_STEP >= 1000, "gradients are accumulated over fewer forwards"
+    monkeypatch.setattr(ProVQ, "FORWARDS_OF_A_STEP", 5)
+    assert _train(make(Curriculum(0, 0)), 12) == []
+    assert len(_train(ProVQ(make_quantizer("ema", 8, 4), Curriculum(0, 0)), 12)) == 1
+    checkpointed = make(Curriculum(50, 2))
+    module, z = getattr(checkpointed.quantizer, "module", checkpointed), _normal(2, 4, 3, 3).requires_grad_()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for step in range(12):
-            handle.set_step(step)
-            host(z), host(z)
-        for _ in range(12):
-            host.eval()(z)
+        for _ in range(4):  # each runs forward twice
+            torch.utils.checkpoint.checkpoint(module, z, use_reentrant=False)[0].sum().backward()
 
 
-@pytest.mark.parametrize("make", [
-    lambda: attach(VectorQuantizer2(8, 4, 0.25), Curriculum(3, 4)),
-    lambda: ProVQ(make_quantizer("vq", 8, 4), Curriculum(3, 4)),
-])
+@any_handle
 def test_a_step_over_the_whole_transition_is_noticed(make):
-    handle = make()
-    handle.set_step(2)
-    with pytest.warns(UserWarning, match=r"set_step\(7\) after 2 skips all of stage 2: Curriculum\(warmup_steps=3"):
-        handle.set_step(7)
+    for curriculum, before, after in ((Curriculum(3, 4), 2, 7), (Curriculum(0, 4), 0, 9), (Curriculum(3, 1), 2, 4)):
+        handle = make(curriculum)
+        handle.set_step(before)
+        with pytest.warns(UserWarning, match=rf"set_step\({after}\) after {before} skips all of stage 2: Curriculum"):
+            handle.set_step(after)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        handle = make()
-        for step in (0, 2, 6, 70):
-            handle.set_step(step)
-        make().eval().set_step(70)
+        for curriculum in (Curriculum(3, 4), Curriculum(3, 1), Curriculum(0, 1), Curriculum(3, 0), Curriculum(0, 0)):
+            handle = make(curriculum)
+            for step in (0, 1, 2, 3, 4, 5, 6, 70):
+                handle.set_step(step)
+            make(curriculum).eval().set_step(70)
+            resumed = make(curriculum)
+            resumed.load_state_dict(handle.state_dict())
+            resumed.set_step(71)
+    handle = make(Curriculum(3, 0))
+    handle.set_step(9)  # there is no transition to skip
 
 
 def test_channels_last_where_it_cannot_be_seen_is_noticed_once():

@@ -12,7 +12,7 @@ from PIL import Image
 from places import IMAGES, ROOT, needs_images
 from training_runs import Killed, rows, to_words
 
-from tokenizer import train_provq
+from tokenizer import train_provq, vq_model
 from tokenizer.provq import Curriculum
 from tokenizer.runtime.checkpoint import load_file
 from tokenizer.train_config import PRESETS, TrainConfig, check, open_run_split, parse_config
@@ -326,6 +326,14 @@ def test_a_damaged_log_is_named(straight, tmp_path):
 def test_divergence_ends_in_one_line(tmp_path, changes):
     with pytest.raises(SystemExit, match=r"step \d+.*diverged: lower --lr \(it is 1e\+30\), in another"):
         train_provq.main(flags(tmp_path, lr=1e30, **changes))
+
+
+def test_a_collapsed_encoder_ends_in_one_line(tmp_path, monkeypatch):
+    encode = vq_model.Encoder.forward
+    monkeypatch.setattr(vq_model.Encoder, "forward", lambda self, x: 0.0 * encode(self, x))
+    with pytest.raises(SystemExit, match=rf"step {WARMUP}: k-means: all latents are equal \(a collapsed encoder.*"
+                                         r"lower --lr \(it is .*\), or mend the data, in another --results-dir$"):
+        train_provq.main(flags(tmp_path))
 
 
 @pytest.mark.parametrize("processes", [None, 2])
