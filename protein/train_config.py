@@ -22,8 +22,9 @@ class TrainConfig(CurriculumConfig):
     # curriculum: what the paper has otherwise for proteins
     codebook_size: int = arg(512, "codes, K; StructTokenBench: 512")
     codebook_embed_dim: int = arg(1024, "channels of a code, D; StructTokenBench: 1024")
-    warmup_steps: int = arg(20_000, "stage 1, plain autoencoder, in optimizer steps; paper: 20000")
-    transition_steps: int = arg(10_000, "stage 2, soft transition, in optimizer steps; paper: 10000")
+    warmup_steps: int = arg(20_000, "stage 1, plain autoencoder, in optimizer steps, or a fraction of all steps such "
+                                    "as 0.25; paper: 20000", fraction=True)
+    transition_steps: int = arg(10_000, "stage 2, soft transition, likewise; paper: 10000", fraction=True)
     codebook_init: str = arg("auto", "when stage 1 is over: kmeans of latents, latents drawn at random, or none; auto: "
                                      "kmeans after a warm-up, else latents, as StructTokenBench; paper: kmeans",
                              choices=CODEBOOK_INITS)

@@ -84,6 +84,10 @@ class Trainer(CurriculumTrainer):
         fingerprints = self._open_data(cfg)
         cfg = with_length(cfg, len(self.train_set))
         self.cfg, self.device = cfg, device
+        assert cfg.max_steps is not None  # see with_length
+        if cfg.disc_weight and cfg.disc_start > cfg.max_steps:
+            distributed.print0(f"note: --disc-start {cfg.disc_start} is beyond the {cfg.max_steps} steps: the "
+                               "discriminator never trains; --disc-weight 0 saves its memory")
         self.run = Run(cfg, device, resumable=RESUMABLE, inputs=fingerprints)
         self.raw = build_model(cfg).to(device)
         self.disc = NLayerDiscriminator(cfg.image_channels).to(device) if cfg.disc_weight else None
