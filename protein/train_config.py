@@ -10,7 +10,8 @@ from typing import Any
 
 from protein.atom_files import PLDDT_SOURCES
 from protein.structure_model import PRESETS as MODELS
-from tokenizer.curriculum import CODEBOOK_INITS, CurriculumConfig, check_curriculum
+from tokenizer.curriculum import CODEBOOK_INITS, CurriculumConfig, check_curriculum, with_codes_kept
+from tokenizer.init_from import HELP as INIT_FROM
 from tokenizer.runtime import config
 from tokenizer.runtime.config import arg, flag_name
 from tokenizer.runtime.optim import LR_SCHEDULES, check_optimizer
@@ -51,6 +52,7 @@ class TrainConfig(CurriculumConfig):
     max_bad_structures: int = arg(100, "unreadable structure files to skip before the run stops")
     num_workers: int = arg(0, "processes that read structure files, and then load batches, per rank")
     # model
+    init_from: str | None = arg(None, INIT_FROM.format("a file of StructTokenBench's"))
     encoder_width: int = arg(1024, "channels of a slot; ESM3: 1024")
     encoder_heads: int = arg(128, "vector heads of geometric attention; ESM3: 128")
     encoder_layers: int = arg(2, "geometric blocks; ESM3: 2")
@@ -111,6 +113,7 @@ def parse_config(argv: list[str] | None = None, description: str = "") -> TrainC
     """
     cfg = config.parse(TrainConfig, argv, presets=PRESETS, pick_preset=pick_preset, exclusive=("max_steps", "epochs"),
                        description=description, prog="protein/train_provq.py")
+    cfg = with_codes_kept(cfg)
     preset = pick_preset({"preset": cfg.preset, "data_path": cfg.data_path})
     init = cfg.codebook_init
     if init == "auto":

@@ -6,6 +6,7 @@ A tokenizer's trainer subclasses CurriculumTrainer and its settings subclass Cur
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from tokenizer.code_meter import PaceMeter
 from tokenizer.grid_quantizers import GRIDS
+from tokenizer.init_from import load_tokenizer_weights
 from tokenizer.provq import SCHEDULES, AdaptiveWarmup, Curriculum, ProVQ, code_statistics
 from tokenizer.provq_codes import DeadCodeRestart
 from tokenizer.quantizer_config import QuantizerConfig, check_quantizer
@@ -161,6 +163,18 @@ def _require_all_stages(cfg: Any, steps: int, what: str) -> None:
                          f"shorten these, or say --stop-after {stage}")
 
 
+def with_codes_kept(cfg: Any) -> Any:
+    """cfg of a command line: --init-from without a warm-up keeps the codes, unless --codebook-init says otherwise.
+
+    Its path becomes absolute, as a run records it.
+    """
+    if cfg.init_from is None:
+        return cfg
+    keep = cfg.codebook_init == "auto" and not cfg.warmup_steps
+    return replace(cfg, init_from=os.path.abspath(os.path.expanduser(cfg.init_from)),
+                   codebook_init="none" if keep else cfg.codebook_init)
+
+
 def build_curriculum(cfg: CurriculumConfig) -> tuple[Curriculum, AdaptiveWarmup | None]:
     """What the settings say, as ProVQ takes it."""
     adaptive = None
@@ -244,6 +258,17 @@ class CurriculumTrainer(ABC):
         """Reconstructions of a few validation samples as files named by the stem. Rank 0; the model is in eval mode."""
 
     # ------------------------------------------------------------------------------------------ around the quantizer
+
+    def begin_from(self, path: str, other: Any) -> None:
+        """Take the weights of `other`, stored at path, see --init-from. For a run that nothing was resumed for.
+
+        ValueError: they do not fit, each setting or tensor named.
+        """
+        keep = codebook_init(self.cfg) == "none"
+        load_tokenizer_weights(self.raw, other, path, keep_codes=keep)
+        if self.ema:
+            self.ema.copy_(self.raw)
+        distributed.print0(f"--init-from {path}: its weights, {'with' if keep else 'without'} its codes")
 
     @property
     def quantize(self) -> ProVQ:
