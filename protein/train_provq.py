@@ -223,7 +223,7 @@ class Trainer(CurriculumTrainer):
         return list(range(distributed.rank(), len(self.val_set), distributed.world_size()))
 
     @torch.no_grad()
-    def evaluate(self, model: StructureVQModel) -> dict[str, float]:
+    def evaluate(self, model: StructureVQModel) -> dict[str, Any]:
         was_training = model.training
         model.eval()
         quantize = model.quantize

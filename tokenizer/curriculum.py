@@ -372,7 +372,7 @@ class CurriculumTrainer(ABC):
 
     # --------------------------------------------------------------------------------------------- between steps
 
-    def with_pace(self, step: int, usage: dict[str, float]) -> dict[str, float]:
+    def with_pace(self, step: int, usage: dict[str, float | None]) -> dict[str, float | None]:
         """Of a log row: usage (see code_usage) and, once there are codes, entries of PaceMeter.row.
 
         Once in a run it says in a line what to do against codes that fall behind.
@@ -383,8 +383,8 @@ class CurriculumTrainer(ABC):
         with self.run.untimed():
             pace = self.drift.row(self._probed(), quantize.codebook)
         # The last row may be of fewer steps, and then of fewer codes.
-        moves = cfg.quantizer not in GRIDS
-        why = self.drift.behind(pace, usage["usage"]) if moves and step % cfg.log_every == 0 else None
+        moves, used = cfg.quantizer not in GRIDS and step % cfg.log_every == 0, usage["usage"]
+        why = self.drift.behind(pace, used) if moves and used is not None else None
         if why:
             distributed.print0(f"advice: step {step}: {why}. Codes that keep pace: {pace_flag(cfg)}, in another "
                                "--results-dir (tokenizer/README.md, Codes that keep pace; not in the paper)")
@@ -459,6 +459,7 @@ def pace_flag(cfg: QuantizerConfig) -> str:
     return f"--recluster-at {cfg.warmup_steps + cfg.transition_steps + max(1, cfg.transition_steps)}"
 
 
-def code_usage(row: dict[str, Any]) -> dict[str, float]:
-    """usage and perplexity of the codes looked up since the last log row, by all ranks; 0 in stage 1: none are."""
-    return code_statistics(row["code_counts"])
+def code_usage(row: dict[str, Any]) -> dict[str, float | None]:
+    """usage and perplexity of the codes looked up since the last log row, by all ranks; None in stage 1: none are."""
+    counts = row["code_counts"]
+    return dict(code_statistics(counts)) if counts.any() else {"usage": None, "perplexity": None}

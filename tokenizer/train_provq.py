@@ -263,7 +263,7 @@ class Trainer(CurriculumTrainer):
         z = self.raw.encode_latents(batch["image"].to(self.device))  # (B, D, h, w)
         return channels_last(z), torch.full((len(z),), z[0, 0].numel())
 
-    def evaluate(self, model: VQModel) -> dict[str, float]:
+    def evaluate(self, model: VQModel) -> dict[str, Any]:
         return validate(model, self._val_batches(), self.device, self.lpips)
 
     def probe(self, model: VQModel) -> Tensor:
