@@ -84,8 +84,8 @@ class Trainer(CurriculumTrainer):
         set_tf32(convolutions=cfg.tf32, matmul=False)  # a compiled model searches its codes at this precision
         if cfg.sync_batchnorm and device.type != "cuda":
             raise ValueError(f"--sync-batchnorm works on GPUs only, not on --device {device.type}; leave it out")
-        self.lpips = _open_lpips(cfg).to(device) if cfg.perceptual_weight else None  # fails first
-        fingerprints = self._open_data(cfg)
+        fingerprints = self._open_data(cfg)  # before LPIPS: a wrong path is no reason to look for weights
+        self.lpips = _open_lpips(cfg).to(device) if cfg.perceptual_weight else None
         cfg = with_length(cfg, len(self.train_set))
         self.cfg, self.device = cfg, device
         assert cfg.max_steps is not None  # see with_length

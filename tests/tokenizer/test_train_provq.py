@@ -261,7 +261,7 @@ def fails(words, capsys):
     ({"lr": "fast"}, "'fast' is not a finite number"),
     ({"loss_lambda": 2}, "--loss-lambda is 2.0; it must lie in [0, 1]"),
     ({"data_path": "/no/such/place", "preset": "cifar10"}, "/no/such/place"),
-    ({"data_path": "/no/such/place", "image_size": 256}, "--perceptual-weight 0"),  # the paper's preset wants LPIPS
+    ({"data_path": "/no/such/place", "image_size": 256}, "/no/such/place"),  # not the LPIPS weights of its preset
     ({"perceptual_weight": 1, "lpips_vgg_weights": "/no/vgg.pth"}, "--perceptual-weight 0"),
     ({"codebook_size": 4096, "kmeans_batches": 2}, "raise --kmeans-batches"),
     ({"augment": "flip"}, "digit"),
