@@ -48,8 +48,8 @@ class TrainConfig(CurriculumConfig):
     num_workers: int = arg(4, "data-loading processes per rank")
     # model
     init_from: str | None = arg(None, INIT_FROM.format("a .pt of LlamaGen's"))
-    vq_model: str = arg("VQ-16", "architecture, the number is the down-sampling factor; VQ-4 and VQ-16-S are small; paper: "
-                                 "VQ-16",
+    vq_model: str = arg("VQ-16", "architecture, the number is the down-sampling factor; VQ-4 and VQ-16-S are small; "
+                                 "paper: VQ-16",
                         choices=tuple(ARCHITECTURES))
     dropout_p: float = arg(0.0, "dropout in residual blocks; LlamaGen: 0")
     # losses
