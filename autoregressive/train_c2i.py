@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,12 @@ from torch import Tensor, nn
 from autoregressive import sharding
 from autoregressive.code_shards import CodeDataset, CodeFiles, open_codes
 from autoregressive.gpt import GPT, GPTConfig, NextCodeLoss
+from autoregressive.pretrained import load_gpt
 from autoregressive.sampling import SamplingConfig, generate
 from autoregressive.train_config import TrainConfig, check, parse_config, resumable, shards
 from tokenizer.data import make_loader, split_holdout, spread
 from tokenizer.image_classes import describe_classes
+from tokenizer.init_from import opened, require_alike
 from tokenizer.pretrained import load_tokenizer, tokenizer_hash
 from tokenizer.runtime import distributed
 from tokenizer.runtime.checkpoint import atomic_write
@@ -82,6 +84,8 @@ class Trainer:
         self.optimizer = build_adamw(self.raw, cfg)
         self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.mixed_precision == "fp16")
         self.run.resume(self._parts())
+        if cfg.init_from and not self.run.start:
+            self._begin_from(cfg.init_from, codes)
         self.run.throughput = Throughput(cfg, device, self.gpt_config.block_size, self._forward_once)
         loss = NextCodeLoss(self.raw)
         core: nn.Module = torch.compile(loss) if cfg.compile else loss  # type: ignore[assignment]
@@ -144,6 +148,21 @@ class Trainer:
         if self.sharded:
             sharding.shard(model, model.layers, self.device, DTYPES[self.cfg.mixed_precision])
         return model
+
+    def _begin_from(self, path: str, codes: CodeDataset) -> None:
+        """Take the weights of a trained GPT. ValueError: they do not fit, or its codes meant something else."""
+        loaded = opened(path, lambda path: load_gpt(path, num_codes=self.gpt_config.block_size))
+        free = [field.name for field in fields(GPTConfig) if field.name.endswith(("_p", "_prob", "_rate", "_range"))]
+        require_alike(asdict(loaded.model.config), asdict(self.gpt_config), free, path, "name codes and the "
+                      "--gpt-model as it was trained with, or other weights", called=str)
+        if loaded.tokenizer_hash and loaded.tokenizer_hash != codes.tokenizer_hash and not self.cfg.other_tokenizer:
+            raise ValueError(f"--init-from {path} was trained on codes of another tokenizer than {codes.path}: equal "
+                             "numbers mean other patches; pass --other-tokenizer to begin with it all the same")
+        parts = self._parts()
+        for part in (parts["model"], parts["ema"]):
+            if part is not None:
+                part.load_state_dict(loaded.model.state_dict())
+        self._say(f"--init-from {path}: its weights")
 
     def _forward_once(self) -> None:
         """What one image costs in FLOP; on parameters that nobody has, since those of this model may be shards."""

@@ -5,6 +5,7 @@ The defaults are LlamaGen's protocol for class-conditional ImageNet, which the p
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -32,13 +33,16 @@ class TrainConfig(RunConfig):
                           choices=("auto", "model", "ema"))
     codebook_l2_norm: bool | None = arg(None, "of a --vq-ckpt of LlamaGen's, which does not record it; none: yes, as "
                                               "there")
-    other_tokenizer: bool = arg(False, "go on although the codes are not of the tokenizer --vq-ckpt")
+    other_tokenizer: bool = arg(False, "go on although the codes are not of the tokenizer --vq-ckpt, or "
+                                         "--init-from was trained on those of another")
     num_workers: int = arg(0, "data-loading processes per rank; codes are memory-mapped, 0 is fast enough")
     # pictures
     sample_every: int = arg(5000, "steps between pictures of samples, with --vq-ckpt; 0: none")
     sample_cfg_scale: float = arg(2.0, "guidance of these samples; LlamaGen-B and -L: 2; 1 if "
                                          "--class-dropout-prob is 0")
     # model
+    init_from: str | None = arg(None, "weights to begin with, of a run, an export or LlamaGen's: under a new "
+                                      "optimizer, from step 0; none: drawn by --global-seed")
     gpt_model: str = arg("GPT-B", "architecture; paper: GPT-B and GPT-L", choices=tuple(GPT_PRESETS))
     class_dropout_prob: float = arg(0.1, "chance to replace the class by none, for guidance; LlamaGen: 0.1")
     dropout_p: float = arg(0.1, "dropout after attention and feed-forward; LlamaGen: 0.1")
@@ -102,7 +106,8 @@ def parse_config(argv: list[str] | None = None, description: str = "") -> TrainC
                        description=description, prog="autoregressive/train_c2i.py")
     preset = explicit["preset"]
     folder = cfg.results_dir or ("runs/digits-gpt" if preset == "digits" else f"runs/{cfg.gpt_model}")
-    return replace(cfg, preset=preset, results_dir=folder)
+    return replace(cfg, preset=preset, results_dir=folder,
+                   init_from=cfg.init_from and os.path.abspath(os.path.expanduser(cfg.init_from)))
 
 
 def check(cfg: TrainConfig, world_size: int) -> None:

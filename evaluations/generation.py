@@ -58,7 +58,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("reference", metavar="REF", help=".npz, or images: folder, .tar, .zip, list, digits")
     add("samples", metavar="SAMPLES", help="the same kinds")
-    add("--out", type=Path, default=Path("metrics.json"), help="report to write (default: metrics.json)")
+    add("--out", type=Path, help="report to write (default: metrics.json in the folder SAMPLES, or NAME.metrics.json "
+                                 "beside a file; digits are no place for one)")
     add_image_flags(parser)
     add("--image-size", type=int, help="center-crop images of folders and archives (default: all have one size)")
     add_extractor_flags(parser)
@@ -68,6 +69,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     require_image_flags(parser, args)
     require_flags_at_least(parser, args, 1, "image_size")
     require_flags_at_least(parser, args, 0, "num_workers")
+    if args.out is None:
+        args.out = beside(parser, args.samples)
     return args
 
 
@@ -209,6 +212,14 @@ def warnings_of(reference: ImageSet, samples: ImageSet, extractor: Extractor | N
     if reference.count and "pooled" not in reference.statistics and reference.count < CUSTOMARY:
         found.append(f"reference statistics of {reference.count} images only")
     return found
+
+
+def beside(parser: argparse.ArgumentParser, samples: str) -> Path:
+    """Where a report goes that nobody named a place for. Ends with status 2 where there is none beside the samples."""
+    path = Path(samples).expanduser()
+    if not path.exists():  # shards in {}, or a word
+        parser.error(f"--out: name a file for the report; {samples} is no folder or file to put it beside")
+    return path / "metrics.json" if path.is_dir() else path.with_name(f"{path.stem}.metrics.json")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -33,8 +33,8 @@ _STYLE: dict[Any, Any] = {
 PANELS = (
     ("loss", "total loss", False, True),
     ("recon_loss", "reconstruction loss", False, True),
-    ("psnr", "PSNR (dB)", True, False),
-    ("ssim", "SSIM", True, False),
+    ("psnr", "PSNR (dB); hollow: no codes yet", True, False),
+    ("ssim", "SSIM; hollow: no codes yet", True, False),
     ("perplexity", "perplexity (codes)", True, False),
     ("usage", "codes used (fraction)", True, False),
     ("code_drift", "drift of the codes", True, True),
@@ -62,17 +62,27 @@ def draw_curve(axis: Axes, run: Any, key: str, hue: str, *, validation: bool, la
                linestyle: str = "-") -> bool:
     """Draw one number of a run over its steps, the ends of its stages dotted. False: the run does not have it.
 
+    Validations before k-means are faint and apart: a continuous autoencoder's do not compare with a tokenizer's.
     run: with metrics and validation (rows with a step) and stage_ends (steps).
     """
-    steps, values = points(run.validation if validation else run.metrics, key)
-    if not steps:
+    rows = run.validation if validation else run.metrics
+    if not points(rows, key)[0]:
         return False
-    axis.plot(steps, values, linestyle, color=hue, marker="." if validation else None, markersize=4, label=label)
+    marker = "." if validation else None
+    if validation:
+        before, rows = [row for row in rows if _continuous(row)], [row for row in rows if not _continuous(row)]
+        axis.plot(*points(before, key), ":", color=hue, alpha=0.55, marker="o", markerfacecolor="none", markersize=3)
+    axis.plot(*points(rows, key), linestyle, color=hue, marker=marker, markersize=4, label=label)
     for end in run.stage_ends:
         axis.axvline(end, color=hue, linestyle=":", linewidth=1)
     axis.set_xlabel("step")
     axis.grid(alpha=0.25, linewidth=0.6)
     return True
+
+
+def _continuous(row: Mapping[str, Any]) -> bool:
+    """Whether a validation was one of the warm-up's autoencoder, which uses no codes (0 of them in older runs)."""
+    return "usage" in row and not row["usage"]
 
 
 def curves(runs: Sequence[tuple[Any, str]], name: str) -> str:

@@ -207,6 +207,17 @@ def load_structure_tokenizer(
     return tokenizer.to(device).eval()
 
 
+def load_structure_model(path: str | Path) -> StructureVQModel:
+    """The model of a tokenizer of this project or StructTokenBench's, on the CPU, also from within its warm-up.
+
+    FileNotFoundError, ValueError: as load_structure_tokenizer; ESM3's, which is another model.
+    """
+    tokenizer = _open(require_stored(path, "auto", "structure tokenizer"), "auto")
+    if not isinstance(tokenizer, VQTokenizer):
+        raise ValueError(f"{path} is ESM3's tokenizer, which is another model than those that are trained here")
+    return tokenizer.model
+
+
 def _open(path: Path, weights: str) -> StructureTokenizer:
     if (path / ESM3_ENCODER_FILE).is_file():
         encoder = _esm3_encoder(*read_weights(path / ESM3_ENCODER_FILE, EXPORT_FORMAT).choose(weights))

@@ -10,7 +10,8 @@ from typing import Any
 
 from protein.atom_files import PLDDT_SOURCES
 from protein.structure_model import PRESETS as MODELS
-from tokenizer.curriculum import CODEBOOK_INITS, CurriculumConfig, check_curriculum
+from tokenizer.curriculum import CODEBOOK_INITS, CurriculumConfig, check_curriculum, with_codes_kept
+from tokenizer.init_from import HELP as INIT_FROM
 from tokenizer.runtime import config
 from tokenizer.runtime.config import arg, flag_name
 from tokenizer.runtime.optim import LR_SCHEDULES, check_optimizer
@@ -22,8 +23,9 @@ class TrainConfig(CurriculumConfig):
     # curriculum: what the paper has otherwise for proteins
     codebook_size: int = arg(512, "codes, K; StructTokenBench: 512")
     codebook_embed_dim: int = arg(1024, "channels of a code, D; StructTokenBench: 1024")
-    warmup_steps: int = arg(20_000, "stage 1, plain autoencoder, in optimizer steps; paper: 20000")
-    transition_steps: int = arg(10_000, "stage 2, soft transition, in optimizer steps; paper: 10000")
+    warmup_steps: int = arg(20_000, "stage 1, plain autoencoder, in optimizer steps, or a fraction of all steps such "
+                                    "as 0.25; paper: 20000", fraction=True)
+    transition_steps: int = arg(10_000, "stage 2, soft transition, likewise; paper: 10000", fraction=True)
     codebook_init: str = arg("auto", "when stage 1 is over: kmeans of latents, latents drawn at random, or none; auto: "
                                      "kmeans after a warm-up, else latents, as StructTokenBench; paper: kmeans",
                              choices=CODEBOOK_INITS)
@@ -50,6 +52,7 @@ class TrainConfig(CurriculumConfig):
     max_bad_structures: int = arg(100, "unreadable structure files to skip before the run stops")
     num_workers: int = arg(0, "processes that read structure files, and then load batches, per rank")
     # model
+    init_from: str | None = arg(None, INIT_FROM.format("a file of StructTokenBench's"))
     encoder_width: int = arg(1024, "channels of a slot; ESM3: 1024")
     encoder_heads: int = arg(128, "vector heads of geometric attention; ESM3: 128")
     encoder_layers: int = arg(2, "geometric blocks; ESM3: 2")
@@ -110,6 +113,7 @@ def parse_config(argv: list[str] | None = None, description: str = "") -> TrainC
     """
     cfg = config.parse(TrainConfig, argv, presets=PRESETS, pick_preset=pick_preset, exclusive=("max_steps", "epochs"),
                        description=description, prog="protein/train_provq.py")
+    cfg = with_codes_kept(cfg)
     preset = pick_preset({"preset": cfg.preset, "data_path": cfg.data_path})
     init = cfg.codebook_init
     if init == "auto":

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from protein.clusters import members, read_clusters
 from protein.losses import contributing_chains, structure_losses
+from protein.pretrained import load_structure_model
 from protein.structure_data import (
     StructureBatchSampler,
     StructureDataset,
@@ -41,6 +42,7 @@ from protein.validation import StructureMeter
 from tokenizer.code_meter import PaceMeter, count_
 from tokenizer.curriculum import CurriculumTrainer, build_curriculum, code_usage, kmeans_batches, with_length
 from tokenizer.data import consecutive, make_loader, spread
+from tokenizer.init_from import opened
 from tokenizer.quantizer_config import build_restart
 from tokenizer.runtime import config, distributed
 from tokenizer.runtime.ema import EMA
@@ -81,6 +83,8 @@ class Trainer(CurriculumTrainer):
         self.kmeans_batches = kmeans_batches(cfg, max(1, int(cfg.global_batch_size * self.train_set.observed.mean())))
         self.run.resume({"model": self.raw, "ema": self.ema, "optimizer": self.optimizer, "drift": self.drift,
                          "restart": self.restart})
+        if cfg.init_from and not self.run.start:
+            self.begin_from(cfg.init_from, opened(cfg.init_from, load_structure_model))
         self.run.throughput = Throughput(cfg, device, float(self.train_set.observed.mean()), self._forward_once)
         self.model = replicate(self.raw, device)
 
@@ -228,7 +232,7 @@ class Trainer(CurriculumTrainer):
         return list(range(distributed.rank(), len(self.val_set), distributed.world_size()))
 
     @torch.no_grad()
-    def evaluate(self, model: StructureVQModel) -> dict[str, float]:
+    def evaluate(self, model: StructureVQModel) -> dict[str, Any]:
         was_training = model.training
         model.eval()
         quantize = model.quantize

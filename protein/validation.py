@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -60,15 +61,16 @@ class StructureMeter:
             parts += [known.sum()[None], torch.where(known, values[name], 0.0).sum(dtype=torch.float64)[None]]
         self.sums += torch.cat([part.double() for part in parts])
 
-    def result(self, codebook: Tensor | None) -> dict[str, float]:
+    def result(self, codebook: Tensor | None) -> dict[str, Any]:
         """Collective. chains; rmsd, rmsd_median (Angstrom), lddt, tm; CodeMeter's; normalized_perplexity in [0, 1]:
-        perplexity / K.
+        perplexity / K; None: no codes yet.
         """
         rmsds = [value for part in distributed.gather_objects(self.rmsds) for value in part]
         chains, *sums = distributed.all_reduce_(self.sums).tolist()
-        out: dict[str, float] = {"chains": int(chains)}
+        out: dict[str, Any] = {"chains": int(chains)}
         for i, name in enumerate(METRICS):
             out[name] = sums[2 * i + 1] / sums[2 * i] if sums[2 * i] else math.nan
         out["rmsd_median"] = torch.tensor(rmsds).nanmedian().item()
         out |= self.codes.result(codebook)
-        return out | {"normalized_perplexity": out["perplexity"] / len(self.codes.counts)}
+        perplexity = out["perplexity"]
+        return out | {"normalized_perplexity": perplexity and perplexity / len(self.codes.counts)}

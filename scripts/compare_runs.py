@@ -15,6 +15,7 @@ from evaluations.report_figures import color, draw_curve
 from evaluations.report_runs import Run, read_runs
 from tokenizer.runtime.checkpoint import atomic_write
 from tokenizer.runtime.command import command, make_parser, require_out_file
+from tokenizer.runtime.metrics import short
 
 PROG = "compare_runs.py"
 COLUMNS = {"steps": "step", "PSNR (dB)": "psnr", "SSIM": "ssim", "usage": "usage", "perplexity": "perplexity",
@@ -62,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         print("| run | " + " | ".join(COLUMNS) + " |")
         print("|---" * (len(COLUMNS) + 1) + "|")
         for run in runs:
-            cells = [run.path.name, *(f"{run.summary[key]:.4g}" for key in COLUMNS.values())]
+            cells = [run.path.name, *(short(run.summary[key]) for key in COLUMNS.values())]
             print(f"| {' | '.join(cells)} |")
         if args.picture:
             draw(runs, args.picture)

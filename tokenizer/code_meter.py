@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -93,8 +95,8 @@ class CodeMeter:
         if indices is not None:
             count_(self.counts, indices)
 
-    def result(self, codebook: Tensor | None) -> dict[str, float]:
-        """Collective, once. codebook (K, D); None: the warm-up has none, and its statistics are 0: no code is in use.
+    def result(self, codebook: Tensor | None) -> dict[str, Any]:
+        """Collective, once. codebook (K, D); None: the warm-up has none, and nothing can be said of codes: None.
 
         usage in [0, 1]; perplexity (codes); code_distance (mean pairwise, Euclidean); effective_rank of the latents
         (dimensions); quantization_error: mean |z - code|^2 as a fraction of the latents' variance. FloatingPointError,
@@ -107,11 +109,13 @@ class CodeMeter:
             raise FloatingPointError("latents are not finite: the run has diverged")
         mean = self.moments[0, 1:] / tokens
         variance = (self.moments[1:, 1:].diagonal() / tokens - mean.square()).sum().item()
-        return code_statistics(self.counts) | {
+        result = code_statistics(self.counts) | {
             "code_distance": 0.0 if codebook is None else mean_pairwise_distance(codebook),
             "effective_rank": effective_rank(self.moments),
             "quantization_error": self.error.item() / tokens.item() / max(variance, 1e-12),
         }
+        of_latents = ("effective_rank",)
+        return {name: value if name in of_latents or codebook is not None else None for name, value in result.items()}
 
 
 class DriftMeter:

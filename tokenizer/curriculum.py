@@ -6,6 +6,7 @@ A tokenizer's trainer subclasses CurriculumTrainer and its settings subclass Cur
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -16,12 +17,13 @@ from torch import Tensor
 
 from tokenizer.code_meter import PaceMeter
 from tokenizer.grid_quantizers import GRIDS
+from tokenizer.init_from import load_tokenizer_weights
 from tokenizer.provq import SCHEDULES, AdaptiveWarmup, Curriculum, ProVQ, code_statistics
 from tokenizer.provq_codes import DeadCodeRestart
 from tokenizer.quantizer_config import QuantizerConfig, check_quantizer
 from tokenizer.runtime import config, distributed
 from tokenizer.runtime.command import CannotContinue
-from tokenizer.runtime.config import arg
+from tokenizer.runtime.config import arg, flag_name
 from tokenizer.runtime.ema import EMA
 from tokenizer.runtime.optim import autocast
 from tokenizer.runtime.run import Run, RunConfig, check_run, with_max_steps
@@ -35,8 +37,9 @@ CODEBOOK_INITS = ("auto", "kmeans", "latents", "none")
 class CurriculumConfig(QuantizerConfig, RunConfig):
     """Settings of run, quantizer and curriculum; defaults are the paper's for ImageNet."""
 
-    warmup_steps: int = arg(50_000, "stage 1, plain autoencoder, in optimizer steps; paper: 50000")
-    transition_steps: int = arg(20_000, "stage 2, soft transition, in optimizer steps; paper: 20000")
+    warmup_steps: int = arg(50_000, "stage 1, plain autoencoder, in optimizer steps, or a fraction of all steps such "
+                                    "as 0.25; paper: 50000", fraction=True)
+    transition_steps: int = arg(20_000, "stage 2, soft transition, likewise; paper: 20000", fraction=True)
     transition: str = arg("cosine", "schedule of alpha in stage 2; paper: cosine", choices=tuple(SCHEDULES))
     loss_lambda: float = arg(0.5, "weight of the quantization loss when stage 2 begins, lambda; paper: 0.5")
     stop_after: str | None = arg(None, "stage that the run ends with, without a discrete tokenizer; none: it reaches "
@@ -60,6 +63,8 @@ def check_curriculum(cfg: CurriculumConfig, world_size: int) -> None:
     """Raise ValueError, naming flag, value and fix, for settings of CurriculumConfig that cannot work."""
     check_run(cfg, world_size)
     check_quantizer(cfg, flags=True)
+    if cfg.max_steps is not None:
+        cfg = with_whole_stages(cfg, cfg.max_steps)
     if cfg.quantizer in GRIDS:
         for flag, asked in (("--codebook-init", codebook_init(cfg) != "none"), ("--recluster", cfg.recluster),
                             ("--recluster-at", bool(cfg.recluster_at)),
@@ -79,9 +84,6 @@ def check_curriculum(cfg: CurriculumConfig, world_size: int) -> None:
     config.require_at_most(cfg, 2**16, "codebook_embed_dim")
     if not 0 <= cfg.loss_lambda <= 1:
         raise ValueError(f"--loss-lambda is {cfg.loss_lambda}; it must lie in [0, 1]")
-    if cfg.adaptive_warmup_patience and cfg.adaptive_warmup_min_steps > cfg.warmup_steps:
-        raise ValueError(f"--adaptive-warmup-min-steps {cfg.adaptive_warmup_min_steps} is beyond --warmup-steps "
-                         f"{cfg.warmup_steps}, the latest end")
     if not cfg.adaptive_warmup_patience and cfg.adaptive_warmup_min_steps:
         raise ValueError("--adaptive-warmup-min-steps needs --adaptive-warmup-patience above 0")
     if cfg.stop_after and cfg.adaptive_warmup_patience:
@@ -93,24 +95,51 @@ def check_curriculum(cfg: CurriculumConfig, world_size: int) -> None:
         raise ValueError("--recluster is for the end of the transition, and there is none with --transition-steps 0; "
                          "give --recluster-at STEP")
     config.require_at_least(cfg, 0, "recluster_at")
-    for step in cfg.recluster_at:
-        if step <= cfg.warmup_steps:
-            raise ValueError(f"--recluster-at {step} is not after --warmup-steps {cfg.warmup_steps}, where the first "
-                             "k-means is; before it there are no codes")
+    if not _fractions(cfg):  # else with_length knows
+        _require_order(cfg)
     if cfg.max_steps is not None:
         _require_all_stages(cfg, cfg.max_steps, f"--max-steps {cfg.max_steps}")
 
 
+def _fractions(cfg: Any) -> dict[str, float]:
+    """Lengths of stages that are still fractions of the run."""
+    lengths = {name: getattr(cfg, name) for name in ("warmup_steps", "transition_steps")}
+    return {name: value for name, value in lengths.items() if isinstance(value, float)}
+
+
+def with_whole_stages(cfg: Any, steps: int) -> Any:
+    """cfg with fractions as lengths of stages replaced by the steps that they are of so many, at least one."""
+    return replace(cfg, **{name: max(1, round(share * steps)) for name, share in _fractions(cfg).items()})
+
+
+def _require_order(cfg: CurriculumConfig) -> None:
+    if cfg.adaptive_warmup_patience and cfg.adaptive_warmup_min_steps > cfg.warmup_steps:
+        raise ValueError(f"--adaptive-warmup-min-steps {cfg.adaptive_warmup_min_steps} is beyond --warmup-steps "
+                         f"{cfg.warmup_steps}, the latest end")
+    for step in cfg.recluster_at:
+        if step <= cfg.warmup_steps:
+            raise ValueError(f"--recluster-at {step} is not after --warmup-steps {cfg.warmup_steps}, where the first "
+                             "k-means is; before it there are no codes")
+
+
 def with_length(cfg: Any, samples: int) -> Any:
-    """cfg with max_steps decided: of --epochs over so many training samples, and at most up to what --stop-after says.
+    """cfg with max_steps decided: of --epochs over so many training samples, and at most up to what --stop-after says;
+    stages that are fractions of it become steps.
 
     ValueError: the run ends before stage 3, which nobody said.
     """
     planned = with_max_steps(cfg, samples)
+    shares = _fractions(planned)
+    cfg = planned = with_whole_stages(planned, planned.max_steps)
+    if shares:
+        distributed.print0(", ".join(f"{flag_name(name)} {share} of {planned.max_steps} steps: {getattr(planned, name)}"
+                                     for name, share in shares.items()))
+        _require_order(planned)
     if cfg.stop_after:
         ends = {"warmup": cfg.warmup_steps, "transition": cfg.warmup_steps + cfg.transition_steps}
         return replace(planned, max_steps=min(planned.max_steps, ends[cfg.stop_after]))
-    _require_all_stages(cfg, planned.max_steps, f"--epochs {cfg.epochs} of {samples} samples")
+    length = f"--max-steps {cfg.max_steps}" if cfg.epochs is None else f"--epochs {cfg.epochs} of {samples} samples"
+    _require_all_stages(cfg, planned.max_steps, length)
     if planned.max_steps < cfg.warmup_steps + cfg.transition_steps:
         distributed.print0(f"note: these {planned.max_steps} steps reach stage 3 only if the adaptive warm-up ends "
                            f"before step {planned.max_steps - cfg.transition_steps}")
@@ -133,6 +162,18 @@ def _require_all_stages(cfg: Any, steps: int, what: str) -> None:
         raise ValueError(f"{what}: the run would end after {steps} steps, before stage 3, with no discrete tokenizer. "
                          f"Give at least {least} steps (--warmup-steps {warmup} + --transition-steps {transition}), "
                          f"shorten these, or say --stop-after {stage}")
+
+
+def with_codes_kept(cfg: Any) -> Any:
+    """cfg of a command line: --init-from without a warm-up keeps the codes, unless --codebook-init says otherwise.
+
+    Its path becomes absolute, as a run records it.
+    """
+    if cfg.init_from is None:
+        return cfg
+    keep = cfg.codebook_init == "auto" and not cfg.warmup_steps
+    return replace(cfg, init_from=os.path.abspath(os.path.expanduser(cfg.init_from)),
+                   codebook_init="none" if keep else cfg.codebook_init)
 
 
 def build_curriculum(cfg: CurriculumConfig) -> tuple[Curriculum, AdaptiveWarmup | None]:
@@ -218,6 +259,17 @@ class CurriculumTrainer(ABC):
         """Reconstructions of a few validation samples as files named by the stem. Rank 0; the model is in eval mode."""
 
     # ------------------------------------------------------------------------------------------ around the quantizer
+
+    def begin_from(self, path: str, other: Any) -> None:
+        """Take the weights of `other`, stored at path, see --init-from. For a run that nothing was resumed for.
+
+        ValueError: they do not fit, each setting or tensor named.
+        """
+        keep = codebook_init(self.cfg) == "none"
+        load_tokenizer_weights(self.raw, other, path, keep_codes=keep)
+        if self.ema:
+            self.ema.copy_(self.raw)
+        distributed.print0(f"--init-from {path}: its weights, {'with' if keep else 'without'} its codes")
 
     @property
     def quantize(self) -> ProVQ:
@@ -325,7 +377,7 @@ class CurriculumTrainer(ABC):
 
     # --------------------------------------------------------------------------------------------- between steps
 
-    def with_pace(self, step: int, usage: dict[str, float]) -> dict[str, float]:
+    def with_pace(self, step: int, usage: dict[str, float | None]) -> dict[str, float | None]:
         """Of a log row: usage (see code_usage) and, once there are codes, entries of PaceMeter.row.
 
         Once in a run it says in a line what to do against codes that fall behind.
@@ -336,8 +388,8 @@ class CurriculumTrainer(ABC):
         with self.run.untimed():
             pace = self.drift.row(self._probed(), quantize.codebook)
         # The last row may be of fewer steps, and then of fewer codes.
-        moves = cfg.quantizer not in GRIDS
-        why = self.drift.behind(pace, usage["usage"]) if moves and step % cfg.log_every == 0 else None
+        moves, used = cfg.quantizer not in GRIDS and step % cfg.log_every == 0, usage["usage"]
+        why = self.drift.behind(pace, used) if moves and used is not None else None
         if why:
             distributed.print0(f"advice: step {step}: {why}. Codes that keep pace: {pace_flag(cfg)}, in another "
                                "--results-dir (tokenizer/README.md, Codes that keep pace; not in the paper)")
@@ -412,6 +464,7 @@ def pace_flag(cfg: QuantizerConfig) -> str:
     return f"--recluster-at {cfg.warmup_steps + cfg.transition_steps + max(1, cfg.transition_steps)}"
 
 
-def code_usage(row: dict[str, Any]) -> dict[str, float]:
-    """usage and perplexity of the codes looked up since the last log row, by all ranks; 0 in stage 1: none are."""
-    return code_statistics(row["code_counts"])
+def code_usage(row: dict[str, Any]) -> dict[str, float | None]:
+    """usage and perplexity of the codes looked up since the last log row, by all ranks; None in stage 1: none are."""
+    counts = row["code_counts"]
+    return dict(code_statistics(counts)) if counts.any() else {"usage": None, "perplexity": None}

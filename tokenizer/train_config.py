@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tokenizer.curriculum import CurriculumConfig, check_curriculum, kmeans_batches
+from tokenizer.curriculum import CurriculumConfig, check_curriculum, kmeans_batches, with_codes_kept
 from tokenizer.data import AUGMENTATIONS, ImageSource, open_images, split_holdout, spread
 from tokenizer.image_readers import ImageOptions
 from tokenizer.image_sources import absolute_path
+from tokenizer.init_from import HELP as INIT_FROM
 from tokenizer.losses import GENERATOR_LOSSES, RECONSTRUCTION_LOSSES
 from tokenizer.runtime import config
 from tokenizer.runtime.config import arg, flag_name
@@ -46,7 +47,9 @@ class TrainConfig(CurriculumConfig):
     max_bad_images: int = arg(100, "unreadable images and damaged shards to skip before the run stops")
     num_workers: int = arg(4, "data-loading processes per rank")
     # model
-    vq_model: str = arg("VQ-16", "architecture, the number is the down-sampling factor; VQ-4 is small; paper: VQ-16",
+    init_from: str | None = arg(None, INIT_FROM.format("a .pt of LlamaGen's"))
+    vq_model: str = arg("VQ-16", "architecture, the number is the down-sampling factor; VQ-4 and VQ-16-S are small; "
+                                 "paper: VQ-16",
                         choices=tuple(ARCHITECTURES))
     dropout_p: float = arg(0.0, "dropout in residual blocks; LlamaGen: 0")
     # losses
@@ -105,6 +108,7 @@ def parse_config(argv: list[str] | None = None, description: str = "") -> TrainC
     """Flags -> configuration with preset and folder decided. SystemExit(2) names the flag that is wrong."""
     cfg = config.parse(TrainConfig, argv, presets=PRESETS, pick_preset=pick_preset, exclusive=("max_steps", "epochs"),
                        description=description, prog="tokenizer/train_provq.py")
+    cfg = with_codes_kept(cfg)
     preset = pick_preset({"preset": cfg.preset, "data_path": cfg.data_path})
     # Evaluations and extract_codes.py open the recorded paths, from wherever they are started.
     return replace(cfg, preset=preset, results_dir=cfg.results_dir or f"runs/{preset}",

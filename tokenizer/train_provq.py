@@ -35,10 +35,13 @@ from tokenizer.data import (
 )
 from tokenizer.discriminator import NLayerDiscriminator
 from tokenizer.image_names import to_line
+from tokenizer.init_from import opened
 from tokenizer.perceptual import LPIPS
+from tokenizer.pretrained import EXPORT_FORMAT, load_tokenizer
 from tokenizer.quantizer_config import build_restart
 from tokenizer.runtime import config, distributed
 from tokenizer.runtime.checkpoint import atomic_write
+from tokenizer.runtime.config import flag_name
 from tokenizer.runtime.ema import EMA
 from tokenizer.runtime.optim import accumulating, replicate, scale_learning_rate, update
 from tokenizer.runtime.precision import set_tf32
@@ -47,6 +50,7 @@ from tokenizer.runtime.throughput import Throughput
 from tokenizer.train_config import RESUMABLE, TrainConfig, check, open_split, parse_config, tokens_per_batch
 from tokenizer.validation import channels_last, validate
 from tokenizer.vq_model import VQModel, VQModelConfig
+from tokenizer.weights import read_weights
 
 LOGGED = {"reconstruction": "recon_loss", "perceptual": "perceptual_loss", "adversarial": "gen_loss",
           "adaptive_weight": "disc_adaptive_weight"}  # losses.generator_loss's terms as metrics.jsonl names them
@@ -80,10 +84,14 @@ class Trainer(CurriculumTrainer):
         set_tf32(convolutions=cfg.tf32, matmul=False)  # a compiled model searches its codes at this precision
         if cfg.sync_batchnorm and device.type != "cuda":
             raise ValueError(f"--sync-batchnorm works on GPUs only, not on --device {device.type}; leave it out")
-        self.lpips = _open_lpips(cfg).to(device) if cfg.perceptual_weight else None  # fails first
-        fingerprints = self._open_data(cfg)
+        fingerprints = self._open_data(cfg)  # before LPIPS: a wrong path is no reason to look for weights
+        self.lpips = _open_lpips(cfg).to(device) if cfg.perceptual_weight else None
         cfg = with_length(cfg, len(self.train_set))
         self.cfg, self.device = cfg, device
+        assert cfg.max_steps is not None  # see with_length
+        if cfg.disc_weight and cfg.disc_start > cfg.max_steps:
+            distributed.print0(f"note: --disc-start {cfg.disc_start} is beyond the {cfg.max_steps} steps: the "
+                               "discriminator never trains; --disc-weight 0 saves its memory")
         self.run = Run(cfg, device, resumable=RESUMABLE, inputs=fingerprints)
         self.raw = build_model(cfg).to(device)
         self.disc = NLayerDiscriminator(cfg.image_channels).to(device) if cfg.disc_weight else None
@@ -96,6 +104,8 @@ class Trainer(CurriculumTrainer):
         self.run.resume({"model": self.raw, "ema": self.ema, "optimizer": self.optimizer, "discriminator": self.disc,
                          "optimizer_disc": self.opt_d, "scaler": self.scaler, "drift": self.drift,
                          "unreadable": self.bad, "restart": self.restart})
+        if cfg.init_from and not self.run.start:
+            self.begin_from(cfg.init_from, self._open_weights(cfg.init_from))
         self.run.throughput = Throughput(cfg, device, tokens_per_batch(cfg) / cfg.global_batch_size, self._forward_once)
         # Only training is worth the compile time; everything else goes through self.raw, under its own names.
         core: nn.Module = torch.compile(self.raw) if cfg.compile else self.raw  # type: ignore[assignment]
@@ -103,6 +113,14 @@ class Trainer(CurriculumTrainer):
         if self.disc is not None and cfg.sync_batchnorm and distributed.world_size() > 1:
             self.disc = nn.SyncBatchNorm.convert_sync_batchnorm(self.disc)
         self.disc_ddp = None if self.disc is None else replicate(self.disc, device)
+
+    def _open_weights(self, path: str) -> VQModel:
+        norm, saved = self.cfg.codebook_l2_norm, opened(path, lambda path: read_weights(Path(path), EXPORT_FORMAT))
+        if not saved.exported and "config" not in saved.description:
+            flag = flag_name("codebook_l2_norm") if norm else "--no-codebook-l2-norm"
+            distributed.print0(f"note: --init-from {path} does not say whether its latents have unit norm; taken as "
+                               f"{flag}, LlamaGen's default is --codebook-l2-norm")
+        return opened(path, lambda path: load_tokenizer(path, codebook_l2_norm=norm))
 
     def make_optimizers(self) -> tuple[torch.optim.Adam, torch.optim.Adam | None]:
         """Of the tokenizer and of the discriminator, if there is one."""
@@ -248,7 +266,7 @@ class Trainer(CurriculumTrainer):
         z = self.raw.encode_latents(batch["image"].to(self.device))  # (B, D, h, w)
         return channels_last(z), torch.full((len(z),), z[0, 0].numel())
 
-    def evaluate(self, model: VQModel) -> dict[str, float]:
+    def evaluate(self, model: VQModel) -> dict[str, Any]:
         return validate(model, self._val_batches(), self.device, self.lpips)
 
     def probe(self, model: VQModel) -> Tensor:

@@ -50,13 +50,13 @@ class ReconstructionMeter:
         self.sums += torch.stack([v.sum(dtype=torch.float64) for v in per_image])
         self.codes.add(latents, codes, indices)
 
-    def result(self, codebook: Tensor | None) -> dict[str, float]:
+    def result(self, codebook: Tensor | None) -> dict[str, Any]:
         """Collective. images; mse (of images in [-1, 1]); psnr (dB, at most MAX_PSNR per image); ssim; lpips if a
         network was given; and CodeMeter's.
         """
         images, *sums = distributed.all_reduce_(self.sums).tolist()
         names = ("mse", "psnr", "ssim", "lpips")
-        out = {"images": int(images), **{n: s / images for n, s in zip(names, sums, strict=True)}}
+        out: dict[str, Any] = {"images": int(images), **{n: s / images for n, s in zip(names, sums, strict=True)}}
         if self.lpips is None:
             del out["lpips"]
         return out | self.codes.result(codebook)
@@ -65,7 +65,7 @@ class ReconstructionMeter:
 @torch.no_grad()
 def validate(
     model: VQModel, batches: Iterable[dict[str, Any]], device: torch.device, lpips: nn.Module | None = None
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Reconstruct this rank's share of the images; numbers of ReconstructionMeter over all ranks. Collective."""
     was_training = model.training
     model.eval()

@@ -1,8 +1,9 @@
-"""Convolutional VQ autoencoders (VQ-4, VQ-8, VQ-16) around a ProVQ quantizer.
+"""Convolutional VQ autoencoders (VQ-4, VQ-8, VQ-16, VQ-16-S) around a ProVQ quantizer.
 
 The paper (Sec. 4.1) keeps the tokenizer of its image baseline, LlamaGen, and changes the quantizer only. VQ-8 and VQ-16
 below follow that architecture down to the state-dict keys, so weights move between the two code bases (pretrained.py).
-VQ-4 is this project's own small model for 28..64 pixel images: the same blocks at widths that train on a CPU.
+VQ-4 and VQ-16-S are this project's own small models, for 28..64 pixel images and for larger ones: the same blocks at
+widths that train on a CPU.
 """
 
 from __future__ import annotations
@@ -47,6 +48,9 @@ class Architecture:
 ARCHITECTURES = {  # VQ-8 and VQ-16 are LlamaGen's: 70.1 M and 71.9 M parameters with a 16384 x 8 codebook
     # No residual block at full resolution: they would take most of the time and gain nothing (CIFAR-10, PSNR).
     "VQ-4": Architecture(32, (1, 1, 2), encoder_blocks=(0, 2, 2), decoder_blocks=(0, 2, 2), z_channels=64),
+    # Ours: 16x down-sampling for CPUs and small GPUs, 3.6 M parameters with a 1024 x 8 codebook.
+    "VQ-16-S": Architecture(32, (1, 1, 2, 2, 4), encoder_blocks=(0, 1, 1, 1, 2), decoder_blocks=(0, 1, 1, 1, 2),
+                            z_channels=64),
     "VQ-8": Architecture(128, (1, 2, 2, 4), encoder_blocks=(2,) * 4, decoder_blocks=(3,) * 4, z_channels=256),
     "VQ-16": Architecture(128, (1, 1, 2, 2, 4), encoder_blocks=(2,) * 5, decoder_blocks=(3,) * 5, z_channels=256),
 }

@@ -350,6 +350,17 @@ def test_an_impossible_output_is_named_before_anything_is_computed(base, tmp_pat
         generation.main(flags(base, "reference.npz", "samples.npz", tmp_path / out))
 
 
+def test_the_report_goes_beside_the_samples(tmp_path, capsys):
+    """Not into the folder that the command was started in, where the next one would replace it."""
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "samples.npz").touch()
+    for samples, out in (("pictures", "pictures/metrics.json"), ("samples.npz", "samples.metrics.json")):
+        assert generation.parse_args(["digits", str(tmp_path / samples)]).out == tmp_path / out
+    with pytest.raises(SystemExit):
+        generation.parse_args(["digits", "digits"])
+    assert "--out: name a file for the report; digits is no folder or file" in capsys.readouterr().err
+
+
 def test_missing_files_are_named(base, tmp_path):
     for missing in ("/no/such.npz", "/no/such/folder"):
         with pytest.raises(SystemExit, match=missing):

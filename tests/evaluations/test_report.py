@@ -5,12 +5,14 @@ import re
 import shlex
 import statistics
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
-from evaluations import report
+from evaluations import report, report_figures
 from evaluations.report_runs import group_settings, read_runs
 from tokenizer import train_provq
 from tokenizer.runtime import config
@@ -199,3 +201,17 @@ def test_snapshots_of_a_real_run(tmp_path):
     html, markdown = write(tmp_path, run)
     assert "stage2 end, step 4" in html
     assert "python tokenizer/train_provq.py" in markdown
+
+
+def test_the_warm_ups_scores_are_drawn_apart():
+    """A continuous autoencoder's: hollow, and not on the line of the tokenizer. Runs before 0.3 wrote 0 codes."""
+    for without in (None, 0.0):
+        found = ((1, 30.0, without), (2, 31.0, without), (3, 20.0, 0.5))
+        rows = [{"step": step, "psnr": psnr, "usage": usage} for step, psnr, usage in found]
+        run = SimpleNamespace(metrics=[], validation=rows, stage_ends=[2])
+        figure = Figure()
+        axis = figure.subplots()
+        assert report_figures.draw_curve(axis, run, "psnr", "red", validation=True, label="run")
+        apart, line, _ = axis.lines
+        assert (list(apart.get_xdata()), list(line.get_xdata())) == ([1, 2], [3])
+        assert (apart.get_markerfacecolor(), line.get_label()) == ("none", "run")

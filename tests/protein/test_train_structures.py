@@ -54,7 +54,7 @@ def test_a_run_goes_through_all_stages_and_leaves_its_files(straight):
         step = row["step"] - 1
         assert (row["stage"], row["alpha"], row["omega"]) == (
             curriculum.stage(step), curriculum.alpha(step), curriculum.omega(step))
-        assert (row["usage"] == 0) == (row["stage"] == 1)
+        assert (row["usage"] is None) == (row["stage"] == 1)
     assert [row["lr"] for row in log[:3]] == pytest.approx([5e-4, 1e-3, 1e-3])
     summary = json.loads((straight / "summary.json").read_text())
     last = rows(straight, "validation.jsonl")[-1]

@@ -52,7 +52,7 @@ def test_a_run_goes_through_all_stages_and_leaves_its_files(straight):
         step = row["step"] - 1
         assert (row["stage"], row["alpha"], row["omega"]) == (
             curriculum.stage(step), curriculum.alpha(step), curriculum.omega(step))
-        assert (row["usage"] == 0) == (row["perplexity"] == 0) == (row["stage"] == 1)
+        assert (row["usage"] is None) == (row["perplexity"] is None) == (row["stage"] == 1)
     summary = json.loads((straight / "summary.json").read_text())
     assert summary["step"] == STEPS
     assert summary["stage"] == 3
@@ -62,6 +62,20 @@ def test_a_run_goes_through_all_stages_and_leaves_its_files(straight):
     assert json.loads((straight / "config.json").read_text())["codebook_size"] == 16
     assert (straight / "checkpoints" / "best.pt").exists()
     assert list((straight / "tensorboard").iterdir())
+
+
+def test_the_warm_up_has_no_numbers_of_codes(tmp_path, capsys):
+    """0 would say that codes are dead. The first row is there at once, whatever --log-every."""
+    train_provq.main(flags(tmp_path, log_every=6))
+    out = capsys.readouterr().out
+    assert "step 1/12 stage 1 " in out
+    assert out.count("usage - perplexity - ") == 1
+    assert "validation at step 4: " in out
+    assert "usage - perplexity -\n" in out
+    log, validations = rows(tmp_path), rows(tmp_path, "validation.jsonl")
+    assert [(row["step"], row["usage"] is None) for row in log] == [(1, True), (6, False), (12, False)]
+    names = ("usage", "perplexity", "code_distance", "quantization_error")
+    assert [{row[name] is None for name in names} for row in validations] == [{True}, {False}, {False}]
 
 
 def test_best_is_the_best_model_with_codes(straight):
@@ -176,7 +190,9 @@ def test_gradient_accumulation_is_the_same_step(tmp_path):
     for one, four in zip(rows(tmp_path / "1"), rows(tmp_path / "4"), strict=True):
         for key in ("loss", "recon_loss", "commit_loss", "codebook_loss", "grad_norm"):
             assert four[key] == pytest.approx(one[key], rel=1e-4, abs=1e-6), (one["step"], key)
-        assert one["perplexity"] == pytest.approx(four["perplexity"], rel=1e-6)
+        assert one["usage"] == four["usage"]
+        assert one["perplexity"] is four["perplexity"] is None or (
+            one["perplexity"] == pytest.approx(four["perplexity"], rel=1e-6))
 
 
 @pytest.mark.parametrize("changes", [
@@ -245,7 +261,7 @@ def fails(words, capsys):
     ({"lr": "fast"}, "'fast' is not a finite number"),
     ({"loss_lambda": 2}, "--loss-lambda is 2.0; it must lie in [0, 1]"),
     ({"data_path": "/no/such/place", "preset": "cifar10"}, "/no/such/place"),
-    ({"data_path": "/no/such/place", "image_size": 256}, "--perceptual-weight 0"),  # the paper's preset wants LPIPS
+    ({"data_path": "/no/such/place", "image_size": 256}, "/no/such/place"),  # not the LPIPS weights of its preset
     ({"perceptual_weight": 1, "lpips_vgg_weights": "/no/vgg.pth"}, "--perceptual-weight 0"),
     ({"codebook_size": 4096, "kmeans_batches": 2}, "raise --kmeans-batches"),
     ({"augment": "flip"}, "digit"),

@@ -19,6 +19,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -36,11 +37,16 @@ Config = TypeVar("Config", bound="DataclassInstance")
 REQUIRED: Final = object()  # the default of a field that the user has to give
 
 _WORDS = {bool: "true or false", int: "an integer", float: "a finite number", str: "a string"}
+_INTEGER = re.compile(r"\s*[+-]?[\d_]+\s*")
 
 
-def arg(default: Any, help: str, *, choices: Sequence[Any] | None = None) -> Any:
-    """A dataclass field with its help text and, optionally, the values that it may take."""
-    metadata = {"help": help, "choices": tuple(choices) if choices is not None else None}
+def arg(default: Any, help: str, *, choices: Sequence[Any] | None = None, fraction: bool = False) -> Any:
+    """A dataclass field with its help text and, optionally, the values that it may take.
+
+    fraction: an int that may be given as a float between 0 and 1 as well, a share of what only the program knows. It
+    is a float then until the program replaces it.
+    """
+    metadata = {"help": help, "choices": tuple(choices) if choices is not None else None, "fraction": fraction}
     if default is REQUIRED:
         return dataclasses.field(kw_only=True, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -223,6 +229,7 @@ class _Flag:
     choices: tuple[Any, ...] | None
     default: Any
     help: str
+    fraction: bool = False  # an int, or a float between 0 and 1
 
     @property
     def option(self) -> str:
@@ -241,6 +248,10 @@ class _Flag:
             return None
         if self.kind is float and type(value) is int and abs(value) < 2**53:  # larger ones are no float exactly
             value = float(value)
+        if self.fraction and isinstance(value, float):
+            if not 0 < value < 1:
+                raise ValueError(f"{brief(value)} is neither {_WORDS[int]} nor a fraction between 0 and 1")
+            return value
         if type(value) is not self.kind or (isinstance(value, float) and not math.isfinite(value)):
             raise ValueError(f"{brief(value)} is not {_WORDS[self.kind]}")
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
@@ -258,9 +269,10 @@ class _Flag:
             if self.optional and text.lower() == "none":
                 return None
             try:
-                value = self.kind(text)
+                value = float(text) if self.fraction and not _INTEGER.fullmatch(text) else self.kind(text)
             except ValueError as error:
-                raise ValueError(f"{text!r} is not {_WORDS[self.kind]}") from error
+                what = f"neither {_WORDS[int]} nor a fraction" if self.fraction else f"not {_WORDS[self.kind]}"
+                raise ValueError(f"{text!r} is {what}") from error
             return self._check_one(value)
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from error
@@ -292,6 +304,7 @@ def _flag(field: "dataclasses.Field[Any]", hint: Any, described: bool) -> _Flag:
         choices=field.metadata.get("choices"),
         default=REQUIRED if field.default is dataclasses.MISSING else field.default,
         help=field.metadata.get("help", ""),
+        fraction=field.metadata.get("fraction", False),
     )
 
 
@@ -329,6 +342,7 @@ def _build_parser(
             action.help = help_text  # set afterwards: some Python versions append a default of their own
             continue
         metavar = "{" + ",".join(map(str, flag.choices)) + "}" if flag.choices is not None else flag.kind.__name__
+        metavar += "|fraction" if flag.fraction else ""
         parser.add_argument(
             flag.option,
             dest=flag.name,

@@ -11,6 +11,8 @@ Work that takes one rank longer than another is no part of one: `deal_out` it, o
 
 import itertools
 import os
+import re
+import sys
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -43,8 +45,10 @@ def init(device: str = "auto") -> torch.device:
     device: "auto" (CUDA when visible, else CPU), "cpu", "cuda" or "mps"; a numbered device such as "cuda:1" only
     without torchrun, which numbers the devices itself through LOCAL_RANK.
 
-    Raises ValueError for a device that this machine does not have, and for an incomplete torchrun environment.
+    Raises ValueError for a device that this machine does not have, for an incomplete torchrun environment, and for
+    processes of srun that know nothing of one another.
     """
+    _refuse_bare_srun()
     launched = [name for name in _TORCHRUN_VARIABLES if name in os.environ]
     if launched and len(launched) < len(_TORCHRUN_VARIABLES):
         missing = [name for name in _TORCHRUN_VARIABLES if name not in launched]
@@ -60,6 +64,22 @@ def init(device: str = "auto") -> torch.device:
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=TIMEOUT)
     return chosen
+
+
+def _refuse_bare_srun() -> None:
+    """ValueError says what to type: every process that srun starts would be a run of its own, in the same folder."""
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")  # of srun; sbatch alone does not set it
+    if tasks in ("", "1") or any(name in os.environ for name in _TORCHRUN_VARIABLES):
+        return
+    nodes = os.environ.get("SLURM_STEP_NUM_NODES") or "1"
+    each = re.match(r"\d*", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))  # such as 8(x2)
+    per_node = (each and each[0]) or str(max(1, int(tasks) // int(nodes)))
+    where = "--standalone" if nodes == "1" else (
+        f"--nnodes={nodes} --rdzv-backend=c10d --rdzv-id=$SLURM_JOB_ID "
+        "--rdzv-endpoint=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1):29500")
+    raise ValueError(f"srun has started this command {tasks} times, each of them for itself; type: srun "
+                     f"--nodes={nodes} --ntasks-per-node=1 torchrun {where} --nproc-per-node={per_node} "
+                     f"{' '.join(sys.argv[:1])} ... (or take scripts/slurm/)")
 
 
 def _resolve_device(device: str, local_rank: int | None) -> torch.device:

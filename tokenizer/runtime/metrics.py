@@ -347,12 +347,12 @@ class _Console:
         words = [f"{rate:.0f} samples/s"] if rate is not None else []
         words += [shown.format(row[name]) for name, shown in _RATES.items() if name in row]
         if self._bar is not None:
-            words = [f"{name} {_short(row[name])}" for name in _BAR_FIELDS if name in row] + words
+            words = [f"{name} {short(row[name])}" for name in _BAR_FIELDS if name in row] + words
             self._bar.set_postfix_str(" ".join(words), refresh=False)
             self._bar.update(step - self._bar.n)
             self._bar.refresh()
             return
-        words = [f"{name} {_short(row[name])}" for name in row if name not in ("step", *TIMING_FIELDS)] + words
+        words = [f"{name} {short(row[name])}" for name in row if name not in ("step", *TIMING_FIELDS)] + words
         seconds_per_step = (time.perf_counter() - self._start) / max(step - self._first, 1)
         remaining = timedelta(seconds=round(max(self._total - step, 0) * seconds_per_step))
         print(" ".join([f"step {step}/{self._total}", *words, f"eta {remaining}"]), flush=True)
@@ -362,5 +362,6 @@ class _Console:
             self._bar.close()
 
 
-def _short(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def short(value: object) -> str:
+    """As the console shows it."""
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

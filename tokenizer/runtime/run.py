@@ -24,7 +24,7 @@ from tokenizer.runtime import config, distributed, lock
 from tokenizer.runtime.checkpoint import Checkpointer, atomic_write_text, load_file, require_writable
 from tokenizer.runtime.command import USER_ERRORS, CannotContinue
 from tokenizer.runtime.config import arg
-from tokenizer.runtime.metrics import JsonlFile, MetricLogger
+from tokenizer.runtime.metrics import JsonlFile, MetricLogger, short
 from tokenizer.runtime.parsing import brief, parsing
 from tokenizer.runtime.seeding import StepSampler, seed_step
 from tokenizer.runtime.throughput import Throughput
@@ -286,7 +286,7 @@ class Run:
         """
         self.metrics.add(terms)
         self.metrics.add_samples(self.cfg.global_batch_size // distributed.world_size())
-        if self.due(self.cfg.log_every):
+        if self.due(self.cfg.log_every) or self.done == 1:  # the first at once: whoever starts a run waits for it
             self.metrics.flush(self.done, labels, derive=derive)
 
     def record(self, result: dict[str, Any], *, shown: Collection[str] | None = None, **labels: Any) -> None:
@@ -295,7 +295,7 @@ class Run:
         FloatingPointError: a number that is not finite.
         """
         self.validations.write({"step": self.done, **labels} | result)
-        numbers = " ".join(f"{k} {v:.4g}" for k, v in result.items() if shown is None or k in shown)
+        numbers = " ".join(f"{k} {short(v)}" for k, v in result.items() if shown is None or k in shown)
         distributed.print0(f"validation at step {self.done}: {numbers}")
         self.last_validation = result
 
