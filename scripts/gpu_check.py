@@ -272,7 +272,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def check_all(names: Sequence[str], folder: Path) -> bool:
     """Whether all checks pass."""
-    machine, results, good = Machine(folder), {}, True
+    machine, good = Machine(folder), True
+    results: dict[str, tuple[str, dict[str, Any]]] = {}
     note = [] if machine.gpus else [NO_GPU.format(torch=torch.__version__)]
     print("\n".join([f"{max(1, machine.gpus)} x {machine.name}, torch {torch.__version__}", *note]), flush=True)
     for name in names:
