@@ -429,6 +429,8 @@ class CurriculumTrainer(ABC):
         # The model in eval mode draws nothing, but loaders do: looking must not change the training.
         with torch.random.fork_rng(devices=[]):
             counts = self._in_eval_mode(model, self.count_codes) if model.quantize.has_codebook else None
+            if counts is not None:
+                self.run.metrics.show_histogram(step, "uses_of_a_code", counts)
             if distributed.is_main():
                 self._in_eval_mode(model, lambda m: self.save_examples(m, stem))
                 save_snapshot(self.run.folder / "latents" / f"{stem}.npz", model.quantize,

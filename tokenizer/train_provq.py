@@ -288,14 +288,15 @@ class Trainer(CurriculumTrainer):
 
     def save_examples(self, model: VQModel, stem: str) -> None:
         """RUN/images/STEM.png: images above their reconstructions."""
-        from torchvision.utils import save_image  # here because torchvision takes a second to import
+        from torchvision.utils import make_grid, save_image  # here because torchvision takes a second to import
 
         x = torch.stack([self.val_set[i]["image"] for i in spread(len(self.val_set), 8)]).to(self.device)
         x_hat = model(x)[0]
         folder = self.run.folder / "images"
         folder.mkdir(parents=True, exist_ok=True)
-        pictures = (torch.cat([x, x_hat.float()]) + 1) / 2
-        atomic_write(folder / f"{stem}.png", lambda file: save_image(pictures, file, format="png", nrow=len(x)))
+        picture = make_grid((torch.cat([x, x_hat.float()]) + 1) / 2, nrow=len(x)).clamp(0, 1)
+        atomic_write(folder / f"{stem}.png", lambda file: save_image(picture, file, format="png"))
+        self.run.metrics.show_picture(self.run.done, "reconstructions", picture)
 
     def summary(self) -> dict[str, Any]:
         return super().summary() | {

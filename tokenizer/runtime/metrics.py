@@ -238,11 +238,30 @@ class MetricLogger:
     def write(self, row: Mapping[str, Any]) -> None:
         """Append a row to metrics.jsonl and TensorBoard. Errors as in JsonlFile.write."""
         self._file.write(row)
+        self.show(row["step"], {name: value for name, value in row.items() if name != "step"})
+
+    def show(self, step: int, values: Mapping[str, Any], group: str = "") -> None:
+        """Numbers to TensorBoard alone, under group/. OSError names the folder."""
+        if self._board is None:
+            return
+        with located(self._board.log_dir):
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self._board.add_scalar(f"{group}/{name}" if group else name, value, step)
+            self._board.flush()
+
+    def show_histogram(self, step: int, name: str, values: Tensor) -> None:
+        """Of numbers (n,), to TensorBoard. OSError names the folder."""
         if self._board is not None:
             with located(self._board.log_dir):
-                for name, value in row.items():
-                    if name != "step" and isinstance(value, (int, float)):
-                        self._board.add_scalar(name, value, row["step"])
+                self._board.add_histogram(name, values.cpu(), step)
+                self._board.flush()
+
+    def show_picture(self, step: int, name: str, picture: Tensor) -> None:
+        """(3, H, W) in [0, 1] to TensorBoard. OSError names the folder."""
+        if self._board is not None:
+            with located(self._board.log_dir):
+                self._board.add_image(name, picture, step)
                 self._board.flush()
 
     @contextmanager

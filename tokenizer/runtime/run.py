@@ -13,8 +13,10 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, Protocol
 
 import torch
@@ -46,6 +48,7 @@ class RunConfig:
     val_every: int = arg(5000, "steps between validations")
     keep_checkpoints: int = arg(2, "numbered checkpoints that stay on disk, besides best.pt")
     dry_run: bool = arg(False, "check everything, print the configuration, stop")
+    wandb: str = arg("", "project of Weights & Biases that gets all that TensorBoard does; needs the package wandb")
     max_steps: int | None = arg(None, "optimizer steps; excludes --epochs")
     epochs: int | None = arg(None, "passes over the training data; excludes --max-steps")
     gradient_accumulation_steps: int = arg(1, "micro-batches that a global batch is computed in")
@@ -58,7 +61,7 @@ class RunConfig:
 
 # What may differ when a run is resumed: its length, its cadence, its machine. Else it would be another experiment.
 RESUMABLE_RUN = frozenset({"results_dir", "device", "log_every", "ckpt_every", "val_every", "keep_checkpoints",
-                           "dry_run", "max_steps", "epochs", "gradient_accumulation_steps"})
+                           "dry_run", "wandb", "max_steps", "epochs", "gradient_accumulation_steps"})
 
 
 def check_run(cfg: Any, world_size: int) -> None:
@@ -70,6 +73,8 @@ def check_run(cfg: Any, world_size: int) -> None:
     config.require_at_least(cfg, 0, "global_seed max_grad_norm")
     config.require_at_most(cfg, 2**20, "gradient_accumulation_steps global_batch_size")
     config.require_fraction(cfg, "ema_decay")
+    if cfg.wandb and find_spec("wandb") is None:
+        raise ValueError(f"--wandb {cfg.wandb} needs a package: pip install wandb")
     if (cfg.max_steps is None) == (cfg.epochs is None):
         raise ValueError(f"give one of --max-steps and --epochs; got {cfg.max_steps} and {cfg.epochs}")
     if Path(cfg.results_dir).exists() and not Path(cfg.results_dir).is_dir():
@@ -258,6 +263,8 @@ class Run:
         come back.
         """
         try:
+            if self.cfg.wandb and distributed.is_main():
+                self._mirror()
             self.metrics = MetricLogger(self.folder, total_steps=self.cfg.max_steps, device=self.device,
                                         resume_step=self.start, throughput=self.throughput)
             self.validations = JsonlFile(self.folder / "validation.jsonl", resume_step=self.start)
@@ -271,6 +278,19 @@ class Run:
                     (self.folder / "summary.json").unlink(missing_ok=True)  # of a shorter run that is now extended
         except (ValueError, OSError) as error:  # a damaged log, a full disk
             raise CannotContinue(str(error)) from error
+
+    def _mirror(self) -> None:
+        """To Weights & Biases, until this process ends: a run of the folder's name, which a resumed one continues."""
+        import wandb
+
+        known = self.folder / "wandb_id.txt"
+        if not known.exists():
+            atomic_write_text(known, token_hex(8) + "\n")
+        try:
+            wandb.init(project=self.cfg.wandb, name=self.folder.name, id=known.read_text().strip(), resume="allow",
+                       dir=str(self.folder), config=asdict(self.cfg), sync_tensorboard=True)
+        except wandb.Error as error:
+            raise CannotContinue(f"--wandb {self.cfg.wandb}: {' '.join(str(error).split())}") from error
 
     def due(self, every: int) -> bool:
         """Whether something that happens every so many steps, and at the end, happens after this one."""
@@ -295,6 +315,7 @@ class Run:
         FloatingPointError: a number that is not finite.
         """
         self.validations.write({"step": self.done, **labels} | result)
+        self.metrics.show(self.done, result, "validation")
         numbers = " ".join(f"{k} {short(v)}" for k, v in result.items() if shown is None or k in shown)
         distributed.print0(f"validation at step {self.done}: {numbers}")
         self.last_validation = result
