@@ -48,11 +48,11 @@ class Architecture:
 ARCHITECTURES = {  # VQ-8 and VQ-16 are LlamaGen's: 70.1 M and 71.9 M parameters with a 16384 x 8 codebook
     # No residual block at full resolution: they would take most of the time and gain nothing (CIFAR-10, PSNR).
     "VQ-4": Architecture(32, (1, 1, 2), encoder_blocks=(0, 2, 2), decoder_blocks=(0, 2, 2), z_channels=64),
+    "VQ-8": Architecture(128, (1, 2, 2, 4), encoder_blocks=(2,) * 4, decoder_blocks=(3,) * 4, z_channels=256),
+    "VQ-16": Architecture(128, (1, 1, 2, 2, 4), encoder_blocks=(2,) * 5, decoder_blocks=(3,) * 5, z_channels=256),
     # Ours: 16x down-sampling for CPUs and small GPUs, 3.6 M parameters with a 1024 x 8 codebook.
     "VQ-16-S": Architecture(32, (1, 1, 2, 2, 4), encoder_blocks=(0, 1, 1, 1, 2), decoder_blocks=(0, 1, 1, 1, 2),
                             z_channels=64),
-    "VQ-8": Architecture(128, (1, 2, 2, 4), encoder_blocks=(2,) * 4, decoder_blocks=(3,) * 4, z_channels=256),
-    "VQ-16": Architecture(128, (1, 1, 2, 2, 4), encoder_blocks=(2,) * 5, decoder_blocks=(3,) * 5, z_channels=256),
 }
 
 
