@@ -38,7 +38,7 @@ def test_the_whole_curriculum_with_resume_and_export(name, tmp_path):
     train_on_digits(tmp_path / "twice", *flags, "--max-steps", "4")
     train_on_digits(tmp_path / "twice", *flags)
     assert_same_run(tmp_path / "straight", tmp_path / "twice", 6)
-    assert [row["stage"] for row in rows(tmp_path / "straight")] == [1, 2, 3]
+    assert [row["stage"] for row in rows(tmp_path / "straight")] == [1, 1, 2, 3]  # steps 1, 2, 4, 6
     model = load_tokenizer(tmp_path / "straight")
     loaded = load_tokenizer(save_pretrained(model, tmp_path / "export"))
     kept = json.loads((tmp_path / "export" / "config.json").read_text())["tokenizer"]["quantizer"]
