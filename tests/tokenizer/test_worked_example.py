@@ -33,7 +33,7 @@ def test_it_trains_and_resumes_bit_for_bit(tmp_path):
         code, said = run(tmp_path, *twice)
         assert code == 0, said
     assert_same_run(tmp_path / "straight", tmp_path / "twice", 40)
-    assert [row["stage"] for row in rows(tmp_path / "straight")] == [1, 2, 3, 3]
+    assert [row["stage"] for row in rows(tmp_path / "straight")] == [1, 1, 2, 3, 3]  # steps 1, 10, 20, 30, 40
     assert rows(tmp_path / "straight", "validation.jsonl")[-1]["usage"] > 0.2
     code, said = run(tmp_path, "--quantiser", "bounded")
     assert code == 2
