@@ -48,7 +48,7 @@ class RunConfig:
     val_every: int = arg(5000, "steps between validations")
     keep_checkpoints: int = arg(2, "numbered checkpoints that stay on disk, besides best.pt")
     dry_run: bool = arg(False, "check everything, print the configuration, stop")
-    wandb: str | None = arg(None, "project of Weights & Biases that gets all that TensorBoard does; needs the package wandb")
+    wandb: str | None = arg(None, "project of Weights & Biases that gets all that TensorBoard does; needs wandb")
     max_steps: int | None = arg(None, "optimizer steps; excludes --epochs")
     epochs: int | None = arg(None, "passes over the training data; excludes --max-steps")
     gradient_accumulation_steps: int = arg(1, "micro-batches that a global batch is computed in")
