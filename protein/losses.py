@@ -52,6 +52,9 @@ _IDS = {letter: 4 + i for i, letter in enumerate(_LETTERS[: _LETTERS.index(".")]
 _CPU_ELEMENTS, _GPU_ELEMENTS = 2**18, 2**26
 
 
+TERMS = ("distance", "direction", "binned_distance", "binned_direction", "inverse_folding")  # of `structure_losses`
+
+
 def sequence_ids(sequence: str) -> Tensor:
     """One-letter codes -> ESM's token ids, int64 (L,). ValueError: a letter that is no amino acid, nor X."""
     try:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from protein.clusters import members, read_clusters
-from protein.losses import contributing_chains, structure_losses
+from protein.losses import TERMS, contributing_chains, structure_losses
 from protein.pretrained import load_structure_model
 from protein.structure_data import (
     StructureBatchSampler,
@@ -175,7 +175,7 @@ class Trainer(CurriculumTrainer):
                 terms = structure_losses(out, batch["coords"], batch["sequence"], batch["residue_index"],
                                          as_coded=cfg.losses_as_coded)
                 if not cfg.losses_as_coded:
-                    terms = {name: share * terms[name] for name, share in zip(terms, weights[part, 1:], strict=True)}
+                    terms = {name: share * terms[name] for name, share in zip(TERMS, weights[part, 1:], strict=True)}
                 weighted = [weight * terms[name] for name, weight in loss_weights(cfg).items()]
                 loss = torch.stack(weighted).sum() + weights[part, 0] * out.quantized.loss
                 (loss / parts).backward()
@@ -191,7 +191,7 @@ class Trainer(CurriculumTrainer):
         """float64 (1 + terms,): what the losses of a micro-batch are means over, see train_step."""
         valid = self.raw.residues(batch["coords"], batch["mask"])
         chains = contributing_chains(valid, batch["sequence"], batch["residue_index"])
-        return torch.stack([valid.sum(), *chains.values()]).double()
+        return torch.stack([valid.sum(), *(chains[name] for name in TERMS)]).double()
 
     # --------------------------------------------------------------------------------------------------- data
 
