@@ -57,14 +57,15 @@ class LPIPS(nn.Module):
         if min(x.shape[2:]) < MIN_IMAGE_SIZE:
             raise ValueError(f"LPIPS needs image sides of at least {MIN_IMAGE_SIZE} pixels, got {tuple(x.shape)}")
         with torch.autocast(x.device.type, enabled=False):
-            pairs = zip(self._features(x), self._features(y), strict=True)
+            pairs = zip(self.features(x), self.features(y), strict=True)
             total = torch.zeros(x.shape[0], 1, 1, 1, device=x.device)
             for k, (fx, fy) in enumerate(pairs):  # (B, C_k, h_k, w_k)
                 difference = (normalize_channels(fx) - normalize_channels(fy)).square()
                 total = total + self.get_submodule(f"lin{k}")(difference).mean((2, 3), keepdim=True)
             return total
 
-    def _features(self, x: Tensor) -> tuple[Tensor, ...]:
+    def features(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x as in forward -> VGG16's activations (B, C_k, h_k, w_k) at its five depths."""
         return tuple(self.net(self.scaling_layer(x.float().expand(-1, 3, -1, -1))))
 
 

@@ -9,8 +9,10 @@ from torch import nn
 
 from autoregressive.gpt import GPTConfig
 from autoregressive.train_c2i import Trainer
+from tokenizer import train_provq
 from tokenizer.runtime import throughput
 from tokenizer.runtime.throughput import Throughput, count_flops, peak_flops
+from tokenizer.vq_model import VQModel, VQModelConfig
 
 CFG = SimpleNamespace(mixed_precision="bf16", tf32=True)
 
@@ -52,3 +54,15 @@ def test_a_large_gpt_costs_no_memory():
     trainer = SimpleNamespace(gpt_config=GPTConfig.preset("GPT-XL"))
     flops = count_flops(lambda: Trainer._forward_once(trainer))
     assert flops == pytest.approx(2 * 256 * (trainer.gpt_config.num_parameters - 17385 * 1280), rel=0.05)
+
+
+def test_an_image_and_its_reconstruction_cost_lpips_three_passes_in_a_step():
+    """Two forward and one backward: of a step, which is taken to cost three times as much, one."""
+    cfg = SimpleNamespace(image_channels=3, image_size=16)
+    raw, conv = VQModel(VQModelConfig(vq_model="VQ-4", codebook_size=16)), nn.Conv2d(3, 8, 3, padding=1)
+
+    def flops(lpips):
+        trainer = SimpleNamespace(cfg=cfg, device=torch.device("cpu"), raw=raw, lpips=lpips)
+        return count_flops(lambda: train_provq.Trainer._forward_once(trainer))
+
+    assert flops(SimpleNamespace(features=conv)) - flops(None) == 2 * 16 * 16 * 8 * 3 * 9
