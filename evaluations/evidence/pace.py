@@ -83,7 +83,8 @@ def figure(found: Sequence[Point], path: Path) -> None:
     """A panel per metric, a dot per run, a colour per length of the transition; lines are means over seeds."""
     drawing = Figure(figsize=(4.2 * len(METRICS), 3.2), dpi=140, layout="constrained")
     for axes, metric in zip(drawing.subplots(1, len(METRICS)), METRICS, strict=True):
-        for length, colour in zip(sorted({point.transition_steps for point in found}), COLOURS, strict=False):
+        for i, length in enumerate(sorted({point.transition_steps for point in found})):
+            colour = COLOURS[i % len(COLOURS)]
             here = [point for point in found if point.transition_steps == length]
             axes.plot([p.pace for p in here], [p.gain[metric] for p in here], "o", color=colour, markersize=3.5,
                       alpha=0.7)
