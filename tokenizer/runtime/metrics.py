@@ -1,8 +1,8 @@
 """Training metrics: summed on the device, reduced once per flush, one strictly valid JSON line per flush.
 
 Rows are forced to disk before `flush` returns, so a checkpoint saved at step s finds the row of step s on disk
-already, and a resumed run only ever has to drop rows. Every field of a row but samples_per_second and elapsed_seconds
-repeats bit for bit when a killed run continues from its newest checkpoint; nor do those of throughput.py.
+already, and a resumed run only ever has to drop rows. Every field of a row but TIMING_FIELDS repeats bit for bit when a
+killed run continues from its newest checkpoint.
 """
 
 import json
