@@ -1,4 +1,5 @@
 """The bed that arms are compared on: an autoencoder of images, mean squared error, Adam at a constant learning rate.
+A setting may add a discriminator.
 
 A run is a function of (arm, setting, seed): weights, batches and codes are drawn from the seed alone, so that runs of
 one seed are pairs. Sizes: B images, S pixels, N tokens, D latent channels, K codes.
@@ -19,12 +20,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from evaluations.distribution import frechet_distance, gaussian_statistics
 from evaluations.evidence.arms import ADAPTIVE_CHECKS, KINDS, RESTART_BELOW, Arm, make_provq
+from evaluations.features import Extractor
+from evaluations.image_sets import as_bytes
 from tokenizer.code_meter import effective_rank, mean_pairwise_distance, moved, second_moments, spread
 from tokenizer.data import ImageDataset, split_holdout
+from tokenizer.discriminator import NLayerDiscriminator
 from tokenizer.image_sources import open_images
+from tokenizer.losses import disc_active, discriminator_loss, generator_loss
 from tokenizer.pixels import mse, psnr, ssim
 from tokenizer.provq import VectorQuantizer, code_statistics
 from tokenizer.provq_codes import RESTART_EVERY, DeadCodeRestart
@@ -36,10 +41,13 @@ MODELS = {  # the small one halves once; a run of 600 steps takes a minute of on
     "small": Architecture(32, (1, 1), encoder_blocks=(0, 2), decoder_blocks=(0, 2), z_channels=32),
     "VQ-4": ARCHITECTURES["VQ-4"],
 }
+DISC_SIZES = {"ndf": 32, "n_layers": 2}  # for images of 16 and 32 pixels
+DISC_MIN_IMAGE_SIZE = NLayerDiscriminator(3, **DISC_SIZES).min_image_size
 BETAS = (0.9, 0.95)  # of Adam
 PROBE = 256  # further held-out images: traces and the adaptive warm-up look at these, never at those that are scored
 CHUNK = 250  # images at a time where nothing is trained
-WEIGHTS, CODES, DRAWS = range(3)  # what is drawn from a seed
+WEIGHTS, CODES, DRAWS, DISCRIMINATOR = range(4)  # what is drawn from a seed
+DISC_WEIGHT = 0.5  # of the adversarial loss, in units of the pixel loss's gradient at the last layer (VQGAN, Eq. 7)
 
 
 class Diverged(ArithmeticError):
@@ -61,11 +69,18 @@ class Setting:
     transition_steps: int = 200
     held_out: int = 2000  # images that are scored
     latents_per_code: int = 16  # that k-means gets, from the encoder as it is then
+    disc_start: int | None = None  # first step, counted from 1, with a discriminator; None: pixel loss only
+    features: str | None = None  # sha256 of the extractor whose features give rfid; None: no such score
 
     def __post_init__(self) -> None:
         for name in ("num_codes", "dim", "image_size", "steps", "batch_size", "held_out", "latents_per_code"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        if self.disc_start is not None and not 0 < self.disc_start <= self.steps:
+            raise ValueError(f"--disc-start {self.disc_start} must be a step of 1 to --steps {self.steps}")
+        if self.disc_start is not None and self.image_size < DISC_MIN_IMAGE_SIZE:
+            raise ValueError(f"--disc-start: images of --image-size {self.image_size} are too small for the "
+                             f"discriminator, which needs {DISC_MIN_IMAGE_SIZE}")
         if self.model not in MODELS:
             raise ValueError(f"--model {self.model!r} is none of {', '.join(MODELS)}")
         if self.image_size % MODELS[self.model].downsample:
@@ -149,9 +164,13 @@ def tokens(z: Tensor) -> Tensor:
 class Trainer:
     """One run. `run()` returns its metrics and its trace, JSON-able."""
 
-    def __init__(self, arm: Arm, setting: Setting, seed: int, images: Images):
-        """ValueError: the arm needs more steps than the setting has, or other sizes."""
-        self.arm, self.setting, self.seed, self.images = arm, setting, seed, images
+    def __init__(self, arm: Arm, setting: Setting, seed: int, images: Images, extractor: Extractor | None = None):
+        """extractor: the one that setting.features names. ValueError: the arm needs more steps than the setting has, or
+        other sizes; another extractor."""
+        if (extractor.sha256 if extractor else None) != setting.features:
+            raise ValueError(f"the extractor of this setting has the hash {setting.features}, not "
+                             f"{extractor.sha256 if extractor else None}")
+        self.arm, self.setting, self.seed, self.images, self.extractor = arm, setting, seed, images, extractor
         self.kind = KINDS[arm.quantizer]
         self.recluster_steps = {*arm.recluster_at, *([setting.discrete_from] if arm.recluster else [])}
         if any(step >= setting.steps for step in self.recluster_steps):
@@ -166,6 +185,11 @@ class Trainer:
         others = [*self.model.parameters(), *([] if codes else quantizer)]
         groups: list[dict[str, Any]] = [{"params": others}, {"params": codes, "lr": arm.lr * arm.code_lr_scale}]
         self.optimizer = torch.optim.Adam([group for group in groups if group["params"]], arm.lr, BETAS)
+        self.discriminator: NLayerDiscriminator | None = None
+        if setting.disc_start is not None:
+            torch.manual_seed(fold(seed, DISCRIMINATOR))
+            self.discriminator = NLayerDiscriminator(3, **DISC_SIZES)
+            self.disc_optimizer = torch.optim.Adam(self.discriminator.parameters(), arm.lr, BETAS)
         self.batches = torch.Generator().manual_seed(fold(seed, DRAWS))
         self.restart: DeadCodeRestart | None = None
         if arm.restart:
@@ -197,11 +221,11 @@ class Trainer:
 
         Its steps are the same whatever the quantizer, bit for bit: that is not called, and forgotten afterwards.
         """
-        last = self.setting.warmup_steps
-        if folder is None or not last or self.arm.curriculum not in ("warmup", "provq"):
+        setting, last = self.setting, self.setting.warmup_steps
+        if folder is None or not last or self.arm.curriculum not in ("warmup", "provq") or self._adversarial(last - 1):
             return 0
-        shared = dataclasses.asdict(dataclasses.replace(self.setting, num_codes=1, transition_steps=0,
-                                                        latents_per_code=1))
+        shared = dataclasses.asdict(dataclasses.replace(setting, num_codes=1, transition_steps=0, latents_per_code=1,
+                                                        disc_start=None, features=None))
         key = hashlib.sha256(json.dumps([shared, self.seed, self.arm.lr], sort_keys=True).encode()).hexdigest()[:16]
         path = folder / f"warmup-{key}.pt"
         parameters = list(self.model.parameters())
@@ -219,6 +243,9 @@ class Trainer:
         for parameter, moments in zip(parameters, done["adam"], strict=True):
             self.optimizer.state[parameter] = moments
         return last
+
+    def _adversarial(self, step: int) -> bool:
+        return self.setting.disc_start is not None and disc_active(step, self.setting.disc_start)
 
     def _step(self, step: int) -> None:
         setting, provq = self.setting, self.provq
@@ -243,12 +270,19 @@ class Trainer:
         x = self.images.batch(setting.batch_size, self.batches)
         z = self.model.encode(x)
         out = provq(z)
-        loss = F.mse_loss(self.model.decode(out.quantized), x) + out.loss
+        y = self.model.decode(out.quantized)
+        discriminator = self.discriminator if self._adversarial(step) else None
+        loss = out.loss + generator_loss(x, y, discriminator=discriminator, disc_weight=DISC_WEIGHT,
+                                         adaptive_layer=self.model.decoder.conv_out.weight).total
         if not math.isfinite(loss.item()):
             raise Diverged(f"the loss is {loss.item()} at step {step}")
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
+        if discriminator:
+            self.disc_optimizer.zero_grad()
+            discriminator_loss(discriminator, x, y, weight=1.0).total.backward()
+            self.disc_optimizer.step()
         if self.restart and step + 1 < setting.steps:
             self.restart.step([self.optimizer])
 
@@ -314,8 +348,10 @@ class Trainer:
         self.trace.append(line)
 
     def score(self) -> dict[str, float]:
-        """Metrics of the held-out images. PSNR (dB), SSIM and MSE are means over images, of pixels in [-1, 1]."""
+        """Metrics of the held-out images. PSNR (dB), SSIM and MSE are means over images, of pixels in [-1, 1]; rfid is
+        the Fréchet distance of the extractor's pooled features of reconstructions from those of the images."""
         quality: dict[str, list[Tensor]] = {"psnr": [], "ssim": [], "mse": []}
+        features: tuple[list[Tensor], list[Tensor]] = ([], [])
         counts = torch.zeros(self.setting.num_codes, dtype=torch.int64)
         moments, error, count = torch.zeros(self.setting.dim + 1, self.setting.dim + 1, dtype=torch.float64), 0.0, 0
         for x, z, out in self._forward(self.images.held_out):
@@ -323,6 +359,9 @@ class Trainer:
             quality["psnr"].append(psnr(y, x, data_range=2.0))
             quality["ssim"].append(ssim(y, x, data_range=2.0))
             quality["mse"].append(mse(y, x))
+            if self.extractor:
+                for kept, pixels in zip(features, (x, y), strict=True):
+                    kept.append(self.extractor(as_bytes(pixels)).pooled)
             counts += torch.bincount(out.indices.flatten(), minlength=len(counts))
             latent = self.provq.quantizer.latent(tokens(z))
             moments += second_moments(latent)
@@ -330,6 +369,8 @@ class Trainer:
             count += latent.numel()
         metrics = {name: torch.cat(values).mean().item() for name, values in quality.items()}
         metrics |= {"codes_used": int((counts > 0).sum()), **code_statistics(counts)}
+        if self.extractor:
+            metrics["rfid"] = frechet_distance(*(gaussian_statistics(torch.cat(kept)) for kept in features))
         mean = moments[0, 1:] / moments[0, 0]
         variance = (moments.diagonal()[1:] / moments[0, 0] - mean.square()).mean().item()
         metrics |= {"effective_rank": effective_rank(moments), "latent_spread": math.sqrt(variance)}

@@ -19,7 +19,8 @@ from tokenizer.runtime.checkpoint import atomic_write
 from tokenizer.runtime.over_seeds import Merged, merge
 
 METRICS = {  # heading and digits of what a table shows
-    "psnr": ("PSNR (dB)", 2), "ssim": ("SSIM", 3), "mse": ("MSE", 4), "codes_used": ("codes used", 0),
+    "psnr": ("PSNR (dB)", 2), "ssim": ("SSIM", 3), "mse": ("MSE", 4), "rfid": ("rFID", 2),
+    "codes_used": ("codes used", 0),
     "usage": ("usage", 3), "perplexity": ("perplexity", 0), "effective_rank": ("effective rank", 2),
     "latent_spread": ("latents' spread", 2), "code_spread": ("codes' spread", 2),
     "code_distance": ("code distance", 2), "relative_error": ("quantization error", 3),

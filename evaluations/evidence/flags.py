@@ -10,10 +10,13 @@ from types import FrameType
 from typing import Any
 
 from evaluations.evidence.bed import MODELS, Setting
+from evaluations.features import open_extractor
 from tokenizer.runtime.config import flag_name
 
 CONFIRM = {"model": "VQ-4", "image_size": 32, "steps": 3000, "batch_size": 64, "warmup_steps": 1000,
            "transition_steps": 1000}  # in place of the small bed's, with --bed confirm
+
+_NUMBERS = [field for field in dataclasses.fields(Setting) if field.name not in ("data", "disc_start", "features")]
 
 
 def add_bed(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +28,11 @@ def add_bed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache", type=Path, help="folder for decoded images; default: a temporary one")
     parser.add_argument("--bed", choices=("small", "confirm"), default="small",
                         help="small: CIFAR-10 at 16x16, 600 steps of 32; confirm: 32x32, VQ-4, 3000 steps of 64")
-    for field in dataclasses.fields(Setting)[1:]:
+    parser.add_argument("--disc-start", type=int, metavar="STEP",
+                        help="first step, counted from 1, with a discriminator; default: none")
+    parser.add_argument("--features", metavar="torchscript:PATH",
+                        help="score rFID in these features as well, such as those of train_extractor.py")
+    for field in _NUMBERS:
         choices = tuple(MODELS) if field.name == "model" else None
         parser.add_argument(flag_name(field.name), type=str if choices else int, choices=choices,
                             help=f"default {field.default}" + (
@@ -33,13 +40,15 @@ def add_bed(parser: argparse.ArgumentParser) -> None:
 
 
 def setting(args: argparse.Namespace) -> Setting:
-    """What the flags of `add_bed` say. ValueError: see Setting."""
+    """What the flags of `add_bed` say. ValueError: see Setting. FileNotFoundError: no such images or features."""
     if args.jobs < 1:
         raise ValueError(f"--jobs is {args.jobs}; it must be at least 1")
     if not args.data_path.exists():
         raise FileNotFoundError(f"{args.data_path}: no such file of images")
     values: dict[str, Any] = dict(CONFIRM) if args.bed == "confirm" else {}
-    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Setting)[1:]}
+    given = {name: getattr(args, name) for name in ("disc_start", *(field.name for field in _NUMBERS))}
+    if args.features:
+        given["features"] = open_extractor(args.features).sha256
     values |= {name: value for name, value in given.items() if value is not None}
     return Setting(args.data_path.name, **values)
 

@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         # Seeds outermost: an interrupted sweep has all arms on fewer seeds.
         arms = [(name, arm) for name in names for arm in variants(name, args)]
         jobs = [(name, Run(arm, setting, seed)) for seed in args.seeds for name, arm in arms]
-        sweep(jobs, args.out, args.data_path, workers=args.jobs, cache=args.cache)
+        sweep(jobs, args.out, args.data_path, workers=args.jobs, cache=args.cache, features=args.features)
 
 
 if __name__ == "__main__":

@@ -18,18 +18,20 @@ import torch
 from evaluations.evidence import store
 from evaluations.evidence.bed import Diverged, Images, Trainer, prepare
 from evaluations.evidence.store import Result, Run
+from evaluations.features import open_extractor
 from tokenizer.runtime.distributed import print0
 
 Job = tuple[str, Run]  # an arm's name, and the run
 
 
-def execute(run: Run, cache: Path, warmups: Path | None) -> dict[str, Any]:
+def execute(run: Run, cache: Path, warmups: Path | None, features: str | None = None) -> dict[str, Any]:
     """One run, in this process on one thread: what `store.result_line` takes. A run that diverges is a result."""
     torch.set_num_threads(1)
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     images = Images(cache, run.setting.held_out)
+    extractor = open_extractor(features) if features else None
     try:
-        outcome = Trainer(run.arm, run.setting, run.seed, images).run(warmups)
+        outcome = Trainer(run.arm, run.setting, run.seed, images, extractor).run(warmups)
     except Diverged as error:
         outcome = {"metrics": None, "diverged": str(error)}
     return outcome | {"date": date}
@@ -37,11 +39,13 @@ def execute(run: Run, cache: Path, warmups: Path | None) -> dict[str, Any]:
 
 def sweep(
     jobs: Sequence[Job], path: Path, data: Path, *, workers: int, cache: Path | None = None,
+    features: str | None = None,
 ) -> dict[Run, Result]:
     """Run each job that `path` lacks, in order, and append its line as soon as it is done; -> results of all jobs.
 
-    data: the file of images; cache: folder for their decoded pixels, None: a temporary one of this machine. Killed at
-    any moment, it loses the runs that were under way, nothing else.
+    data: the file of images; cache: folder for their decoded pixels, None: a temporary one of this machine; features:
+    the extractor that the settings name, as `open_extractor` takes it. Killed at any moment, it loses the runs that
+    were under way, nothing else.
     """
     folder = cache or Path(tempfile.gettempdir()) / "provq-evidence"
     with store.writing(path) as writer:
@@ -50,7 +54,7 @@ def sweep(
         print0(f"{path}: {len({run for _, run in jobs}) - len(todo)} of {len({run for _, run in jobs})} runs are there")
         if todo:
             caches = {setting: prepare(data, setting, folder) for setting in {run.setting for run in todo}}
-            _run_all(todo, caches, writer, workers)
+            _run_all(todo, caches, writer, workers, features)
     wanted = {run for _, run in jobs}
     return {result.run: result for result in store.read(path) if result.run in wanted}
 
@@ -67,14 +71,16 @@ def _end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _run_all(todo: dict[Run, str], caches: dict[Any, Path], writer: store.Writer, workers: int) -> None:
+def _run_all(
+    todo: dict[Run, str], caches: dict[Any, Path], writer: store.Writer, workers: int, features: str | None
+) -> None:
     machine, began = store.machine(), time.monotonic()
     # Before the workers start: each has its core, and more threads than one would change the rounding.
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="provq-warmups-") as warmups, \
             ProcessPoolExecutor(min(workers, len(todo)), context, initializer=_end_with_parent) as pool:
-        futures = {pool.submit(execute, run, caches[run.setting], Path(warmups)): run for run in todo}
+        futures = {pool.submit(execute, run, caches[run.setting], Path(warmups), features): run for run in todo}
         try:
             for count, future in enumerate(as_completed(futures), 1):
                 run = futures[future]

@@ -48,13 +48,14 @@ def main(argv: list[str] | None = None) -> None:
         for name in args.arms or PLANS[args.plan]:
             points = tuning.grid(ARMS[name])
             search = [(name, Run(point, setting, seed)) for seed in args.search_seeds for point in points]
-            results = sweep(search, args.out, args.data_path, workers=args.jobs, cache=args.cache)
+            results = sweep(search, args.out, args.data_path, workers=args.jobs, cache=args.cache,
+                            features=args.features)
             chosen = tuning.best(ARMS[name], setting, args.search_seeds, results)
             edges = tuning.edges(chosen)
             print0(f"{name}: best of {len(points)} is {label(name, chosen)}"
                    + (f"; at the grid's edge: {', '.join(edges)}" if edges else ""))
             sweep([(name, Run(chosen, setting, seed)) for seed in args.seeds], args.out, args.data_path,
-                  workers=args.jobs, cache=args.cache)
+                  workers=args.jobs, cache=args.cache, features=args.features)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from evidence_bed import HELD_OUT, SETTING, make_images, write_pictures
 from image_files import picture
@@ -11,7 +12,8 @@ from torch.nn import functional as F
 
 from evaluations.evidence import bed
 from evaluations.evidence.arms import ARMS, Arm
-from evaluations.evidence.bed import PROBE, Autoencoder, Diverged, Setting, Trainer, prepare
+from evaluations.evidence.bed import PROBE, Autoencoder, Diverged, Images, Setting, Trainer, prepare
+from evaluations.features import Extractor, Features
 from tokenizer.pixels import psnr
 from tokenizer.provq import Curriculum, ProVQ, VectorQuantizer
 from tokenizer.runtime.seeding import fold
@@ -53,6 +55,8 @@ def test_too_few_images(tmp_path):
 @pytest.mark.parametrize(("values", "message"), [
     ({"steps": 0}, "--steps is 0"), ({"model": "VQ-5"}, "--model 'VQ-5' is none of small, VQ-4"),
     ({"image_size": 9}, "--image-size 9 is no multiple of 2"), ({"warmup_steps": 9}, "together at most --steps 12"),
+    ({"disc_start": 13}, "--disc-start 13 must be a step of 1 to --steps 12"),
+    ({"disc_start": 0}, "--disc-start 0 must"), ({"disc_start": 1}, "--image-size 8 are too small for the discrim"),
     ({"transition_steps": -1}, "must be at least 0"), ({"latents_per_code": 0}, "--latents-per-code is 0"),
 ])
 def test_settings_refused(values, message):
@@ -192,7 +196,63 @@ def test_divergence_is_reported(name, images):
         trainer.run()
 
 
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory):
+    """Images of 16 pixels, as the discriminator needs them, and a setting with one from the 7th step on."""
+    folder = tmp_path_factory.mktemp("larger")
+    setting = dataclasses.replace(SETTING, image_size=16, disc_start=7)
+    return setting, Images(prepare(write_pictures(folder), setting, folder / "cache"), HELD_OUT)
+
+
+def test_a_discriminator_trains_from_its_first_step_on_and_moves_the_rest(larger, tmp_path):
+    setting, images = larger
+    alone = Trainer(ARMS["provq"], dataclasses.replace(setting, disc_start=None), 1, images)
+    both = Trainer(ARMS["provq"], setting, 1, images)
+    untrained = {name: value.clone() for name, value in both.discriminator.state_dict().items()}
+    for step in range(6):
+        alone._step(step), both._step(step)
+    torch.testing.assert_close(states(alone), states(both), rtol=0, atol=0)
+    torch.testing.assert_close(dict(both.discriminator.state_dict()), untrained, rtol=0, atol=0)
+    alone._step(6), both._step(6)
+    assert not torch.equal(alone.model.decoder.conv_out.weight, both.model.decoder.conv_out.weight)
+    torch.testing.assert_close(alone.model.decoder.conv_out.weight, both.model.decoder.conv_out.weight, rtol=0.5,
+                               atol=3e-3)  # one step of Adam apart
+    assert not torch.equal(both.discriminator.state_dict()["main.0.weight"], untrained["main.0.weight"])
+
+    expected = Trainer(ARMS["provq"], setting, 1, images).run()["metrics"]
+    for _ in range(2):  # a warm-up without a discriminator is shared, one with it is not
+        assert Trainer(ARMS["provq"], setting, 1, images).run(tmp_path)["metrics"] == expected
+    early = dataclasses.replace(setting, disc_start=4)
+    assert Trainer(ARMS["provq"], early, 1, images).run(tmp_path)["first_step"] == 0
+
+
 # ---------------------------------------------------------------------------------------------------- measuring
+
+def test_rfid_is_the_distance_of_features_of_reconstructions(images):
+    class Means(torch.nn.Module):
+        def forward(self, x):
+            return x.float().mean((2, 3)) * 4
+
+    means = Means()
+    extractor = Extractor("means", "5" * 64, means, lambda pixels: Features(means(pixels)))
+    setting = dataclasses.replace(SETTING, features="5" * 64)
+    trainer = Trainer(ARMS["provq"], setting, 0, images, extractor)
+    metrics = trainer.run()["metrics"]
+    plain = Trainer(ARMS["provq"], SETTING, 0, images).run()["metrics"]
+    x = images.floats(images.held_out)
+    trainer.model.eval(), trainer.provq.eval()
+    with torch.no_grad():
+        y = trainer.model.decode(trainer.provq(trainer.model.encode(x)).quantized).clamp(-1, 1)
+    sides = [((side + 1) * 127.5).round().mean((2, 3)).double().numpy() * 4 for side in (x, y)]
+    mu, sigma = zip(*[(side.mean(0), np.cov(side.T)) for side in sides], strict=True)
+    root = scipy.linalg.sqrtm(sigma[0] @ sigma[1]).real
+    expected = ((mu[0] - mu[1]) ** 2).sum() + np.trace(sigma[0] + sigma[1] - 2 * root)
+    assert metrics.pop("rfid") == pytest.approx(expected, rel=1e-3)
+    assert metrics == plain
+    for wrong in (None, Extractor("means", "6" * 64, means, lambda pixels: Features(means(pixels)))):
+        with pytest.raises(ValueError, match="the extractor of this setting has the hash 555"):
+            Trainer(ARMS["provq"], setting, 0, images, wrong)
+
 
 def test_scores_are_of_all_held_out_images_whatever_the_chunks(images, monkeypatch):
     trainer = Trainer(ARMS["provq"], SETTING, 0, images)

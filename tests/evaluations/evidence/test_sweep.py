@@ -32,7 +32,7 @@ def fake(monkeypatch):
 
     asked = Fake()
 
-    def run_all(todo, caches, writer, workers):  # noqa: ARG001
+    def run_all(todo, caches, writer, workers, features):  # noqa: ARG001
         for each, name in todo.items():
             asked.append((name, each.arm, each.seed))
             psnr = asked.scores(each.arm, each.seed)
