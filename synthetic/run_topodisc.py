@@ -38,7 +38,7 @@ class RunConfig(Setting):
     methods: tuple[str, ...] = arg(
         ("vanilla", "soft", "warmup", "provq"),
         "arms; gains are over the first. Also simvq, ema, and QUANTIZER+CURRICULUM such as simvq+provq "
-        "(curricula: soft warmup provq)")
+        "(curricula: soft warmup provq); ours: the quantizer follow, and +recluster at the end of a name")
     seeds: int = arg(20, "seeds of each arm: 0 .. N-1, each with its own data, networks and codes")
     out: str = arg("runs/topodisc", "folder for numbers and pictures")
     log_every: int = arg(10, "epochs between two entries of the meters, and two frames of the animation")

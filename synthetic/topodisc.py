@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from synthetic import meters
 from tokenizer import code_meter, provq
+from tokenizer.provq_codes import FollowingVectorQuantizer
 from tokenizer.runtime.config import arg, require_at_least, require_positive, to_dict
 
 DIM = 2  # data and latents are both points of the plane
@@ -81,22 +82,34 @@ CURRICULA = {"plain": (False, False), "soft": (False, True), "warmup": (True, Fa
 ALIASES = {"vanilla": "vq", "soft": "vq+soft", "warmup": "vq+warmup", "provq": "vq+provq"}
 
 
+# Ours: codes that follow the latents' mean and spread, and a second k-means where the transition ends.
+FOLLOW, RECLUSTER = "follow", "+recluster"
+
+
 class Arm(NamedTuple):
     """A quantizer on a curriculum."""
 
     quantizer: QuantizerFactory
     curriculum: str  # a name in CURRICULA
+    recluster: bool = False  # k-means again after warm-up and transition, in a curriculum without them as well
 
 
 def make_arm(method: str, setting: Setting) -> Arm:
-    """The arm called QUANTIZER, QUANTIZER+CURRICULUM ("ema", "simvq+provq") or as one of ALIASES. ValueError: none."""
-    quantizer, _, curriculum = ALIASES.get(method, method).partition("+")
-    if quantizer not in provq.QUANTIZERS or (curriculum or "plain") not in CURRICULA:
+    """The arm called QUANTIZER, QUANTIZER+CURRICULUM ("ema", "simvq+provq") or as one of ALIASES, with "+recluster" at
+    its end or not. ValueError: none."""
+    base = method.removesuffix(RECLUSTER)
+    quantizer, _, curriculum = ALIASES.get(base, base).partition("+")
+    if quantizer not in (*provq.QUANTIZERS, FOLLOW) or (curriculum or "plain") not in CURRICULA:
         raise ValueError(f"unknown method {method!r}: choose from {', '.join(ALIASES)}, a quantizer "
-                         f"({', '.join(provq.QUANTIZERS)}), or one on a curriculum such as simvq+provq "
-                         f"({', '.join(CURRICULA)})")
-    return Arm(lambda num_codes, dim: provq.make_quantizer(quantizer, num_codes, dim, beta=setting.beta),
-               curriculum or "plain")
+                         f"({', '.join(provq.QUANTIZERS)}, {FOLLOW}), or one on a curriculum such as simvq+provq "
+                         f"({', '.join(CURRICULA)}); {RECLUSTER} may come last")
+
+    def make(num_codes: int, dim: int) -> nn.Module:
+        if quantizer == FOLLOW:
+            return FollowingVectorQuantizer(num_codes, dim, beta=setting.beta)
+        return provq.make_quantizer(quantizer, num_codes, dim, beta=setting.beta)
+
+    return Arm(make, curriculum or "plain", method.endswith(RECLUSTER))
 
 
 # ------------------------------------------------------------------------------------------------------- data
@@ -249,6 +262,8 @@ def train(arm: Arm, setting: Setting, seeds: Sequence[int], *, log_every: int = 
         for seed, quantizer, z in zip(seeds, state.quantizers, latents, strict=True):
             if quantizer.needs_init:
                 quantizer.init_codebook(z.detach(), seed=seed, optimizers=[optimizer])
+            elif arm.recluster and epoch == setting.warmup_epochs + setting.transition_epochs:
+                quantizer.recluster(z.detach(), seed=seed, optimizers=[optimizer])
         if epoch % log_every == 0 or epoch == setting.epochs:
             epochs.append(epoch)
             log.append(state.snapshot(latents))

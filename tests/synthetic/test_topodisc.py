@@ -32,6 +32,7 @@ from synthetic.topodisc import (
     train_jobs,
 )
 from tokenizer import provq
+from tokenizer.provq_codes import FollowingVectorQuantizer
 
 TINY = Setting(
     disk_points=40, outline_points=30, num_codes=8, width=16, epochs=30, warmup_epochs=8, transition_epochs=12)
@@ -313,12 +314,40 @@ def test_diagnose_takes_a_quantizer_of_somebody_else():
 
 
 def test_unknown_methods_are_refused_with_a_list():
-    for method in ("vq-gan", "vq+hard", "vanilla+soft", ""):
+    for method in ("vq-gan", "vq+hard", "vanilla+soft", "provq+recluster+recluster", "+recluster", ""):
         with pytest.raises(ValueError, match=r"unknown method.*vanilla.*simvq.*provq"):
             make_arm(method, TINY)
     assert make_arm("simvq+provq", TINY).curriculum == "provq"
     assert isinstance(make_arm("ema", TINY).quantizer(8, 2), provq.EMAVectorQuantizer)
     assert make_arm("vanilla", Setting(beta=0.5)).quantizer(8, 2).beta == 0.5
+
+
+def test_reclustering_sets_the_codes_once_where_the_transition_ends(monkeypatch):
+    calls = []
+    whole = provq.ProVQ.recluster
+
+    def record(self, latents, **options):
+        calls.append((int(self.step), len(latents)))
+        return whole(self, latents, **options)
+
+    monkeypatch.setattr(provq.ProVQ, "recluster", record)
+    points, when = TINY.disk_points + TINY.outline_points, TINY.warmup_epochs + TINY.transition_epochs
+    for method in ("provq+recluster", "vanilla+recluster", "ema+warmup+recluster"):
+        again = train(make_arm(method, TINY), TINY, [0, 1], log_every=1)
+        assert calls == [(when, points)] * 2
+        calls.clear()
+        once = train(make_arm(method.removesuffix("+recluster"), TINY), TINY, [0, 1], log_every=1)
+        torch.testing.assert_close(again.codes[:when], once.codes[:when], rtol=0, atol=0)
+        assert not torch.equal(again.codes[when], once.codes[when])
+        assert again.meters["gap"][when].mean() < once.meters["gap"][when].mean()
+        assert not calls
+
+
+def test_codes_that_follow_keep_the_spread_of_latents():
+    run = train(make_arm("follow", TINY), TINY, [0], log_every=1)
+    spreads = run.meters["code_spread"] / run.meters["latent_spread"]
+    assert (spreads[3:] > 0.3).all(), "codes that are drawn narrow start as a speck"
+    assert isinstance(make_arm("follow+provq", TINY).quantizer(8, 2), FollowingVectorQuantizer)
 
 
 def test_the_curriculum_frees_the_triangle():
