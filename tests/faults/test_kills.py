@@ -1,6 +1,6 @@
 """Trainers that are killed at random moments and started again end as if nobody had killed them, bit for bit.
 
-The default suite kills each trainer a few times; the campaign, an hour or so, is
+The default suite kills each trainer once or twice; the campaign, an hour or so, is
     OMP_NUM_THREADS=1 python -m pytest -m campaign tests/faults/test_kills.py
 """
 
