@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,18 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokenizer.data import ImageDataset, split_holdout
-from tokenizer.image_sources import open_images
+from evaluations.benchmarks import bare_and_attached
 from tokenizer.pixels import psnr
 from tokenizer.provq import code_statistics
-from tokenizer.provq_attach import Curriculum, attach
-from tokenizer.runtime.command import (
-    command,
-    make_parser,
-    require_flags_at_least,
-    require_flags_positive,
-    require_out_file,
-)
+from tokenizer.provq_attach import Curriculum
+from tokenizer.runtime.command import command, make_parser, require_out_file
 from tokenizer.vq_model import Architecture, Decoder, Encoder
 
 PROG = "evaluations/benchmarks/any_quantizer.py"
@@ -98,19 +90,7 @@ class Autoencoder(nn.Module):
 def train(args: argparse.Namespace, name: str, curriculum: Curriculum, seed: int, images: Tensor) -> Autoencoder:
     torch.manual_seed(seed)
     model = Autoencoder(QUANTIZERS[name](), images.shape[1], flat=name == "diveq")
-    provq = attach(model.quantize, curriculum)
-    codes = list(model.quantize.parameters())
-    others = [p for p in model.parameters() if all(p is not code for code in codes)]
-    optimizer = torch.optim.Adam([{"params": others}, {"params": codes, "lr": args.code_lr or args.lr}], args.lr)
-    batches = torch.Generator().manual_seed(seed)
-    for step in range(args.steps):
-        provq.set_step(step)
-        provq.maybe_init_codebook(optimizers=[optimizer], seed=seed)
-        x = images[torch.randint(len(images), (args.batch_size,), generator=batches)]
-        reconstruction, loss, _ = model(x)
-        optimizer.zero_grad()
-        (F.mse_loss(reconstruction, x) + loss).backward()
-        optimizer.step()
+    bare_and_attached.train(args, model, model.quantize, curriculum, seed, images, F.mse_loss)
     return model.eval()
 
 
@@ -126,65 +106,32 @@ def score(model: Autoencoder, images: Tensor) -> dict[str, float]:
             "perplexity": code_statistics(counts)["perplexity"]}
 
 
-def load(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """Training and held-out images (n, C, S, S), in memory. ValueError: too few of them."""
-    source = open_images(args.data_path, channels=1 if args.data_path is None else 3)
-    if len(source) <= args.val_size:
-        raise ValueError(f"--val-size {args.val_size} of {len(source)} images leaves none to train on")
-    training, held_out = (
-        torch.stack([dataset[i]["image"] for i in range(len(dataset))])
-        for half in split_holdout(len(source), args.val_size, seed=0)
-        for dataset in [ImageDataset(source, args.image_size, indices=half[: args.max_images])]
-    )
-    return training, held_out
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(PROG, __doc__)
     parser.add_argument("data_path", nargs="?", help="images, as for train_provq.py; none = scikit-learn's digits")
     parser.add_argument("--quantizers", nargs="+", default=list(QUANTIZERS), choices=QUANTIZERS, metavar="NAME",
                         help=f"of {', '.join(QUANTIZERS)}; default all")
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--image-size", type=int, default=16)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--code-lr", type=float, help="learning rate of the quantizer's parameters, default --lr")
-    parser.add_argument("--loss-floor", type=float, default=0.5, help="lambda of Eq. 4")
-    parser.add_argument("--val-size", type=int, default=1000, help="held-out images")
-    parser.add_argument("--max-images", type=int, default=20_000, help="at most so many of each half are read")
+    bare_and_attached.add_flags(parser)
     parser.add_argument("--out", type=Path, help="also write every run as a line of JSON there")
     args = parser.parse_args(argv)
-    require_flags_at_least(parser, args, 3, "steps")
-    require_flags_at_least(parser, args, 1, "image_size batch_size val_size max_images")
-    require_flags_at_least(parser, args, 0, "seeds")
-    require_flags_positive(parser, args, "lr code_lr")
-    if args.image_size % ARCHITECTURE.downsample:
-        parser.error(f"--image-size {args.image_size} must be a multiple of {ARCHITECTURE.downsample}")
-    if not 0 <= args.loss_floor <= 1:
-        parser.error(f"--loss-floor {args.loss_floor} must lie in [0, 1]")
+    bare_and_attached.check_flags(parser, args, ARCHITECTURE.downsample)
     if args.out and args.out.exists():
         parser.error(f"--out {args.out} exists: name another file, or remove it")
     return args
 
 
 def compare(args: argparse.Namespace) -> None:
-    training, held_out = load(args)
-    third = args.steps // 3
-    curricula = {"bare": Curriculum(0, 0), "+ ProVQ": Curriculum(third, third, loss_floor=args.loss_floor)}
+    training, held_out = bare_and_attached.load_images(args, args.data_path)
     print("| quantizer | | PSNR (dB) | codes used | perplexity |\n|---|---|---|---|---|")  # noqa: T201
     for name in args.quantizers:
-        for label, curriculum in curricula.items():
+        for label, curriculum in bare_and_attached.curricula(args).items():
             runs = [score(train(args, name, curriculum, seed, training), held_out) for seed in args.seeds]
             if args.out:
                 with args.out.open("a", encoding="utf-8") as file:
                     for seed, run in zip(args.seeds, runs, strict=True):
                         file.write(json.dumps({"quantizer": name, "curriculum": label, "seed": seed, **run}) + "\n")
-            cells = []
-            for key, digits in (("psnr", 2), ("codes", 0), ("perplexity", 0)):
-                values = [run[key] for run in runs]
-                spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-                cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
+            cells = [bare_and_attached.over_seeds([run[key] for run in runs], digits)
+                     for key, digits in (("psnr", 2), ("codes", 0), ("perplexity", 0))]
             print(f"| {name} | {label} | {' | '.join(cells)} |", flush=True)  # noqa: T201
 
 

@@ -208,3 +208,79 @@ assert provq.stage == 3 and provq.usage()["usage"] > 0.1
     done = subprocess.run([sys.executable, str(tmp_path / "run.py")], cwd=tmp_path, env=environment,
                           capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+DRIVER = """
+import sys, types, torch
+from unittest import mock
+
+class Module(torch.nn.Module):  # as much of a LightningModule as these models call
+    log = log_dict = lambda self, *words, **options: None
+    manual_backward = lambda self, loss: loss.backward()
+    optimizers = lambda self: self.trainer.optimizers
+
+lightning = types.SimpleNamespace(LightningModule=Module)
+sys.modules.update({"pytorch_lightning": lightning, "lightning": lightning,
+                    "main": types.SimpleNamespace(instantiate_from_config=lambda made: made)})
+from patched import VQModel
+from taming.modules.vqvae import quantize
+
+class Loss(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.discriminator = torch.nn.Conv2d(3, 1, 1)
+
+    def forward(self, codes, *words, last_layer, split):
+        optimizer, y, x = words[-2], words[-3], words[-4]
+        losses = (y - x).square().mean() + codes, self.discriminator(y.detach()).mean()
+        return losses[optimizer], {}
+
+torch.manual_seed(0)
+net = dict(ch=32, ch_mult=(1, 2), num_res_blocks=1, resolution=16, in_channels=3, out_ch=3, z_channels=8)
+simvq = SIMVQ
+make = ((lambda: VQModel(net, Loss(), quantize.SimVQ(32, 8), scheduler_type="None")) if simvq else
+        (lambda: VQModel({**net, "attn_resolutions": [], "double_z": False}, Loss(), 32, 8)))
+model = make().train()
+generator = [p for name, p in model.named_parameters() if not name.startswith("loss.")]
+first, second = torch.optim.Adam(generator, 1e-3), torch.optim.Adam(model.loss.parameters(), 1e-3)
+model.trainer = types.SimpleNamespace(optimizers=[first, second], profiler=mock.Mock())
+stages, model.codebook_count = [], [0] * 32
+for model.global_step in range(9):
+    batch = {"image": torch.randn(2, 16, 16, 3)}
+    if simvq:
+        model.training_step(batch, model.global_step)
+    else:
+        for n, optimizer in enumerate((first, second)):
+            loss = model.training_step(batch, model.global_step, n)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    stages.append(model.quantize.provq.stage)
+assert stages == [1] * 4 + [2] * 2 + [3] * 3, stages
+assert model.quantize.provq.usage()["usage"] > 0.1
+from provq_attach import detach, host_state_dict
+state, x = host_state_dict(model.state_dict()), torch.randn(2, 3, 16, 16)
+alone = detach(make()).eval()
+alone.codebook_count = [0] * 32
+alone.load_state_dict(state)
+assert torch.equal(model.eval()(x)[0], alone(x)[0])
+"""
+
+
+@needs_checkouts
+@pytest.mark.parametrize("repository", ["taming-transformers", "SimVQ"])
+def test_the_patched_model_trains_through_all_stages(repository, tmp_path):
+    """The file with the recipe's lines in it, except that the stages last 4 and 2 steps; its own training_step."""
+    path = CHECKOUTS / repository / FILES[repository]
+    if not path.exists():
+        pytest.skip(f"no {path}")
+    _copy_into(tmp_path)
+    patched = apply(PATCHES[FILES[repository]], path.read_text())
+    short = patched.replace("warmup_steps=50_000, transition_steps=20_000", "warmup_steps=4, transition_steps=2")
+    assert short != patched
+    (tmp_path / "patched.py").write_text(short)
+    (tmp_path / "run.py").write_text(DRIVER.replace("SIMVQ", str(repository == "SimVQ")))
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{CHECKOUTS / repository}"}
+    done = subprocess.run([sys.executable, str(tmp_path / "run.py")], cwd=tmp_path, env=environment,
+                          capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr

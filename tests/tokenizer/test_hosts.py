@@ -303,6 +303,12 @@ ORIGINALS = {
         "input_dim": 6, "n_codebooks": 3, "codebook_size": 8, "codebook_dim": 2, "quantizer_dropout": 0.5}),
     "diffusers": ("diffusers", "models/autoencoders/vae", "VectorQuantizer", {
         "n_e": 8, "vq_embed_dim": 4, "beta": 0.25, "legacy": False}),
+    "titok": ("1d-tokenizer", "modeling/quantizer/quantizer", "VectorQuantizer", {"codebook_size": 8, "token_size": 4}),
+    "titok-clustering": ("1d-tokenizer", "modeling/quantizer/quantizer", "VectorQuantizer", {
+        "codebook_size": 8, "token_size": 4, "use_l2_norm": True, "clustering_vq": True}),
+    "ibq": ("SEED-Voken", "src/IBQ/modules/vqvae/quantize", "IndexPropagationQuantize", {"n_e": 8, "e_dim": 4}),
+    "audiocraft": ("audiocraft", "audiocraft/quantization/core_vq", "ResidualVectorQuantization", {
+        "num_quantizers": 3, "dim": 4, "codebook_size": 8, "decay": 0.99, "kmeans_init": True}),
 }
 
 
@@ -312,7 +318,8 @@ def test_a_stand_in_is_its_original_and_the_original_trains(name):
     make = original(package, path, class_name)
     if make is None:
         pytest.skip(f"no package {package}, nor one in PROVQ_HOSTS")
-    real, stand_in, case = make(**options), STAND_INS[name].make(), CASES[name]
+    twin = {"audiocraft": "encodec-residual"}.get(name, name)
+    real, stand_in, case = make(**options), STAND_INS[twin].make(), CASES[twin]
     assert list(real.state_dict()) == list(stand_in.state_dict())
     for module in (real, stand_in):
         attach(module, Curriculum(0, 0))
