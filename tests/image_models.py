@@ -5,9 +5,11 @@ from gpt_models import tiny
 
 from autoregressive.pretrained import LoadedGPT, export_gpt
 from tokenizer.pretrained import load_tokenizer, save_pretrained, tokenizer_hash
-from tokenizer.vq_model import VQModel, VQModelConfig
+from tokenizer.vq_model import Architecture, VQModel, VQModelConfig
 
 CODES = 32
+# Of VQ-4 every kind of layer, once per level, for tests that pay for each layer.
+TINY_VQ4 = Architecture(32, (1, 1), encoder_blocks=(0, 1), decoder_blocks=(0, 1), z_channels=32)
 
 
 def write_tokenizer(folder, channels=1):

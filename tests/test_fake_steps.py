@@ -20,6 +20,7 @@ from fake_trainers import (
     structure_trainer,
 )
 from gpt_models import TINY, tiny
+from image_models import TINY_VQ4
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,6 +37,12 @@ from tokenizer.validation import validate
 from tokenizer.vq_model import VQModel, VQModelConfig
 
 STAGES = range(3)
+
+
+@pytest.fixture
+def _small(monkeypatch):
+    """Fake operations cost their Python, whatever their size."""
+    monkeypatch.setitem(vq_model.ARCHITECTURES, "VQ-4", TINY_VQ4)
 
 
 # ------------------------------------------------------------------------------------------------------- the harness
@@ -56,6 +63,7 @@ def test_backward_by_hand_is_autograds():
         torch.testing.assert_close(leaf.grad, other)
 
 
+@pytest.mark.usefixtures("_small")
 @pytest.mark.parametrize("fault", ["item", "mask", "host", "blocking", "indices", "device"])
 def test_planted_faults_are_caught(monkeypatch, fault):
     count = ProVQ._count
@@ -90,6 +98,7 @@ def test_planted_faults_are_caught(monkeypatch, fault):
 
 # ---------------------------------------------------------------------------------------------------- training steps
 
+@pytest.mark.usefixtures("_small")
 @pytest.mark.parametrize("options", [
     {}, {"quantizer": "ema", "codebook_restart_below": 0.1}, {"quantizer": "simvq"}, {"codebook_follow": True},
     {"codebook_l2_norm": True, "rotation": True}, {"disc_adaptive_weight": True}, {"mixed_precision": "fp16"},

@@ -56,6 +56,12 @@ def test_sharded_steps_are_the_replicated_ones(losses, precision):
         assert losses["gpt-bf16-fsdp-checkpointing"] == pytest.approx(expected, rel=tolerance)
 
 
+@pytest.mark.parametrize("change", ["ddp-to-fsdp", "fsdp-to-ddp"])
+def test_copies_go_on_as_shards_and_back(losses, change):
+    """Checkpoints of copies are those of one process."""
+    assert losses[f"gpt-none-{change}"] == pytest.approx(losses["gpt-none-ddp-eager"], rel=1e-5)
+
+
 def test_precision_changes_rounding_only(losses):
     for name, precisions in {"images-{}-ddp-stages": ("bf16", "fp16"), "gpt-{}-ddp-eager": ("bf16", "fp16"),
                              "structures-{}-ddp-stages": ("bf16",)}.items():

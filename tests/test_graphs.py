@@ -5,13 +5,14 @@ import torch
 from fake_cuda import fake_cuda
 from fake_trainers import SMALL_IMAGES, image_trainer
 from gpt_models import TINY, tiny
+from image_models import TINY_VQ4
 
 from autoregressive.gpt import NextCodeLoss
 from tokenizer import vq_model
 from tokenizer.provq import Curriculum
 from tokenizer.quantizer_config import build_restart
 from tokenizer.train_config import PRESETS, TrainConfig
-from tokenizer.vq_model import Architecture, VQModel, VQModelConfig
+from tokenizer.vq_model import VQModel, VQModelConfig
 
 WARMUP, TRANSITION = 2, 3
 
@@ -30,9 +31,8 @@ class Graphs:
 
 @pytest.fixture
 def _small(monkeypatch):
-    """VQ-4 with one block per level: tracing takes seconds per layer."""
-    small = Architecture(32, (1, 1), encoder_blocks=(0, 1), decoder_blocks=(0, 1), z_channels=32)
-    monkeypatch.setitem(vq_model.ARCHITECTURES, "VQ-4", small)
+    """Tracing takes seconds per layer."""
+    monkeypatch.setitem(vq_model.ARCHITECTURES, "VQ-4", TINY_VQ4)
 
 
 @pytest.mark.usefixtures("_small")

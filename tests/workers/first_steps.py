@@ -13,17 +13,21 @@ import torch
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from image_models import TINY_VQ4
 
 from autoregressive import train_c2i
 from protein import train_provq as train_structures
 from tokenizer import train_provq as train_images
+from tokenizer import vq_model
 from tokenizer.runtime import distributed
 
 IMAGES = ("--image-size 32 --codebook-size 16 --global-batch-size 4 --max-steps 3 --warmup-steps 1 "
           "--transition-steps 1 --val-size 4 --kmeans-batches 1 --kmeans-iters 2 --disc-weight 0.5 --disc-start 0 "
           "--lr 1e-5")
-GPT = ("--preset digits --vq-ckpt none --max-steps 2 --global-batch-size 4 --val-size 4 --dropout-p 0 "
-       "--token-dropout-p 0 --class-dropout-prob 0 --lr-warmup-steps 0")
+GPT = ("--preset digits --vq-ckpt none --max-steps 3 --global-batch-size 4 --val-size 4 --dropout-p 0 "
+       "--token-dropout-p 0 --class-dropout-prob 0 --lr-warmup-steps 0 --lr-schedule constant")
 STRUCTURES = ("--ideal-chains 40 --max-length 24 --codebook-size 16 --global-batch-size 4 --max-steps 3 "
               "--warmup-steps 1 --transition-steps 1 --lr-warmup-steps 1 --val-size 4 --kmeans-batches 2")
 COMPILE = {"eager": "--no-compile", "compile": "--compile"}
@@ -42,9 +46,12 @@ def cases(folder):
         words = [*GPT.split(), "--code-path", str(folder / "codes"), "--mixed-precision", precision,
                  "--data-parallel", mode, COMPILE[how]]
         yield f"gpt-{precision}-{mode}-{how}", train_c2i.main, words
-    words = [*GPT.split(), "--code-path", str(folder / "codes"), "--mixed-precision", "bf16", "--data-parallel", "fsdp",
-             "--no-compile", "--activation-checkpointing", "--ema"]
-    yield "gpt-bf16-fsdp-checkpointing", train_c2i.main, words
+    words = [*GPT.split(), "--code-path", str(folder / "codes"), "--no-compile", "--ema"]
+    more = ["--mixed-precision", "bf16", "--data-parallel", "fsdp", "--activation-checkpointing"]
+    yield "gpt-bf16-fsdp-checkpointing", train_c2i.main, [*words, *more]
+    for first, then in (("ddp", "fsdp"), ("fsdp", "ddp")):  # resumed after two steps, when the optimizer has moments
+        for mode, last in ((first, "2"), (then, "3")):
+            yield f"gpt-none-{first}-to-{then}", train_c2i.main, [*words, "--data-parallel", mode, "--max-steps", last]
     for precision in ("none", "bf16"):
         words = [*STRUCTURES.split(), "--mixed-precision", precision]
         yield f"structures-{precision}-ddp-stages", train_structures.main, words
@@ -54,6 +61,7 @@ def main(folder, only=""):
     distributed.finalize = lambda: None  # the cases share one process group
     torch.compile = partial(torch.compile, backend="aot_eager")
     distributed.init("cpu")
+    vq_model.ARCHITECTURES["VQ-4"] = TINY_VQ4  # tracing takes seconds per layer
     for name, train, words in cases(folder):
         if only in name:
             train([*words, "--results-dir", str(folder / name), "--device", "cpu", "--log-every", "1"])
