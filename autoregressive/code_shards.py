@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
+from tokenizer.data import spread
 from tokenizer.image_classes import MAX_LABEL
 from tokenizer.image_names import write_names
 from tokenizer.runtime import config
@@ -235,6 +236,16 @@ class CodeDataset(Dataset):
     def subset(self, indices: Sequence[int] | np.ndarray, seed: int | None) -> CodeDataset:
         """The images at these places of this data set."""
         return CodeDataset(self.files, self.indices[np.asarray(indices, dtype=np.int64)], seed)
+
+    def used_codes(self) -> tuple[int, int]:
+        """How many codes occur in how many tokens: of all images, or of enough that every code would be likely to."""
+        enough = 16 * self.codebook_size // (self.num_tokens * self.views) + 1
+        counts = np.zeros(self.codebook_size, dtype=np.int64)
+        for place in spread(len(self), min(len(self), enough)):
+            for files in self.files:
+                for view in range(files.views):
+                    counts += np.bincount(files.codes(int(self.indices[place]), view), minlength=self.codebook_size)
+        return int(np.count_nonzero(counts)), int(counts.sum())
 
     def require_like(self, other: CodeDataset) -> None:
         """ValueError: codes of another tokenizer, grid or set of classes."""

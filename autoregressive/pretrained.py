@@ -111,17 +111,20 @@ def _require_faithful(model: GPT, exported: GPT) -> None:
 
 
 def recorded_tokenizer(gpt: Path) -> dict[str, Any]:
-    """What the GPT's run says of its tokenizer: vq_ckpt, vq_weights, codebook_l2_norm; {}: it is no run's folder.
+    """What the GPT's run says of its tokenizer: vq_ckpt, vq_weights, codebook_l2_norm; {}: nothing does.
 
-    ValueError: of another type.
+    An export of ours may name vq_ckpt as well, from its own folder: released ones do. ValueError: of another type.
     """
     path = gpt / CONFIG_FILE
-    run = config.load(path) if (gpt / CHECKPOINT_FOLDER).is_dir() else {}
+    run = config.load(path) if path.is_file() else {}
     kinds = {"vq_ckpt": str, "vq_weights": str, "codebook_l2_norm": bool}
     for name, kind in kinds.items():
         if not isinstance(run.get(name), (kind, type(None))):
             raise ValueError(f"{path}: {name}: {brief(run[name])} is of the wrong type")
-    return {name: run[name] for name in kinds if name in run}
+    found = {name: run[name] for name in kinds if name in run}
+    if run.get("format") == EXPORT_FORMAT and found.get("vq_ckpt"):
+        found["vq_ckpt"] = str((gpt / found["vq_ckpt"]).resolve())
+    return found
 
 
 def require_tokenizer(loaded: LoadedGPT, vq: VQModel, vq_path: str | Path, *, other: str | None) -> None:

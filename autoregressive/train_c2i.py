@@ -52,6 +52,7 @@ from tokenizer.runtime.throughput import Throughput
 from tokenizer.vq_model import VQModel
 
 SAMPLES = 16  # pictures in a grid of samples
+FEW = 8       # codes in use are worth a note below an eighth of them
 
 
 class Trainer:
@@ -117,6 +118,10 @@ class Trainer:
             _require_intact("--code-path", codes.files)
             if val is not codes:
                 _require_intact("--val-code-path", val.files)
+        used, tokens = self.train_set.used_codes()
+        if used * FEW <= codes.codebook_size <= tokens:
+            self._say(f"note: {codes.path}: {used:,} of {codes.codebook_size:,} codes occur in {tokens:,} tokens: the "
+                      "tokenizer has collapsed, or --codebook-size is not its own")
         return codes
 
     def _say(self, line: str) -> None:

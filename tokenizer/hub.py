@@ -2,6 +2,7 @@
 
     from tokenizer.hub import load                       # or provq.load
     tokenizer = load("runs/digits")                      # run, checkpoint, LlamaGen's .pt, exported folder, Hub id
+    tokenizer = load("cifar10-vq4")                      # a released one, of tokenizer/pretrained/
     tokenizer.save_pretrained("my_tokenizer/")           # with README.md: data, seeds, curriculum, metrics, protocols
     tokenizer.push_to_hub("me/my_tokenizer")             # huggingface_hub's own; private=, token= and so on
 
@@ -36,6 +37,7 @@ _RECORDED = {"gpt_model": "gpt", "n_layer": "gpt", "encoder_width": "structures"
 _WEIGHTS = {"tok_embeddings.weight": "gpt", "encoder.pre_vq_proj.weight": "structures",
             "model.encoder.pre_vq_proj.weight": "structures", "codebook.embeddings": "structures",
             "embed.weight": "structures"}
+RELEASED = Path(__file__).parent / "pretrained"  # a folder for each, see its README.md
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 Model = TypeVar("Model", bound="Pretrained")
@@ -100,7 +102,8 @@ def load(
 
     Args:
         source: a run folder, checkpoint, exported folder or model.safetensors; LlamaGen's, StructTokenBench's or
-            ESM3's weights; or, where no such file or folder is, a model's id on the Hub, "owner/name".
+            ESM3's weights; or, where no such file or folder is, the name of one in tokenizer/pretrained/, or a
+            model's id on the Hub, "owner/name".
         weights: "model", "ema", or "auto": the EMA if there is one.
         revision: of a model on the Hub: branch, tag or commit.
         options: of the model's `open`, such as codebook_l2_norm for LlamaGen's tokenizers.
@@ -118,14 +121,22 @@ def _open(cls: Any, path: Path, device: str | torch.device, weights: str, option
     return model
 
 
+def released() -> list[str]:
+    """Names of the models in tokenizer/pretrained/."""
+    return sorted(path.parent.name for path in RELEASED.glob(f"*/{CONFIG_FILE}"))
+
+
 def local_path(source: str | Path, **download: Any) -> Path:
     """Where the files are, after a download from the Hub if source is an id there and nothing here."""
     path = Path(source)
     if path.exists():
         return path
+    if isinstance(source, str) and source in released():
+        return RELEASED / source
     # "runs/typo" has the form of an id as well: an owner that is a folder here is none.
     if isinstance(source, Path) or not _HUB_ID.fullmatch(source) or Path(source.partition("/")[0]).exists():
-        raise FileNotFoundError(f"no model at {source}")
+        known = "" if path.parent.name else f"; released are {', '.join(released())}"
+        raise FileNotFoundError(f"no model at {source}{known}")
     try:
         return Path(snapshot_download(source, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, CARD_FILE], **download))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -218,7 +229,7 @@ def model_card(what: str, sizes: Mapping[str, Any], facts: Mapping[str, Mapping[
     """Markdown with the Hub's metadata in front."""
     lines = ["---", "library_name: provq", "tags:", "- provq", "- vector-quantization", "---", "",
              f"# {what.strip().splitlines()[0].rstrip('.')}" if what.strip() else "# A model of ProVQ", "",
-             "Trained on the curriculum of progressive vector quantization "
+             "Trained on the curriculum of progressive vector quantization",
              "([arXiv 2603.22304](https://arxiv.org/abs/2603.22304)); its `provq.load` reads this folder."]
     for title, values in {"Model": sizes, **facts}.items():
         lines += ["", f"## {title}", "", "| | |", "|---|---|"]

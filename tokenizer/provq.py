@@ -921,7 +921,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     companion, hint = f"{__package__}.provq_attach" if __package__ else "provq_attach", "copy it beside provq.py"
     if name == "load":
-        companion, hint = "tokenizer.hub", "run in a checkout of ProVQ, which the wheel is not, or put it on PYTHONPATH"
+        companion, hint = "tokenizer.hub", "run in a checkout of ProVQ, which has models too, or put it on PYTHONPATH"
     try:
         return getattr(importlib.import_module(companion), name)
     except ModuleNotFoundError as error:

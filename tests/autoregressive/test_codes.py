@@ -1,6 +1,7 @@
 """Codes on disk: extraction against the tokenizer, resume, processes, views, LlamaGen's folders, and garbage."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from places import ROOT
 from sklearn.datasets import load_digits
 from torchvision.transforms import TenCrop
 
-from autoregressive import convert_codes, extract_codes
+from autoregressive import convert_codes, extract_codes, train_c2i
 from autoregressive.code_shards import file_hash, open_codes
 from tokenizer import train_provq
 from tokenizer.data import center_crop_arr, image_to_tensor
@@ -243,6 +244,22 @@ def test_llamagens_folders_are_read_and_converted(codes, tmp_path):
         open_codes(str(tmp_path / "theirs"), 300)
     with pytest.raises(SystemExit, match="exists already"):
         convert_codes.main([str(codes), str(tmp_path / "back"), "--to-llamagen", "x"])
+
+
+@pytest.mark.parametrize(("used", "noted"), [(64, True), (900, False)])
+def test_a_collapsed_codebook_is_noted(tmp_path, capsys, used, noted):
+    rng = np.random.default_rng(0)
+    for kind in ("codes", "labels"):
+        (tmp_path / f"imagenet16_{kind}").mkdir()
+    for image in range(150):
+        np.save(tmp_path / "imagenet16_codes" / f"{image}.npy", rng.integers(used, size=(1, 1, 16)))
+        np.save(tmp_path / "imagenet16_labels" / f"{image}.npy", np.array([image % 10]))
+    train_c2i.main(["--code-path", str(tmp_path), "--codebook-size", "1024", "--preset", "digits", "--vq-ckpt", "none",
+                    "--val-size", "10", "--device", "cpu", "--dry-run"])
+    said = re.search(r"note: .*: (\d+) of 1,024 codes occur in 2,240 tokens: the tokenizer has collapsed, or --codebook",
+                     capsys.readouterr().err)
+    assert bool(said) == noted
+    assert not said or said[1] == "64"
 
 
 @pytest.mark.parametrize("flag", ["--num-classes", "--codebook-size"])

@@ -104,7 +104,7 @@ def test_without_the_repository_load_says_where_it_is(monkeypatch):
             raise ModuleNotFoundError(f"No module named {absent!r}", name=absent)
 
         monkeypatch.setattr(provq.importlib, "import_module", missing)
-        with pytest.raises(ImportError, match=r"^load is in hub\.py: run in a checkout of ProVQ, which"):
+        with pytest.raises(ImportError, match=r"^load is in hub\.py: run in a checkout of ProVQ, which has"):
             _ = provq.load
 
     def broken(_name):

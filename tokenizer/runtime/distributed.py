@@ -42,7 +42,7 @@ class OtherRankFailed(RuntimeError):
 def init(device: str = "auto") -> torch.device:
     """Pick this process's device and, under torchrun, join the process group.
 
-    device: "auto" (CUDA when visible, else CPU), "cpu", "cuda" or "mps"; a numbered device such as "cuda:1" only
+    device: "auto" (CUDA when visible, else CPU), "cpu" or "cuda"; a numbered device such as "cuda:1" only
     without torchrun, which numbers the devices itself through LOCAL_RANK.
 
     Raises ValueError for a device that this machine does not have, for an incomplete torchrun environment, and for
@@ -89,17 +89,14 @@ def _resolve_device(device: str, local_rank: int | None) -> torch.device:
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f"--device {device}: not a device; use auto, cpu, cuda or mps") from error
+        raise ValueError(f"--device {device}: not a device; use auto, cpu or cuda") from error
     if chosen.type == "cpu":
         return torch.device("cpu")
     if chosen.type == "mps":
-        if local_rank is not None:
-            raise ValueError("--device mps: torchrun is not supported on MPS; run plain python, or use --device cpu")
-        if not torch.backends.mps.is_available():
-            raise ValueError("--device mps: this machine has no MPS device; use --device cpu")
-        return chosen
+        raise ValueError("--device mps: not supported, it has no float64, in which sums and scores are kept; use "
+                         "--device cpu")
     if chosen.type != "cuda":
-        raise ValueError(f"--device {device}: not supported; use auto, cpu, cuda or mps")
+        raise ValueError(f"--device {device}: not supported; use auto, cpu or cuda")
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count == 0:

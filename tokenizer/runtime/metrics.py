@@ -119,7 +119,7 @@ class MetricLogger:
 
     run_dir:      folder of metrics.jsonl and tensorboard/
     total_steps:  steps of the whole run, for the ETA
-    device:       where the metrics are computed; sums are float64 there (float32 on MPS, which has no float64)
+    device:       where the metrics are computed; sums are float64 there
     progress:     True for a progress bar, False for one line per flush, None for a bar on a terminal
     resume_step:  step of the checkpoint that the run continues from; see JsonlFile
     throughput:   what turns samples per second into more entries
@@ -141,7 +141,6 @@ class MetricLogger:
         run_dir = Path(run_dir)
         self._file = JsonlFile(run_dir / "metrics.jsonl", resume_step)
         self._device, self._throughput = device, throughput
-        self._dtype = torch.float32 if device.type == "mps" else torch.float64
         self._board: Any = None
         self._console: _Console | None = None
         if distributed.is_main():
@@ -185,7 +184,7 @@ class MetricLogger:
                 raise ValueError(f"metric {name} has shape {tuple(value.shape)}: it has to be {expected}")
             value = value.detach().reshape(-1)
             if name not in self._sums:
-                self._sums[name] = torch.zeros(value.numel(), dtype=self._dtype, device=self._device)
+                self._sums[name] = torch.zeros(value.numel(), dtype=torch.float64, device=self._device)
                 self._weights[name] = 0.0
             self._sums[name].add_(value, alpha=1 if counts else weight)
             self._weights[name] += weight
@@ -290,7 +289,7 @@ class MetricLogger:
         """
         layout_hash = zlib.crc32(repr(self._layout()).encode()) & 0xFFFFF
         host = torch.tensor([layout_hash, layout_hash**2, self._samples, *self._weights.values()], dtype=torch.float64)
-        sums = torch.cat([*self._sums.values(), torch.zeros(0, dtype=self._dtype, device=self._device)])
+        sums = torch.cat([*self._sums.values(), torch.zeros(0, dtype=torch.float64, device=self._device)])
         packed = torch.cat([host, sums.cpu().double()])  # the one wait for the device
         return torch.nn.functional.pad(packed, (0, -len(packed) % _PADDING))
 
@@ -333,7 +332,8 @@ class MetricLogger:
         now = time.perf_counter()
         self._run_start = now - state["elapsed_seconds"]
         self._reset(window_start=now - state["window_seconds"])
-        self._sums = {name: torch.zeros(size, dtype=self._dtype, device=self._device) for name, size in state["layout"]}
+        self._sums = {name: torch.zeros(size, dtype=torch.float64, device=self._device)
+                      for name, size in state["layout"]}
         self._samples, self._weights, sums = self._unpack(mine)
         for name, tensor in sums.items():
             self._sums[name].copy_(tensor)
