@@ -1,4 +1,4 @@
-"""The benchmark of hosts end to end: bare is the host alone, the command goes on where it was, RESULTS has its table."""
+"""The benchmark of hosts end to end: bare is the host alone, the command goes on, RESULTS has its table."""
 
 import json
 
@@ -17,7 +17,7 @@ every_host = pytest.mark.parametrize("name", hosts_end_to_end.HOSTS)
 
 
 def _run(host, curriculum, seed):
-    errors = {key: 20.0 + seed + (curriculum == "+ ProVQ") for key in hosts_end_to_end.HOSTS[host].errors}
+    errors = dict.fromkeys(hosts_end_to_end.HOSTS[host].errors, 20.0 + seed + (curriculum == "+ ProVQ"))
     return {"host": host, "curriculum": curriculum, "seed": seed, **errors, "codes": [3, 4], "perplexity": [2.0, 3.0]}
 
 
@@ -27,7 +27,8 @@ def test_bare_is_the_host_alone(name, monkeypatch):
     monkeypatch.setattr(hosts_end_to_end, "open_structures", lambda *_, **__: _backbones())
     args = hosts_end_to_end.parse_args([*COMMAND, "--steps", "3"])
     data, held_out = hosts_end_to_end.HOSTS[name].load(args)
-    assert len(data) and len(held_out)
+    assert len(data)
+    assert len(held_out)
     attached = hosts_end_to_end.train(args, name, Curriculum(0, 0), 0, data)
 
     torch.manual_seed(0)
