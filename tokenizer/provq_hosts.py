@@ -422,9 +422,9 @@ class _Custom(Adapter):
         moved = [float((part.codebook() - codes).square().sum() / codes.var(0).sum().clamp_min(1e-12) / len(codes))
                  for part, codes in zip(twin.parts(), before)]  # noqa: B905
         if max(moved) > 0.05:
-            warnings.warn(f"{type(self.module).__name__}: its next training forward moves codes away from where k-means "
-                          f"has set them, by {max(moved) ** 0.5:.0%} of their spread: set_codebook must set what they are"
-                          " made of as well, such as running means", stacklevel=7)
+            warnings.warn(f"{type(self.module).__name__}: its next training forward moves codes away from where "
+                          f"k-means has set them, by {max(moved) ** 0.5:.0%} of their spread: set_codebook must set "
+                          "what they are made of as well, such as running means", stacklevel=7)
 
     @torch.no_grad()
     def _probe(self, z: Tensor, given: dict[str, Any]) -> Any:
