@@ -249,7 +249,10 @@ class ProVQ(nn.Module):
 
     def _mirror(self) -> None:
         # Python copies of the state: forward must not synchronise with the device to know its stage.
-        self._initialised = bool(self.initialised)
+        self._initialised = bool(share := float(self.initialised))
+        if 0.01 < 1 - share < 1:
+            warnings.warn(f"an average of models whose codes are to {1 - share:.0%} those of before k-means: give it "
+                          "the quantizer's state dict as soon as codes are set (see init_codebook)", stacklevel=5)
         end, most = int(self.warmup_end), self._full_curriculum.warmup_steps
         self.curriculum = dataclasses.replace(self._full_curriculum, warmup_steps=min(end, most) if end > 0 else most)
         self._from_start = end == most == 0  # the codes trained without a warm-up; not so a warm-up's checkpoint
@@ -338,16 +341,16 @@ class ProVQ(nn.Module):
     def has_codebook(self) -> bool:
         """Whether codes mean anything yet: initialised from data, or trained from the start (no warm-up)."""
         if not (self._initialised or self.training or _is_compiling()):
-            self._initialised = bool(self.initialised)  # averages of models (EMA, SWA) are written to directly
+            self._mirror()  # averages of models (EMA, SWA) are written to directly
         return self._initialised or self._from_start
 
     def init_codebook(self, latents: Tensor | None, *, iters: int = 20, start: str = "kmeans++", seed: int = 0,
                       order: Tensor | None = None, optimizers: Sequence[optim.Optimizer] = ()) -> dict[str, float]:
         """Set the codes to the k-means centroids of latents (N_rank, D), valid tokens only. Once; collective.
 
-        None keeps the codes (an ablation). optimizers: forget what they gathered about the codebook: zero gradients of
-        the warm-up have already advanced Adam's step count. Other arguments: see `kmeans`. Returns inertia, iterations,
-        tokens and empty (codes). RuntimeError: a second call. ValueError: see `kmeans`.
+        None keeps the codes (an ablation). optimizers: forget what they gathered of the codebook: zero gradients have
+        advanced Adam's step count. A moving average would mix old codes with these: load state_dict() into its ProVQ
+        next. Returns inertia, iterations, tokens, empty (codes). RuntimeError: a second call. ValueError: see `kmeans`.
         """
         if self._initialised:
             raise RuntimeError("init_codebook was called before: the codebook is initialised once")
@@ -449,8 +452,7 @@ class ProVQ(nn.Module):
     def _count(self, indices: Tensor) -> None:
         if _recomputing():
             return
-        self._counts = self._counts.to(indices.device)
-        self._counts.index_add_(0, indices.clamp_min(0), (indices >= 0).long())
+        self._counts = self._counts.to(indices.device).index_add_(0, indices.clamp_min(0), (indices >= 0).long())
 
     def _flatten(self, z: Tensor, mask: Tensor | None) -> tuple[Tensor, tuple[int, ...], Tensor | None]:
         """z -> its valid tokens (N, D), its shape without channels, and with a mask their places in it (N,)."""
@@ -791,8 +793,7 @@ def kmeans(x: Tensor, num_codes: int, *, iters: int = 20, start: str = "kmeans++
         raise ValueError(f"k-means needs floating-point tokens (N, D), got {tuple(x.shape)} {x.dtype}")
     if start not in ("kmeans++", "random") or iters < 0 or num_codes < 1:
         raise ValueError(f"start: kmeans++ or random; iters >= 0, num_codes >= 1; got {start=} {iters=} {num_codes=}")
-    x = x.float()
-    rank = dist.get_rank() if _world() > 1 else 0
+    x, rank = x.float(), dist.get_rank() if _world() > 1 else 0
     sizes = torch.zeros(_world() + 1, dtype=torch.int64, device=x.device)
     sizes[rank], sizes[-1] = len(x), (~x.isfinite()).sum()
     *per_rank, bad = _all_reduce(sizes).tolist()
@@ -817,9 +818,8 @@ def kmeans(x: Tensor, num_codes: int, *, iters: int = 20, start: str = "kmeans++
     _all_reduce(points)
     if not bool((points[:, -1] == 1).all()):
         raise ValueError("order must number the tokens of all ranks 0 .. N-1 without gaps or repeats")
-    points = points[:, :-1]
-    centroids = _kmeans_plus_plus(points, num_codes, generator) if start == "kmeans++" else points
-    centroids = _broadcast(centroids.contiguous())
+    points = _kmeans_plus_plus(points[:, :-1], num_codes, generator) if start == "kmeans++" else points[:, :-1]
+    centroids = _broadcast(points.contiguous())
 
     for done in range(iters + 1):
         sums, counts, far = _assign(x, centroids)

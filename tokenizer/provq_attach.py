@@ -267,13 +267,19 @@ class Adapter(nn.Module):
             return same
         return same | ((self.decoded(indices) - codes).square().sum(1) <= 1e-10 * codes.square().sum(1).mean())
 
+    def twin(self) -> Adapter | None:
+        """A copy of it and of the host alone; None: weights of weight_norm, once they were used, cannot be copied."""
+        try:
+            return copy.deepcopy(self, {id(self.module._modules.get("provq")): None})
+        except RuntimeError:
+            return None
+
     def rehearse(self) -> None:
         """`require_alike` on a copy of the host with random codes: long before k-means, a look-alike is known."""
         if not self.settable or _weight(self.module).is_meta:
             return
-        try:
-            twin = copy.deepcopy(self, {id(self.module._modules.get("provq")): None})  # of the host alone
-        except RuntimeError:  # weights of weight_norm, once they were used. The codes of k-means are checked as well
+        twin = self.twin()
+        if twin is None:  # the codes of k-means are checked as well
             return
         generator, device = torch.Generator().manual_seed(0), _weight(self.module).device
         x = torch.randn(256, self.dim, generator=generator).to(device)
@@ -326,7 +332,17 @@ class _Table(Adapter):
         """
         result = provq.kmeans(latents, self.num_codes, spherical=self.l2_norm, **options)
         provq._require_distinct(result.centroids, scale, what)
+        held = {*self.codebook_parameters()}
         self.set_codebook_(result.centroids, result.counts * (batch / result.counts.sum()) if batch else result.counts)
+        name, codes = type(self.module).__name__, self.codebook()
+        found = codes[self.nearest(result.centroids.to(codes.dtype))]
+        own = ((found - codes).square().sum(1) <= 1e-6 * codes.square().sum(1).mean()).float().mean()
+        if self.check and own < 0.5:
+            raise ValueError(f"{name}: codes were set to centroids, and for {own:.0%} of these the nearest code is the "
+                             "one set to it: what sets codes must write what is searched")
+        if self.check and held != {*self.codebook_parameters()}:
+            raise ValueError(f"{name}: setting its codes replaced a parameter, and optimizers hold the old one: write "
+                             "into it, as in parameter.data.copy_(centroids)")
         return result
 
 
@@ -518,6 +534,7 @@ def adapt(module: nn.Module, kind: str = "auto", *, check: bool = True, **callab
     adapter: Adapter = companions[0].custom(module, **callables) if kind == "custom" else ADAPTERS[kind](module)
     adapter.check = check
     for part in adapter.parts():
+        part.check = check
         if part.table().shape[:1] != (part.num_codes,):
             raise ValueError(f"{name} is no {kind} quantizer: its table is {tuple(part.table().shape)}, and K is "
                              f"{part.num_codes}")

@@ -350,10 +350,12 @@ class _Custom(Adapter):
     def silent(self, z: Tensor, quantized: Tensor, given: dict[str, Any]) -> Any:
         key = (z.shape, z.dtype, z.device, self.module.training)
         if key not in self._returned:
+            found = self._probe(z, given)
             if not self._returned and self.check:
                 self.spatial = z.ndim - 2
+                self._require_places(found, z)
                 self.rehearse()
-            self._returned[key] = self._probe(z, given)
+            self._returned[key] = found
         out = provq_attach._put(self._returned[key], self.quantized_at, quantized)
         if self.indices_at:
             indices = provq_attach._get(out, self.indices_at)
@@ -365,10 +367,74 @@ class _Custom(Adapter):
         return out
 
     @torch.no_grad()
+    def _require_widths(self) -> None:
+        """ValueError: latent and output do not lead from D channels to those of codes and back."""
+        width, x = self.parts()[0].table().shape[1], provq_attach._weight(self.module).new_zeros(2, self.dim)
+        for name, given, due in (("latent", x, width), ("output", x.new_zeros(2, width), self.dim)):
+            got = getattr(self, name)(given)
+            if got.shape != (2, due):
+                raise ValueError(f"{type(self.module).__name__}: {name}= makes {tuple(got.shape)} of "
+                                 f"{tuple(given.shape)}, and {(2, due)} is due: latents have dim = {self.dim} channels,"
+                                 f" codes {width}")
+
+    def _require_places(self, out: Any, z: Tensor) -> None:
+        """ValueError: something is not where it should be in what the host returned for z."""
+        name, found = type(self.module).__name__, {}
+        places = {"quantized_at": self.quantized_at, "indices_at": self.indices_at,
+                  **{f"losses_at[{loss!r}]": path for loss, path in self.losses_at.items()}}
+        for key, path in places.items():
+            try:
+                found[key] = None if path is None else provq_attach._get(out, path)
+            except (LookupError, AttributeError, TypeError) as error:
+                raise ValueError(f"{name}: {key} = {path}: nothing is there in its return value ({error})") from error
+        codes, indices = found["quantized_at"], found["indices_at"]
+        if getattr(codes, "shape", None) != z.shape:
+            raise ValueError(f"{name}: quantized_at = {self.quantized_at}: {_shape(codes)}, and latents are "
+                             f"{tuple(z.shape)}")
+        if indices is None:
+            return
+        sizes, n = [part.num_codes for part in self.parts()], z.numel() // self.dim
+        whole = isinstance(indices, Tensor) and not indices.is_floating_point() and indices.numel() == n * len(sizes)
+        if not whole or (self.trailing and indices.shape[self.level_axis] != len(sizes)):
+            levels = f", of {len(sizes)} levels along level_axis = {self.level_axis}" if self.trailing else ""
+            raise ValueError(f"{name}: indices_at = {self.indices_at}: {_shape(indices)}, and one for each of {n} "
+                             f"latents is due{levels}")
+        least, most = indices.min().item(), indices.max().item()
+        if least < 0 or most >= max(sizes):
+            raise ValueError(f"{name}: indices_at = {self.indices_at}: {least} to {most}, and codes are 0 to "
+                             f"{max(sizes) - 1}")
+
+    def fit_codebook_(self, x: Tensor, **options: Any) -> dict[str, float]:
+        info = super().fit_codebook_(x, **options)
+        twin = self.twin() if self.check else None
+        if twin is not None:
+            self._require_rest(twin, x)
+        return info
+
+    @torch.no_grad()
+    def _require_rest(self, twin: Adapter, x: Tensor) -> None:
+        """Warn where a training forward on the tokens of the centroids moves the codes far from them."""
+        twin.module.train()
+        before = [part.codebook() for part in self.parts()]
+        fork = torch.random.fork_rng(devices=[x.device] if x.is_cuda else [])
+        with fork, torch.autocast(x.device.type, enabled=False):
+            twin(twin.cast(x).to(provq_attach._weight(twin.module).dtype))
+        moved = [float((part.codebook() - codes).square().sum() / codes.var(0).sum().clamp_min(1e-12) / len(codes))
+                 for part, codes in zip(twin.parts(), before)]  # noqa: B905
+        if max(moved) > 0.05:
+            warnings.warn(f"{type(self.module).__name__}: its next training forward moves codes away from where "
+                          f"k-means has set them, by {max(moved) ** 0.5:.0%} of their spread: set_codebook must set "
+                          "what they are made of as well, such as running means", stacklevel=7)
+
+    @torch.no_grad()
     def _probe(self, z: Tensor, given: dict[str, Any]) -> Any:
         twin = copy.deepcopy(self.module, {id(self.module._modules.get("provq")): None})
         with torch.random.fork_rng(devices=[z.device] if z.is_cuda else []):
             return type(twin).forward(twin, z.detach(), **given)
+
+
+def _shape(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
 
 
 def _path(place: Place) -> tuple[int | str, ...]:
@@ -403,6 +469,7 @@ class CustomAdapter(_Custom, TableAdapter):
                            "lookup": lookup}, quantized_at, indices_at, losses_at, channel_dim)
         self.num_codes, width = self.table().shape
         self.dim = width if dim is None else dim
+        self._require_widths()
 
     @torch.no_grad()
     def set_codebook_(self, centroids: Tensor, counts: Tensor | None = None) -> None:
@@ -445,6 +512,7 @@ class CustomResidualAdapter(_Custom, ResidualAdapter):
         self._use(module, {"latent": latent, "output": output}, quantized_at, indices_at, losses_at, channel_dim)
         self._use_levels([_CustomLevel(level, codebook, set_codebook) for level in levels(module)])
         self.dim, self.level_axis = self.levels[0].dim if dim is None else dim, level_axis
+        self._require_widths()
 
 
 def custom(module: nn.Module, **options: Any) -> Adapter:

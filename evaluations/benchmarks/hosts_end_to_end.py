@@ -52,7 +52,7 @@ class Host(nn.Module):
     """A model around somebody else's quantizer. Its call: x -> y, the loss of the quantizer [], indices."""
 
     errors: dict[str, tuple[str, int]]  # of `measure`, the first is compared -> heading, digits
-    quantizer: nn.Module
+    quantizer: Any  # a module of another package, with attach's .provq
 
     @staticmethod
     def load(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
@@ -185,8 +185,9 @@ class ProteinHost(Host):
     def load(cls, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
         structures = open_structures(args.structures, ideal_chains=400)
         usable = usable_chains(structures, min_length=cls.LENGTH, max_length=cls.LENGTH)
-        return tuple(cls._stretches(structures, half, args.stretches)
-                     for half in hold_out_entries(structures, usable.indices, 0.2, seed=0))
+        training, held_out = hold_out_entries(structures, usable.indices, 0.2, seed=0)
+        return (cls._stretches(structures, training, args.stretches),
+                cls._stretches(structures, held_out, args.stretches))
 
     @classmethod
     def _stretches(cls, structures: Any, indices: Any, times: int) -> Tensor:
@@ -231,7 +232,7 @@ def train(args: argparse.Namespace, name: str, curriculum: Curriculum, seed: int
 @torch.no_grad()
 def score(host: Host, data: Tensor) -> dict[str, Any]:
     """Means over the data; codes used on it and their perplexity, of each level, coarse to fine."""
-    adapter: Adapter = host.quantizer.get_submodule("provq").quantizer
+    adapter: Adapter = host.quantizer.provq.quantizer
     counts, parts = torch.zeros(adapter.num_codes, dtype=torch.int64), []
     for x in data.split(250):
         y, _, indices = host(x)
@@ -286,14 +287,13 @@ def markdown(runs: list[dict[str, Any]], name: str) -> str:
     errors = HOSTS[name].errors
     first, digits = next((key, digits) for key, (_, digits) in errors.items())
     heads = [heading for heading, _ in errors.values()]
-    lines = [f"| {name} | {' | '.join(heads)} | codes used | perplexity | {heads[0]}, difference [95 %] |",
-             "|---" * (len(heads) + 4) + "|"]
+    lines = [f"| {name} | {' | '.join(heads)} | codes used | {heads[0]}, difference [95 %] |",
+             "|---" * (len(heads) + 3) + "|"]
     for label, found in by.items():
         cells = [bare_and_attached.over_seeds([found[seed][key] for seed in seeds], places)
                  for key, (_, places) in errors.items()]
-        for key in ("codes", "perplexity"):
-            levels = zip(*(found[seed][key] for seed in seeds), strict=True)
-            cells.append(", ".join(bare_and_attached.over_seeds(level, 0) for level in levels))
+        levels = zip(*(found[seed]["codes"] for seed in seeds), strict=True)
+        cells.append(", ".join(bare_and_attached.over_seeds(level, 0) for level in levels))
         gap = ""
         if label == ATTACHED and len(seeds) > 1:
             found_gap = mean_interval(np.array([by[ATTACHED][seed][first] - by[BARE][seed][first] for seed in seeds]))
@@ -308,9 +308,8 @@ def compare(args: argparse.Namespace) -> None:
         wanted = [(label, seed) for seed in args.seeds for label in (BARE, ATTACHED)]
         there = {(run["curriculum"], run["seed"]) for run in document["runs"] if run["host"] == name}
         missing = [each for each in wanted if each not in there]
-        data = HOSTS[name].load(args) if missing else None
+        training, held_out = HOSTS[name].load(args) if missing else (torch.empty(0), torch.empty(0))
         for label, seed in missing:
-            training, held_out = data
             host = train(args, name, bare_and_attached.curricula(args)[label], seed, training)
             run = {"host": name, "curriculum": label, "seed": seed, **score(host, held_out)}
             document["runs"].append(run)

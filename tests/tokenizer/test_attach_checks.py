@@ -327,7 +327,7 @@ class HandWritten:
 @pytest.mark.parametrize("make", [timm.utils.ModelEmaV2, timm.utils.ModelEmaV3, HandWritten])
 @pytest.mark.parametrize("attached", [True, False])
 @pytest.mark.parametrize("made_at", [0, 2, 4])
-@pytest.mark.filterwarnings("ignore:a deep copy of")
+@pytest.mark.filterwarnings("ignore:a deep copy of", "ignore:an average of models")
 def test_keys_are_fixed_at_construction_so_that_averages_pair(make, attached, made_at):
     model, handle = _model(attached)
     keys, average = list(model.state_dict()), None
@@ -364,6 +364,28 @@ def test_a_deep_copy_that_is_no_part_of_copies_gets_a_message():
         warnings.simplefilter("error")
         for step in range(5):
             _step(model, handle, step)
+
+
+@pytest.mark.parametrize("attached", [True, False])
+def test_an_average_whose_codes_are_old_says_so_until_it_gets_the_new_ones(attached):
+    for told in (False, True):
+        model, handle = _model(attached)
+        average = timm.utils.ModelEmaV2(model, decay=0.9)
+        for step in range(6):
+            _step(model, handle, step, **({"copies": None} if attached else {}))
+            if step == 3 and told:
+                average.module[1].load_state_dict(model[1].state_dict())
+            average.update(model)
+        x = _normal(4, 3, 4, 4)
+        model.eval()(x)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            average.module.eval()(x)
+            average.module(x)  # once
+            _model(attached)[0].load_state_dict(average.module.state_dict())
+        said = [str(w.message) for w in caught]
+        assert len(said) == (0 if told else 2), said
+        assert all("codes are to 73% those of before k-means" in line for line in said)  # 0.9^3
 
 
 def test_checkpoints_of_before_the_keys_were_fixed_load():

@@ -158,6 +158,78 @@ def test_functions_that_do_not_fit_the_host_are_found_in_the_first_forward():
         attach(Foreign("tuple"), Curriculum(1, 1), codebook=len)
 
 
+def _trained(wrong: dict, make=lambda: Foreign("tuple")) -> None:
+    torch.manual_seed(0)
+    host = make()
+    handle = attach(host, Curriculum(1, 1), kind="custom", **{**FUNCTIONS, **PLACES["tuple"], **wrong})
+    host(_normal(3, 20, 6))
+    handle.set_step(1)
+    handle.maybe_init_codebook()
+
+
+@pytest.mark.parametrize(("wrong", "message"), [
+    ({"latent": None}, r"Foreign: latent= makes \(2, 6\) of \(2, 6\), and \(2, 4\) is due: latents have dim = 6"),
+    ({"output": None}, r"Foreign: output= makes \(2, 4\) of \(2, 4\), and \(2, 6\) is due"),
+    ({"quantized_at": 1}, r"Foreign: quantized_at = \(1,\): \(\), and latents are \(3, 20, 6\)"),
+    ({"indices_at": 0}, r"Foreign: indices_at = \(0,\): \(3, 20, 6\), and one for each of 60 latents is due"),
+    ({"indices_at": 7}, r"Foreign: indices_at = \(7,\): nothing is there in its return value"),
+    ({"losses_at": {"vq": "loss"}}, r"Foreign: losses_at\['vq'\] = \('loss',\): nothing is there"),
+    ({"set_codebook": lambda *_: None}, "Foreign: codes were set to centroids, and for .* what is searched"),
+    ({"set_codebook": lambda m, centroids, _: setattr(m, "columns", nn.Parameter(centroids.t().clone()))},
+     "Foreign: setting its codes replaced a parameter, and optimizers hold the old one"),
+])
+def test_what_does_not_fit_is_named(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        _trained(wrong)
+
+
+class Renumbering(Foreign):
+    """The first eight indices are for other tokens."""
+
+    def forward(self, z: Tensor):
+        quantized, loss, index = super().forward(z)
+        return quantized, loss, index + 8
+
+
+def test_indices_that_are_none_of_codes_are_named():
+    with pytest.raises(ValueError, match=r"Renumbering: indices_at = \(2,\): \d+ to \d+, and codes are 0 to 7"):
+        _trained({}, lambda: Renumbering("tuple"))
+
+
+class Running(nn.Module):
+    """Running means under names of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("book", _normal(8, 6))
+        self.register_buffer("total", self.book.clone())
+        self.register_buffer("share", torch.ones(8))
+
+    def forward(self, z: Tensor):
+        rows = z.reshape(-1, 6)
+        index = torch.cdist(rows, self.book).argmin(1)
+        codes = self.book[index].view(z.shape)
+        if self.training:
+            one_hot = F.one_hot(index, 8).float()
+            self.share.lerp_(one_hot.sum(0), 0.1)
+            self.total.lerp_((one_hot.t() @ rows).detach(), 0.1)
+            self.book.copy_(self.total / self.share.clamp_min(1e-3)[:, None])
+        return z + (codes - z).detach(), (codes.detach() - z).square().mean(), index.view(z.shape[:-1])
+
+
+def test_running_means_that_were_not_set_are_noticed(recwarn):
+    def whole(m: Running, centroids: Tensor, counts: Tensor) -> None:
+        m.book.copy_(centroids)
+        m.share.copy_(counts)
+        m.total.copy_(centroids * m.share[:, None])
+
+    common = {"codebook": lambda m: m.book, "latent": None, "output": None, "dim": None}
+    _trained(common | {"set_codebook": whole}, Running)
+    assert [str(w.message) for w in recwarn if "moves codes away" in str(w.message)] == []
+    with pytest.warns(UserWarning, match=r"Running: its next training forward moves codes away .* by \d+% of their"):
+        _trained(common | {"set_codebook": lambda m, centroids, _: m.book.copy_(centroids)}, Running)
+
+
 class Levels(nn.Module):
     """Residual levels around one pair of projections. z (B, 6, n); indices (B, levels, n)."""
 
