@@ -61,9 +61,10 @@ def measure(name: str, args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     ours = Ours(VQModel(VQModelConfig(vq_model, image_size=size, codebook_l2_norm=True)).to(device).train())
     module = peer.load_module(args.peer, "tokenizer/tokenizer_image/vq_model.py")
-    theirs = Theirs(module.VQ_models[vq_model](codebook_size=16384, codebook_embed_dim=8).to(device).train())
-    theirs.model.load_state_dict(to_llamagen_state_dict(ours.model))
-    theirs.model.quantize.codebook_used.requires_grad_(False)  # a buffer made as a parameter, which it writes into
+    peers = module.VQ_models[vq_model](codebook_size=16384, codebook_embed_dim=8).to(device).train()
+    peers.load_state_dict(to_llamagen_state_dict(ours.model))
+    peers.quantize.codebook_used.requires_grad_(False)  # a buffer made as a parameter, which it writes into
+    theirs = Theirs(peers)
     x = torch.rand(batch, 3, size, size, device=device) * 2 - 1
 
     def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
