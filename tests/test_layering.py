@@ -14,6 +14,7 @@ root and returns complaints as "file:line: what", so that it can be shown to fai
 """
 
 import ast
+import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -337,3 +338,13 @@ def test_allowed_imports_pass(tmp_path):
         (tmp_path / name).parent.joinpath("__init__.py").touch()
         (tmp_path / name).write_text(content)
     assert [complaint for check, *_ in CHECKS for complaint in check(tmp_path)] == []
+
+
+def test_trainers_start_with_torch_alone():
+    """A wrong flag is refused after the imports. sympy and Triton, which some parts of torch bring, take a second."""
+    def loaded(modules):
+        code = f"import sys, {modules}; print(*{{'sympy', 'triton'}} & sys.modules.keys())"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        return set(done.stdout.split())
+
+    assert loaded("tokenizer.train_provq, protein.train_provq") <= loaded("torch")

@@ -39,13 +39,6 @@ from tokenizer.vq_model import VQModel, VQModelConfig
 PROG = "evaluations/benchmarks/extraction.py"
 
 
-def matmul_gflops() -> float:
-    """What large float32 matrix products reach here, the bound for everything else."""
-    a = torch.randn(2048, 2048)
-    torch.mm(a, a)
-    return 2 * 2048**3 / 1e9 / min(peer.seconds(lambda: torch.mm(a, a)) for _ in range(10))
-
-
 def measure(title: str, model: VQModel, encode: Callable[[Tensor], Tensor], size: int, args: argparse.Namespace,
             images: int, folder: Path, precision: str = "none", compiled: bool = False) -> None:
     """encode: images (2, C, S, S) -> codes, any shape, as the peer computes them."""
@@ -89,7 +82,7 @@ def measure(title: str, model: VQModel, encode: Callable[[Tensor], Tensor], size
         model.encode_latents(torch.zeros(1, 3, size, size))
     flops = counter.get_total_flops() / 1e9  # of one view
     print(f"arithmetic: {flops:.3f} GFLOP per view, {2 * flops * images / min(mine):.0f} GFLOP/s in ours, "  # noqa: T201
-          f"{matmul_gflops():.0f} in float32 matrix products")
+          f"{peer.matmul_gflops(device):.0f} in float32 matrix products")
 
 
 def measure_all(args: argparse.Namespace) -> None:

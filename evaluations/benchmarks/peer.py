@@ -33,24 +33,33 @@ def load_module(checkout: Path, file: str) -> ModuleType:
     return module
 
 
-def seconds(function: Callable[[], object]) -> float:
+def seconds(function: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    """clock: time.process_time for what a CPU's threads have spent, whatever else the machine does."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    began = time.perf_counter()
+    began = clock()
     function()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return clock() - began
 
 
-def compare(ours: Callable[[], object], theirs: Callable[[], object], repeats: int) -> tuple[list[float], list[float]]:
+def matmul_gflops(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
+    """What large float32 matrix products reach here, the bound for everything else."""
+    a = torch.randn(2048, 2048, device=device)
+    torch.mm(a, a)
+    return 2 * 2048**3 / 1e9 / min(seconds(lambda: torch.mm(a, a), clock) for _ in range(10))
+
+
+def compare(ours: Callable[[], object], theirs: Callable[[], object], repeats: int,
+            clock: Callable[[], float] = time.perf_counter) -> tuple[list[float], list[float]]:
     """Seconds of both, after one warm-up of each. Who goes first alternates: the first of a pair tends to be slower."""
-    seconds(ours)
-    seconds(theirs)
+    seconds(ours, clock)
+    seconds(theirs, clock)
     times: tuple[list[float], list[float]] = ([], [])
     for repeat in range(repeats):
         for which in (0, 1) if repeat % 2 == 0 else (1, 0):
-            times[which].append(seconds((ours, theirs)[which]))
+            times[which].append(seconds((ours, theirs)[which], clock))
     return times
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tokenizer.runtime import config, distributed
@@ -119,7 +118,7 @@ def update(
     """Clip to max_grad_norm (0: not), step, clear -> gradient norm before clipping; 0 for a step that fp16 skips."""
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm or math.inf)
-    if isinstance(norm, DTensor):  # of sharded parameters
+    if hasattr(norm, "full_tensor"):  # a DTensor, of sharded parameters; importing it takes as long as this module
         norm = norm.full_tensor()
     scaler.step(optimizer)
     optimizer.zero_grad(set_to_none=True)

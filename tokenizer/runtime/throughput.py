@@ -6,8 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from tokenizer.runtime import distributed
 
@@ -29,6 +27,9 @@ def peak_flops(name: str, precision: str, tf32: bool) -> float | None:
 
 def count_flops(forward: Callable[[], object]) -> int:
     """Of the matrix products, convolutions and attention in a call. Computes nothing, on whatever device."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # here because Triton comes with them
+    from torch.utils.flop_counter import FlopCounterMode
+
     with FlopCounterMode(display=False) as counter, FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         forward()
     return counter.get_total_flops()
