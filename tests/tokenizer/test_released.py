@@ -21,6 +21,7 @@ from tokenizer.pretrained import tokenizer_hash
 
 SHA256 = {
     "cifar10-vq4": "b8e90afd5314d35ee692fde4683c58caddb4d5c2295d794a13ad434315ac2300",
+    "digits-gpt": "f2beda416843b659095d5ae4bb90ca2eb5e623c70089586a6858d14aa558366a",
     "digits-vq": "127c286fd8ccb98e5f8de9b034f3dd6ddb50bdf92960ba8b91a3aaf7723af964",
 }
 
