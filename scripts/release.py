@@ -74,7 +74,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with command(PROG):
         folder = release(args)
-        print(f"wrote {folder}\n{WEIGHTS_FILE} sha256 {hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()}")
+        digest = hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()
+        print(f"wrote {folder}\n{WEIGHTS_FILE} sha256 {digest}")
 
 
 if __name__ == "__main__":
