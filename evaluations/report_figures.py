@@ -155,9 +155,11 @@ def latents(snapshots: Sequence[Any], name: str) -> str:
             figure = pyplot.figure(figsize=(3.3, 3.4), layout="constrained")
             axis = figure.subplots()
             used = snapshot.counts[snapshot.rows] > 0
-            axis.scatter(*cloud.T, s=3, color=LATENT, alpha=0.35, linewidths=0, rasterized=True)
-            axis.scatter(*codes[~used].T, s=12, marker="x", color=DEAD, linewidths=0.8, rasterized=True)
-            axis.scatter(*codes[used].T, s=11, color=CODE, edgecolors="white", linewidths=0.35, rasterized=True)
+            dead, alive = codes[~used], codes[used]
+            axis.scatter(cloud[:, 0], cloud[:, 1], s=3, color=LATENT, alpha=0.35, linewidths=0, rasterized=True)
+            axis.scatter(dead[:, 0], dead[:, 1], s=12, marker="x", color=DEAD, linewidths=0.8, rasterized=True)
+            axis.scatter(alive[:, 0], alive[:, 1], s=11, color=CODE, edgecolors="white", linewidths=0.35,
+                         rasterized=True)
             in_use = (snapshot.counts > 0).sum()
             codes_line = f"{in_use} of {len(snapshot.counts)} codes in use" if len(codes) else "no codes yet"
             title = f"{snapshot.name.replace('_', ' ')}, step {snapshot.step}\n{codes_line}"

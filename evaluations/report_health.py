@@ -49,11 +49,12 @@ def complaints(
 ) -> list[str] | None:
     """What is unhealthy about a run's codes since k-means; None: it has no codes yet, or did not record them.
 
-    since: step of the last k-means; rows after it count. metrics: rows with latent_spread, code_spread, codes_moved, latents_moved where recorded; validation: with usage.
+    since: step of the last k-means; rows after it count. metrics: rows with latent_spread, code_spread, codes_moved,
+    latents_moved where recorded; validation: with usage.
     """
-    used = [row["usage"] for row in validation if row["step"] > since and _number(row.get("usage")) and row["usage"]]
-    spreads = [row for row in metrics
-               if row["step"] > since and _number(row.get("latent_spread")) and _number(row.get("code_spread"))]
+    metrics, validation = ([row for row in rows if row["step"] > since] for rows in (metrics, validation))
+    used = [row["usage"] for row in validation if _number(row.get("usage")) and row["usage"] > 0]
+    spreads = [row for row in metrics if _number(row.get("latent_spread")) and _number(row.get("code_spread"))]
     if not used:
         return None
     found = []

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from autoregressive.api import ImageGenerator
-from tokenizer.hub import RELEASED, load
+from tokenizer.hub import load
 from tokenizer.runtime import config
 from tokenizer.runtime.command import command, make_parser
-from tokenizer.weights import CONFIG_FILE, WEIGHTS_FILE, write_export
+from tokenizer.weights import CONFIG_FILE, RELEASED, WEIGHTS_FILE, write_export
 
 PROG = "scripts/release.py"
 
