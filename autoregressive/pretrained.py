@@ -21,7 +21,6 @@ from tokenizer.runtime.parsing import brief
 from tokenizer.vq_model import VQModel
 from tokenizer.weights import (
     CARD_FILE,
-    CHECKPOINT_FOLDER,
     CONFIG_FILE,
     WEIGHTS_FILE,
     Saved,

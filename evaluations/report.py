@@ -24,7 +24,8 @@ if not __package__:
 
 from evaluations import report_figures as figures
 from evaluations.protocol import differences, protocol_id
-from evaluations.report_runs import Run, Setting, differing, group_settings, number, read_runs
+from evaluations.report_health import Scored, complaints, health, verdict
+from evaluations.report_runs import Run, Setting, differing, flatten, group_settings, missing_reason, number, read_runs
 from tokenizer.runtime import config, distributed, page
 from tokenizer.runtime.checkpoint import atomic_write_text
 from tokenizer.runtime.command import command, make_parser, require_out_file
@@ -170,14 +171,6 @@ def group_results(runs: Sequence[Run], kind: str) -> list[Group]:
     return list(groups.values())
 
 
-def flatten(values: Mapping[str, Any], name: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}"""
-    out: dict[str, Any] = {}
-    for key, value in values.items():
-        out |= flatten(value, f"{name}{key}.") if isinstance(value, dict) else {f"{name}{key}": value}
-    return out
-
-
 # ------------------------------------------------------------------------------------------------------------- tables
 
 def metric_cells(rows: Sequence[Setting], group: Group, metrics: Sequence[Metric]) -> list[list[Cell]]:
@@ -202,19 +195,6 @@ def metric_cells(rows: Sequence[Setting], group: Group, metrics: Sequence[Metric
             cells.append(Cell(text, bold=i == best, footnote=why))
         columns.append(cells)
     return [list(row) for row in zip(*columns, strict=True)]
-
-
-def missing_reason(report: Mapping[str, Any], key: str) -> str:
-    said = report.get("unavailable")
-    if isinstance(said, dict) and said.get(key):
-        return str(said[key])
-    if "protocol" in report:
-        return "the report does not have it"
-    if key == "lpips":
-        return "trained without LPIPS (--perceptual-weight 0): run evaluations/reconstruction.py"
-    if key == "rfid":
-        return "no evaluation/reconstruction.json: run evaluations/reconstruction.py --vq-ckpt RUN"
-    return "the trainer's last validation does not have it"
 
 
 def _seeds(setting: Setting, group: Group) -> list[Run]:
@@ -252,9 +232,9 @@ def stages(run: Run) -> tuple[int, int]:
 
 
 def table_5(rows: Sequence[Setting], group: Group) -> Table | None:
-    """What the curriculum's parts add to a base model. None: no run has a curriculum."""
+    """What the curriculum's parts add to a base model. None: no two rows have other parts, so Table 1 says it all."""
     chosen = [s for s in rows if base_model(s.config) != UNKNOWN and s.runs[0].lengths is not None]
-    if not chosen:
+    if len({tuple(n > 0 for n in stages(s.runs[0])) for s in chosen}) < 2:
         return None
     chosen.sort(key=lambda s: (base_model(s.config), *(n > 0 for n in stages(s.runs[0])), enhancement(s)))
     table = Table("Table 5, soft transition and manifold warm-up.", "Steps: warm-up / transition / all.",
@@ -272,9 +252,9 @@ def table_5(rows: Sequence[Setting], group: Group) -> Table | None:
 
 
 def table_6(rows: Sequence[Setting], group: Group) -> Table | None:
-    """Schedules of the transition. None: no run has one."""
+    """Schedules of the transition. None: there are no two to compare."""
     chosen = [s for s in rows if s.runs[0].lengths and s.runs[0].lengths[1] and "transition" in s.config]
-    if not chosen:
+    if len({s.config["transition"] for s in chosen}) < 2:
         return None
     chosen.sort(key=lambda s: (base_model(s.config), enhancement(s, schedule=False), s.config["transition"]))
     table = Table("Table 6, scheduler of the soft transition.",
@@ -285,9 +265,6 @@ def table_6(rows: Sequence[Setting], group: Group) -> Table | None:
         table.rows.append([Cell(f"{base_model(setting.config)} {enhancement(setting, schedule=False)}"),
                            Cell(setting.config["transition"]), Cell(f"{warmup} / {transition} / {setting.step}"),
                            _seed_cell(setting, group), *numbers])
-    if len({s.config["transition"] for s in chosen}) == 1:
-        table.notes.append(f"These runs have one schedule only; the comparison needs others (--transition "
-                           f"{'hard' if chosen[0].config['transition'] != 'hard' else 'cosine'}).")
     table.notes += _also_differ(chosen, ("transition", "warmup_steps", "transition_steps", *QUANTIZER))
     return table
 
@@ -374,6 +351,7 @@ class Report:
     def html(self) -> str:
         """Also fills `markdown`."""
         return page.page(self.title(), self.subtitle(), {
+            "In short": self.in_short(),
             "Runs": self.overview(),
             "Results": self.results(),
             "Training curves": self.training(),
@@ -389,9 +367,29 @@ class Report:
         self.markdown.append(page.markdown_table(table))
         return page.html_table(table)
 
-    def _note(self, title: str, items: Sequence[str]) -> str:
+    def _note(self, title: str, items: Sequence[str], good: bool = False) -> str:
         self.markdown.append("".join([f"**{page.markdown(title)}**\n\n", *(f"- {page.markdown(i)}\n" for i in items)]))
-        return page.note(title, items)
+        return page.note(title, items, good)
+
+    def in_short(self) -> str:
+        """A verdict by each protocol that has settings which none before had, and the health of the codebooks."""
+        self.markdown.append("## In short\n")
+        out, judged = "", set[str]()
+        for group in self.groups["reconstruction"]:
+            scored: list[Scored] = []
+            for name, setting in self.names.items():
+                found = [group.results[run.path] for run in _seeds(setting, group)]
+                psnr, usage = (merge([number(result.get(key)) for result in found]) for key in ("psnr", "usage"))
+                if psnr is not None:
+                    scored.append(Scored(name, psnr.mean, psnr.deviation, usage.mean if usage else None))
+            if {s.name for s in scored} - judged:
+                judged |= {s.name for s in scored}
+                said = f"{verdict(scored, 'PSNR', ' dB')} Protocol {self.letters[id(group)]}."
+                self.markdown.append(page.markdown(said) + "\n")
+                out += f'<p class="verdict">{page.escape(said)}</p>\n'
+        lines, well = health({name: [(run.name, complaints(run.metrics, run.validation, run.last_kmeans), number(
+            run.result.get("usage"))) for run in setting.runs] for name, setting in self.names.items()})
+        return out + self._note("Codebook health", lines, good=well)
 
     def overview(self) -> str:
         self.markdown.append("## Runs\n")

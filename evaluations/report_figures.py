@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 if TYPE_CHECKING:
     from sklearn.decomposition import PCA
@@ -91,11 +91,11 @@ def curves(runs: Sequence[tuple[Any, str]], name: str) -> str:
              if any(points(run.validation if panel[2] else run.metrics, panel[0])[0] for run, _ in runs)]
     if not shown:
         return ""
-    height = -(-len(shown) // 3)
+    drawn = []
     with matplotlib.rc_context(_STYLE):
-        figure = pyplot.figure(figsize=(11, 2.25 * height), layout="constrained")
-        axes = list(figure.subplots(height, 3, squeeze=False).flat)
-        for axis, (key, title, validation, logarithmic) in zip(axes, shown, strict=False):
+        for key, title, validation, logarithmic in shown:
+            figure = pyplot.figure(figsize=(3.6, 2.3), layout="constrained")
+            axis = figure.subplots()
             for run, hue in runs:
                 draw_curve(axis, run, key, hue, validation=validation)
                 if key in DASHED:
@@ -104,15 +104,14 @@ def curves(runs: Sequence[tuple[Any, str]], name: str) -> str:
             axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             if logarithmic:
                 _logarithmic(axis)
-        for axis in axes[len(shown) :]:
-            axis.axis("off")
-        return _svg(figure, name)
+            drawn.append(_svg(figure, f"{name}-{key}"))
+    return _panels(drawn)
 
 
 def code_usage(runs: Sequence[tuple[Any, str]], name: str) -> str:
     """Look-ups of each code over the validation set, most used code first. runs: (counts (K,) int, colour)."""
     with matplotlib.rc_context(_STYLE):
-        figure = pyplot.figure(figsize=(11, 3.2), layout="constrained")
+        figure = pyplot.figure(figsize=(5.5, 2.8), layout="constrained")
         axis = figure.subplots()
         for counts, hue in runs:
             used = np.sort(counts[counts > 0])[::-1]
@@ -123,7 +122,7 @@ def code_usage(runs: Sequence[tuple[Any, str]], name: str) -> str:
                  xlim=(0, max(len(counts) for counts, _ in runs) + 1))
         _logarithmic(axis)
         axis.grid(alpha=0.25, linewidth=0.6)
-        return _svg(figure, name)
+        return f'<div class="single">{_svg(figure, name)}</div>'
 
 
 def _logarithmic(axis: Axes) -> None:
@@ -131,6 +130,7 @@ def _logarithmic(axis: Axes) -> None:
     curves = (np.asarray(line.get_ydata(), dtype=float) for line in axis.lines)
     if any((values > 0).any() for values in curves if len(values) > 2):
         axis.set_yscale("log", nonpositive="mask")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=7))  # within a decade as well
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))  # no formulas: plain SVG text
         axis.yaxis.set_minor_formatter(NullFormatter())
 
@@ -149,25 +149,26 @@ def latents(snapshots: Sequence[Any], name: str) -> str:
     low, high = everything.min(0), everything.max(0)
     margin = 0.04 * (high - low) + 1e-6
     shares = [*(100 * pca.explained_variance_ratio_), 0.0][:2]
-    columns = max(4, len(snapshots))  # one scale on the page, however many stages a run has
+    drawn = []
     with matplotlib.rc_context(_STYLE):
-        figure = pyplot.figure(figsize=(11, 11 / columns + 0.3), layout="constrained")
-        axes = figure.subplots(1, columns, squeeze=False, sharex=True, sharey=True)[0]
-        for axis in axes[len(snapshots) :]:
-            axis.axis("off")
-        for axis, snapshot, (cloud, codes) in zip(axes, snapshots, flat, strict=False):
+        for i, (snapshot, (cloud, codes)) in enumerate(zip(snapshots, flat, strict=True)):
+            figure = pyplot.figure(figsize=(3.3, 3.4), layout="constrained")
+            axis = figure.subplots()
             used = snapshot.counts[snapshot.rows] > 0
-            axis.scatter(*cloud.T, s=3, color=LATENT, alpha=0.35, linewidths=0, rasterized=True)
-            axis.scatter(*codes[~used].T, s=12, marker="x", color=DEAD, linewidths=0.8, rasterized=True)
-            axis.scatter(*codes[used].T, s=11, color=CODE, edgecolors="white", linewidths=0.35, rasterized=True)
+            dead, alive = codes[~used], codes[used]
+            axis.scatter(cloud[:, 0], cloud[:, 1], s=3, color=LATENT, alpha=0.35, linewidths=0, rasterized=True)
+            axis.scatter(dead[:, 0], dead[:, 1], s=12, marker="x", color=DEAD, linewidths=0.8, rasterized=True)
+            axis.scatter(alive[:, 0], alive[:, 1], s=11, color=CODE, edgecolors="white", linewidths=0.35,
+                         rasterized=True)
             in_use = (snapshot.counts > 0).sum()
             codes_line = f"{in_use} of {len(snapshot.counts)} codes in use" if len(codes) else "no codes yet"
             title = f"{snapshot.name.replace('_', ' ')}, step {snapshot.step}\n{codes_line}"
             axis.set_title(title, loc="left", fontsize=8.5)
             axis.set(xlim=(low[0] - margin[0], high[0] + margin[0]), ylim=(low[1] - margin[1], high[1] + margin[1]),
-                     xlabel=f"component 1 ({shares[0]:.0f} % of the variance)")
-        axes[0].set_ylabel(f"component 2 ({shares[1]:.0f} %)")
-        return _svg(figure, name)
+                     xlabel=f"component 1 ({shares[0]:.0f} % of the variance)",
+                     ylabel=f"component 2 ({shares[1]:.0f} %)")
+            drawn.append(_svg(figure, f"{name}-{i}"))
+    return _panels(drawn)
 
 
 def _flat(pca: PCA, x: np.ndarray) -> np.ndarray:
@@ -176,6 +177,11 @@ def _flat(pca: PCA, x: np.ndarray) -> np.ndarray:
         return np.zeros((0, 2))
     flat = pca.transform(x)
     return np.pad(flat, ((0, 0), (0, 2 - flat.shape[1])))
+
+
+def _panels(drawn: Sequence[str]) -> str:
+    """Side by side, as many as fit: on a telephone one below the other, its axes still readable."""
+    return f'<div class="panels">{"".join(drawn)}</div>'
 
 
 def _svg(figure: Figure, name: str) -> str:

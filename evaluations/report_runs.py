@@ -78,6 +78,15 @@ class Run:
         return sorted({end for end in (warmup, warmup + transition) if 0 < end < self.step})
 
     @property
+    def last_kmeans(self) -> int:
+        """Step at which k-means last set the codes; 0 if it never did, or is not known to have."""
+        warmup, transition = self.lengths or (0, 0)
+        again = self.config.get("recluster_at")
+        steps = [warmup, *(again if isinstance(again, list) else ()),
+                 *([warmup + transition] if self.config.get("recluster") else [])]
+        return max((step for step in steps if number(step) is not None and step < self.step), default=0)
+
+    @property
     def written(self) -> str:
         """Day of the last change, ISO."""
         files = [p for p in self.path.iterdir() if p.suffix in (".json", ".jsonl")]
@@ -252,3 +261,24 @@ def differing(configs: Sequence[Mapping[str, Any]], ignored: Collection[str] = (
     """Keys that do not have one value in all configurations, in order of appearance."""
     keys = dict.fromkeys(key for config in configs for key in config if key not in ignored)
     return [key for key in keys if len({json.dumps(config.get(key), sort_keys=True) for config in configs}) > 1]
+
+
+def flatten(values: Mapping[str, Any], name: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        out |= flatten(value, f"{name}{key}.") if isinstance(value, dict) else {f"{name}{key}": value}
+    return out
+
+
+def missing_reason(report: Mapping[str, Any], key: str) -> str:
+    said = report.get("unavailable")
+    if isinstance(said, dict) and said.get(key):
+        return str(said[key])
+    if "protocol" in report:
+        return "the report does not have it"
+    if key == "lpips":
+        return "trained without LPIPS (--perceptual-weight 0): run evaluations/reconstruction.py"
+    if key == "rfid":
+        return "no evaluation/reconstruction.json: run evaluations/reconstruction.py --vq-ckpt RUN"
+    return "the trainer's last validation does not have it"

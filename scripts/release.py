@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from autoregressive.api import ImageGenerator
-from tokenizer.hub import RELEASED, load
+from tokenizer.hub import load
 from tokenizer.runtime import config
 from tokenizer.runtime.command import command, make_parser
-from tokenizer.weights import CONFIG_FILE, WEIGHTS_FILE, write_export
+from tokenizer.weights import CONFIG_FILE, RELEASED, WEIGHTS_FILE, write_export
 
 PROG = "scripts/release.py"
 
@@ -74,7 +74,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with command(PROG):
         folder = release(args)
-        print(f"wrote {folder}\n{WEIGHTS_FILE} sha256 {hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()}")
+        digest = hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()
+        print(f"wrote {folder}\n{WEIGHTS_FILE} sha256 {digest}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from tokenizer.runtime import checkpoint, config
 from tokenizer.runtime.checkpoint import atomic_write_text
 from tokenizer.runtime.parsing import parsing, read_text, require_file
-from tokenizer.weights import CARD_FILE, CHECKPOINT_FOLDER, CONFIG_FILE, WEIGHTS_FILE, read_checkpoint
+from tokenizer.weights import CARD_FILE, CHECKPOINT_FOLDER, CONFIG_FILE, RELEASED, WEIGHTS_FILE, read_checkpoint
 
 # Folders above this one are named here and nowhere else below them, and imported only when such a model is asked for.
 KINDS = {"images": ("tokenizer.api", "ImageTokenizer"), "gpt": ("autoregressive.api", "ImageGenerator"),
@@ -37,7 +37,6 @@ _RECORDED = {"gpt_model": "gpt", "n_layer": "gpt", "encoder_width": "structures"
 _WEIGHTS = {"tok_embeddings.weight": "gpt", "encoder.pre_vq_proj.weight": "structures",
             "model.encoder.pre_vq_proj.weight": "structures", "codebook.embeddings": "structures",
             "embed.weight": "structures"}
-RELEASED = Path(__file__).parent / "pretrained"  # a folder for each, see its README.md
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 Model = TypeVar("Model", bound="Pretrained")

@@ -28,6 +28,7 @@ from tokenizer.runtime.parsing import brief, from_json, parsing, require_file
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"  # an exported folder
 CARD_FILE = "README.md"                                         # beside them: a model card
 CHECKPOINT_FOLDER = "checkpoints"                               # inside a run folder
+RELEASED = Path(__file__).parent / "pretrained"                 # a folder for each released model
 _DESCRIPTION = "provq"                                          # the same description, in the weights' own file
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -90,7 +91,9 @@ def require_stored(path: str | Path, weights: str, what: str) -> Path:
     """The path. FileNotFoundError: nothing is there. ValueError: see `require_weights`."""
     require_weights(weights)
     if not Path(path).exists():
-        raise FileNotFoundError(f"no {what} at {path}")
+        known = RELEASED / Path(path).name
+        hint = f"; the released one is in {known}" if known.parent != Path(path).parent and known.is_dir() else ""
+        raise FileNotFoundError(f"no {what} at {path}{hint}")
     return Path(path)
 
 

@@ -17,10 +17,12 @@ from scripts import release
 from tokenizer import hub, provq
 from tokenizer.data import center_crop_arr, image_to_tensor, split_holdout
 from tokenizer.image_sources import open_images
-from tokenizer.pretrained import tokenizer_hash
+from tokenizer.pretrained import load_tokenizer, tokenizer_hash
+from tokenizer.weights import RELEASED
 
 SHA256 = {
     "cifar10-vq4": "b8e90afd5314d35ee692fde4683c58caddb4d5c2295d794a13ad434315ac2300",
+    "digits-gpt": "f2beda416843b659095d5ae4bb90ca2eb5e623c70089586a6858d14aa558366a",
     "digits-vq": "127c286fd8ccb98e5f8de9b034f3dd6ddb50bdf92960ba8b91a3aaf7723af964",
 }
 
@@ -32,9 +34,9 @@ def elsewhere(tmp_path, monkeypatch):
 
 def test_they_are_what_they_were():
     assert hub.released() == sorted(SHA256)
-    files = {name: hub.RELEASED / name / "model.safetensors" for name in SHA256}
+    files = {name: RELEASED / name / "model.safetensors" for name in SHA256}
     assert {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()} == SHA256
-    assert sum(file.stat().st_size for file in hub.RELEASED.rglob("*.*")) < 8e6
+    assert sum(file.stat().st_size for file in RELEASED.rglob("*.*")) < 8e6
 
 
 def psnr_and_usage(name, source, indices, count):
@@ -48,7 +50,7 @@ def psnr_and_usage(name, source, indices, count):
 
 def row(name):
     """PSNR that the page names."""
-    found = re.search(rf"^\| `{name}` \|.*\| ([\d.]+) \| [\d.]+ \| 100 % \|$", (hub.RELEASED / "README.md").read_text(),
+    found = re.search(rf"^\| `{name}` \|.*\| ([\d.]+) \| [\d.]+ \| 100 % \|$", (RELEASED / "README.md").read_text(),
                       re.MULTILINE)
     assert found, name
     return float(found[1])
@@ -71,6 +73,8 @@ def test_cifar10_is_as_good_as_the_page_says():
 def test_a_wrong_name_gets_the_right_ones(tmp_path):
     with pytest.raises(FileNotFoundError, match="no model at cifar10-vq; released are cifar10-vq4, digits-gpt, digits"):
         provq.load("cifar10-vq")
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer at digits-vq; the released one is in .*digits-vq$"):
+        load_tokenizer("digits-vq")  # as commands do
     (tmp_path / "digits-vq").mkdir()  # what is here comes first
     with pytest.raises(FileNotFoundError, match="digits-vq holds neither"):
         provq.load("digits-vq")

@@ -11,12 +11,13 @@ from pathlib import Path
 ENLARGED_BELOW = 500  # pixels, about the width of a picture on the page
 CSS = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #59636e; --paper: #ffffff; --line: #d5dae0; --band: #f5f7f9;
-  --accent: #2667a8; --warn: #fff6e0; --warn-line: #e0b040; }
+  --accent: #2667a8; --warn: #fff6e0; --warn-line: #e0b040; --good: #eaf6ee; --good-line: #4c9f6b; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e8ec; --soft: #9aa5b1; --paper: #14171b; --line: #353c45;
-  --band: #1c2127; --accent: #7db4ea; --warn: #2c2615; --warn-line: #8f7430; } }
+  --band: #1c2127; --accent: #7db4ea; --warn: #2c2615; --warn-line: #8f7430;
+  --good: #16281d; --good-line: #3f7d57; } }
 * { box-sizing: border-box; }
 html { scroll-behavior: smooth; }
-body { margin: 0 auto; max-width: 1160px; padding: 2.2rem 1.6rem 4rem; background: var(--paper); color: var(--ink);
+body { margin: 0 auto; max-width: 1280px; padding: 2.2rem 1.6rem 4rem; background: var(--paper); color: var(--ink);
   font: 15px/1.55 system-ui, -apple-system, "Segoe UI", "Helvetica Neue", Arial, sans-serif; }
 h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .3rem; letter-spacing: -.01em; }
 h2 { font-size: 1.25rem; margin: 2.8rem 0 .7rem; padding-bottom: .3rem; border-bottom: 1px solid var(--line); }
@@ -30,8 +31,8 @@ a:hover { text-decoration: underline; }
 nav { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; margin: .9rem 0 0; font-size: .92rem; }
 .scroll { overflow-x: auto; margin: .5rem 0; }
 table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; padding: .2rem 0 .45rem; max-width: 78ch; }
-caption b { margin-right: .35rem; }
+p.caption { font-size: .87rem; margin: .9rem 0 -.1rem; }
+p.caption b { margin-right: .35rem; }
 th, td { padding: .34rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 thead th { border-bottom: 1.5px solid var(--ink); font-weight: 600; vertical-align: bottom; }
 thead tr { border-top: 1.5px solid var(--ink); }
@@ -43,11 +44,15 @@ td.missing { color: var(--soft); font-size: .85em; line-height: 1.25; white-spac
 .footnotes { font-size: .84rem; padding-left: 1.3rem; margin-top: .2rem; }
 .note { background: var(--warn); border-left: 4px solid var(--warn-line); padding: .55rem .9rem; margin: .7rem 0;
   border-radius: 0 4px 4px 0; }
+.note.good { background: var(--good); border-left-color: var(--good-line); }
+.verdict { font-size: 1.08rem; }
 .note p { margin: .15rem 0; } .note ul { margin: .2rem 0; padding-left: 1.2rem; }
 figure { margin: 1.1rem 0; }
 figure > .scroll { margin: 0; }
 figcaption { font-size: .88rem; margin-top: .35rem; }
-figure svg { display: block; width: 100%; min-width: 640px; height: auto; }
+figure svg { display: block; width: 100%; height: auto; }
+.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 285px), 1fr)); gap: .9rem 1.2rem; }
+.single { max-width: 760px; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 500px), 1fr)); gap: 1rem 1.4rem; }
 .grid figure { margin: 0; }
 .grid img { width: 100%; height: auto; border: 1px solid var(--line); border-radius: 3px;
@@ -67,16 +72,17 @@ details { margin: .6rem 0; } summary { cursor: pointer; color: var(--accent); }
 @media (max-width: 620px) { body { padding: 1.2rem .9rem 3rem; } dl { grid-template-columns: 1fr; } }
 @media print {
   :root { color-scheme: light; --ink: #000; --soft: #444; --paper: #fff; --line: #bbb; --band: #f4f4f4; --accent: #000;
-    --warn: #faf5e6; --warn-line: #999; }
+    --warn: #faf5e6; --warn-line: #999;
+    --good: #f1f6f2; --good-line: #999; }
   @page { size: A4; margin: 14mm 13mm; }
   body { max-width: none; padding: 0; font-size: 9.5pt; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   nav, details { display: none; }
-  h2 { margin-top: 1.4rem; } h2, h3, caption, .legend { break-after: avoid; }
+  h2 { margin-top: 1.4rem; } h2, h3, .caption, .legend { break-after: avoid; }
   figure, tr, .note, pre, dl > div, .footnotes li { break-inside: avoid; }
   .scroll, pre { overflow: visible; } pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 7.5pt; }
   table { font-size: 7.8pt; } th, td { padding: .22rem .4rem; } thead th, td.left { white-space: normal; }
-  figure svg { min-width: 0; }
+  .panels { grid-template-columns: 1fr 1fr 1fr; }
   .grid { grid-template-columns: 1fr 1fr; }
 }
 """
@@ -122,8 +128,9 @@ def html_table(table: Table) -> str:
         for row in table.rows
     )
     title = f"<b>{escape(table.title)}</b>" if table.title else ""
-    caption = f"<caption>{title}{escape(table.caption)}</caption>"
-    out = f'<div class="scroll"><table>{caption}\n<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>\n'
+    # Not the table's own element: on a narrow screen it would be as wide as the table, and cut.
+    caption = f'<p class="caption">{title}{escape(table.caption)}</p>\n'
+    out = f'{caption}<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>\n'
     if numbers:
         out += f'<ol class="footnotes">{"".join(f"<li>{escape(text)}</li>" for text in numbers)}</ol>\n'
     return out + "".join(f'<p class="soft">{escape(note)}</p>\n' for note in table.notes)
@@ -192,10 +199,10 @@ def legend(entries: Iterable[tuple[str, str]], dot: bool = False) -> str:
     return f'<ul class="legend">{"".join(items)}</ul>\n'
 
 
-def note(title: str, items: Sequence[str]) -> str:
-    """A box that nobody overlooks. Texts."""
+def note(title: str, items: Sequence[str], good: bool = False) -> str:
+    """A box that nobody overlooks; good: it is no warning. Texts."""
     rows = "".join(f"<li>{escape(item)}</li>" for item in items)
-    return f'<div class="note"><p><b>{escape(title)}</b></p><ul>{rows}</ul></div>\n'
+    return f'<div class="note{" good" if good else ""}"><p><b>{escape(title)}</b></p><ul>{rows}</ul></div>\n'
 
 
 def definitions(entries: Mapping[str, object]) -> str:

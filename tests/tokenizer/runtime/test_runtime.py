@@ -171,7 +171,7 @@ def test_init_without_torchrun(monkeypatch):
         distributed.init("gpu")
     with pytest.raises(ValueError, match="--device meta: not supported"):
         distributed.init("meta")
-    with pytest.raises(ValueError, match="--device mps: not supported, .* use --device cpu"):
+    with pytest.raises(ValueError, match=r"--device mps: not supported, .* use --device cpu"):
         distributed.init("mps")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert distributed.init("auto") == CPU

@@ -1,0 +1,94 @@
+"""What report.py says first: which setting is better, and whether codes kept pace with latents. Plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+# As the trainer's advice has them, tokenizer/code_meter.py: beyond these, codes are behind.
+UNUSED, CONTRACTED = 0.75, 1.5
+CURE = "--recluster, or --codebook-lr-scale 10"
+
+
+class Scored(NamedTuple):
+    """A setting: its number over seeds, None for the deviation of one seed."""
+
+    name: str
+    mean: float
+    deviation: float | None
+    usage: float | None  # mean fraction of codes used
+
+    def number(self, unit: str) -> str:
+        spread = "" if self.deviation is None else f" ± {self.deviation:.2f}"
+        return f"{self.mean:.2f}{spread}{unit}"
+
+    def codes(self) -> str:
+        return "" if self.usage is None else f" with {100 * self.usage:.0f} % of its codes in use"
+
+
+def verdict(settings: Sequence[Scored], measure: str, unit: str = "", higher_is_better: bool = True) -> str:
+    """One sentence or two. settings: of one protocol, at least one."""
+    ordered = sorted(settings, key=lambda s: -s.mean if higher_is_better else s.mean)
+    best = ordered[0]
+    said = f"{best.name}: {measure} {best.number(unit)}{best.codes()}."
+    if len(ordered) == 1:
+        return said + (" One seed." if best.deviation is None else "")
+    second = ordered[1]
+    difference = abs(best.mean - second.mean)
+    said = (f"{best.name} has the best {measure}, {best.number(unit)}{best.codes()}; next is {second.name}, "
+            f"{second.number(unit)}{second.codes()}.")
+    if best.deviation is None or second.deviation is None:
+        return said + " One seed on a side says little: no claim."
+    if difference > best.deviation + second.deviation:
+        return said + f" The difference of {difference:.2f}{unit} is more than both spreads over seeds together: clear."
+    return said + f" The difference of {difference:.2f}{unit} is within the spreads over seeds: no clear winner."
+
+
+def complaints(
+    metrics: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]], since: int
+) -> list[str] | None:
+    """What is unhealthy about a run's codes since k-means; None: it has no codes yet, or did not record them.
+
+    since: step of the last k-means; rows after it count. metrics: rows with latent_spread, code_spread, codes_moved,
+    latents_moved where recorded; validation: with usage.
+    """
+    metrics, validation = ([row for row in rows if row["step"] > since] for rows in (metrics, validation))
+    used = [row["usage"] for row in validation if _number(row.get("usage")) and row["usage"] > 0]
+    spreads = [row for row in metrics if _number(row.get("latent_spread")) and _number(row.get("code_spread"))]
+    if not used:
+        return None
+    found = []
+    if used[-1] < UNUSED * max(used):
+        found.append(f"codes in use fell from {100 * max(used):.0f} % to {100 * used[-1]:.0f} %")
+    if len(spreads) > 1 and all(spreads[i][key] > 0 for i in (0, -1) for key in ("latent_spread", "code_spread")):
+        first, last = (row["code_spread"] / row["latent_spread"] for row in (spreads[0], spreads[-1]))
+        if not 1 / CONTRACTED <= last / first <= CONTRACTED:
+            found.append("the spread of the latents went from "
+                         f"{spreads[0]['latent_spread']:.3g} to {spreads[-1]['latent_spread']:.3g}, that of the codes "
+                         f"from {spreads[0]['code_spread']:.3g} to {spreads[-1]['code_spread']:.3g}")
+    moving = [row for row in spreads if _number(row.get("codes_moved")) and _number(row.get("latents_moved"))]
+    if moving and all(row["codes_moved"] == 0 < row["latents_moved"] for row in moving):
+        found.append("codes never moved while latents did")
+    return found
+
+
+def health(runs: Mapping[str, Sequence[tuple[str, list[str] | None, float | None]]]) -> tuple[list[str], bool]:
+    """Lines of the box, and whether all is well. runs: setting -> (run's name, `complaints`, last usage) each."""
+    lines, well = [], True
+    for name, found in runs.items():
+        known = [(run, said, usage) for run, said, usage in found if said is not None]
+        if not known:
+            lines.append(f"{name}: no codes yet, or their use is not recorded.")
+            continue
+        used = sorted(100 * usage for _, _, usage in known if usage is not None)
+        span = f"{used[0]:.0f} %" if f"{used[0]:.0f}" == f"{used[-1]:.0f}" else f"{used[0]:.0f} to {used[-1]:.0f} %"
+        ill = [(run, "; ".join(said)) for run, said, _ in known if said]
+        state = "codes kept pace" if not ill else f"codes fell behind in {len(ill)} of {len(known)}"
+        lines.append(f"{name}: {span} of the codes in use; {state}"
+                     + "".join(f". {run}: {said}" for run, said in ill) + (f". Try {CURE}." if ill else "."))
+        well = well and not ill
+    return lines, well
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
