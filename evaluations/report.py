@@ -388,7 +388,8 @@ class Report:
                 self.markdown.append(page.markdown(said) + "\n")
                 out += f'<p class="verdict">{page.escape(said)}</p>\n'
         lines, well = health({name: [(run.name, complaints(run.metrics, run.validation, run.last_kmeans), number(
-            run.result.get("usage"))) for run in setting.runs] for name, setting in self.names.items()})
+            run.result.get("usage"))) for run in setting.runs] for name, setting in self.names.items()},
+            [name for name, setting in self.names.items() if not (setting.runs[0].lengths or (0, 0))[1]])
         return out + self._note("Codebook health", lines, good=well)
 
     def overview(self) -> str:

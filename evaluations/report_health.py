@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 # As the trainer's advice has them, tokenizer/code_meter.py: beyond these, codes are behind.
 UNUSED, CONTRACTED = 0.75, 1.5
-CURE = "--recluster, or --codebook-lr-scale 10"
+FASTER_CODES, CURE = "--codebook-lr-scale 10", "--recluster, or --codebook-lr-scale 10"  # without, with a transition
 
 
 class Scored(NamedTuple):
@@ -54,7 +54,7 @@ def complaints(
     """
     metrics, validation = ([row for row in rows if row["step"] > since] for rows in (metrics, validation))
     used = [row["usage"] for row in validation if _number(row.get("usage")) and row["usage"] > 0]
-    spreads = [row for row in metrics if _number(row.get("latent_spread")) and _number(row.get("code_spread"))]
+    spreads = _with(metrics, "latent_spread", "code_spread")
     if not used:
         return None
     found = []
@@ -66,14 +66,19 @@ def complaints(
             found.append("the spread of the latents went from "
                          f"{spreads[0]['latent_spread']:.3g} to {spreads[-1]['latent_spread']:.3g}, that of the codes "
                          f"from {spreads[0]['code_spread']:.3g} to {spreads[-1]['code_spread']:.3g}")
-    moving = [row for row in spreads if _number(row.get("codes_moved")) and _number(row.get("latents_moved"))]
+    moving = _with(spreads, "codes_moved", "latents_moved")
     if moving and all(row["codes_moved"] == 0 < row["latents_moved"] for row in moving):
         found.append("codes never moved while latents did")
     return found
 
 
-def health(runs: Mapping[str, Sequence[tuple[str, list[str] | None, float | None]]]) -> tuple[list[str], bool]:
-    """Lines of the box, and whether all is well. runs: setting -> (run's name, `complaints`, last usage) each."""
+def health(
+    runs: Mapping[str, Sequence[tuple[str, list[str] | None, float | None]]], without_transition: Collection[str] = ()
+) -> tuple[list[str], bool]:
+    """Lines of the box, and whether all is well. runs: setting -> (run's name, `complaints`, last usage) each.
+
+    without_transition: settings that have none, and are refused --recluster.
+    """
     lines, well = [], True
     for name, found in runs.items():
         known = [(run, said, usage) for run, said, usage in found if said is not None]
@@ -81,13 +86,20 @@ def health(runs: Mapping[str, Sequence[tuple[str, list[str] | None, float | None
             lines.append(f"{name}: no codes yet, or their use is not recorded.")
             continue
         used = sorted(100 * usage for _, _, usage in known if usage is not None)
-        span = f"{used[0]:.0f} %" if f"{used[0]:.0f}" == f"{used[-1]:.0f}" else f"{used[0]:.0f} to {used[-1]:.0f} %"
+        span = " to ".join(dict.fromkeys(f"{share:.0f}" for share in (*used[:1], *used[-1:]))) or "an unknown share"
+        span += " %" if used else ""
         ill = [(run, "; ".join(said)) for run, said, _ in known if said]
+        cure = FASTER_CODES if name in without_transition else CURE
         state = "codes kept pace" if not ill else f"codes fell behind in {len(ill)} of {len(known)}"
         lines.append(f"{name}: {span} of the codes in use; {state}"
-                     + "".join(f". {run}: {said}" for run, said in ill) + (f". Try {CURE}." if ill else "."))
+                     + "".join(f". {run}: {said}" for run, said in ill) + (f". Try {cure}." if ill else "."))
         well = well and not ill
     return lines, well
+
+
+def _with(rows: Sequence[Mapping[str, Any]], *keys: str) -> list[Mapping[str, Any]]:
+    """Those that have numbers there."""
+    return [row for row in rows if all(_number(row.get(key)) for key in keys)]
 
 
 def _number(value: object) -> bool:

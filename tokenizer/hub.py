@@ -194,8 +194,9 @@ def _kind_of_names(names: Iterable[Any]) -> str:
 _SETTINGS = {  # of a run -> in its card
     "Data": ("preset", "data_fingerprint", "val_fingerprint", "image_size", "global_batch_size", "max_steps"),
     "Seeds": ("global_seed",),
-    "Curriculum": ("warmup_steps", "transition_steps", "transition", "loss_lambda", "quantizer", "codebook_size",
-                   "codebook_embed_dim", "codebook_l2_norm", "rotation", "commit_loss_beta"),
+    # Of tokenizers. What the quantizer is stands under "Model"; a GPT's own --codebook-size is of folders of others.
+    "Curriculum": ("warmup_steps", "transition_steps", "transition", "loss_lambda", "adaptive_warmup_patience",
+                   "recluster", "recluster_at", "codebook_lr_scale"),
 }
 
 

@@ -48,6 +48,9 @@ def test_the_box_counts_runs():
     assert lines == ["a: 50 to 90 % of the codes in use; codes fell behind in 1 of 2. a1: ill. Try --recluster, or "
                      "--codebook-lr-scale 10.", "b: no codes yet, or their use is not recorded."]
     assert not well
+    assert health({"a": [("a0", [], None)]}) == (["a: an unknown share of the codes in use; codes kept pace."], True)
+    (line,), _ = health({"a": [("a0", ["ill"], 0.5)]}, ["a"])
+    assert line.endswith("ill. Try --codebook-lr-scale 10."), "--recluster is refused there"
     assert health({"a": [("a0", [], 0.9)]}) == (["a: 90 % of the codes in use; codes kept pace."], True)
 
 
@@ -56,10 +59,12 @@ def test_the_page_begins_with_them(tmp_path):
     plain = ["--warmup-steps", "0", "--transition-steps", "0"]
     runs += [make_run(tmp_path / f"v{i}", i, 10.0 + i, rfid=3.0, flags=plain) for i in range(2)]
     ill = [{"step": 50, "usage": 0.9}, {"step": 100, "usage": 0.5}]
-    (runs[0] / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ill))
+    for run in (runs[0], runs[2]):
+        (run / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ill))
     html, markdown = write(tmp_path, *runs)
     assert markdown.index("ProVQ has the best PSNR, 20.50 ± 0.71 dB") < markdown.index("## Runs")
-    assert "s0: codes in use fell from 90 % to 50 %" in markdown
+    advice = [line for line in markdown.splitlines() if "codes in use fell from 90 % to 50 %" in line]
+    assert ["--recluster" in line for line in advice] == [True, False], "vanilla has no transition to end"
     assert '<div class="note"><p><b>Codebook health' in html
 
 

@@ -223,6 +223,9 @@ def test_saved_with_a_card_that_says_how_it_was_trained(base, tmp_path):
         assert line in card, line
     last = json.loads((base / "run" / "validation.jsonl").read_text().splitlines()[-1])
     assert f"| psnr | {last['psnr']:.6g} |" in card
+    curriculum = card.partition("## Curriculum")[2].partition("##")[0]
+    assert "| recluster | False |" in curriculum
+    assert "codebook_size" not in curriculum, "it stands under Model"
     again = ImageTokenizer.from_pretrained(tmp_path / "saved")
     assert torch.equal(again.encode(base / "pictures" / "000.png"), tokenizer.encode(base / "pictures" / "000.png"))
     again.save_pretrained(tmp_path / "twice")
@@ -240,7 +243,7 @@ def test_paths_stay_private(tmp_path):
     run = tmp_path / "run"
     Checkpointer(run / "checkpoints").save(1, {"config": {"global_seed": 4}})
     (run / "config.json").write_text(json.dumps({"data_path": "/home/somebody/secret/images"}))
-    facts = hub.run_facts(run)
+    facts = hub.run_facts(run)  # no curriculum, as of a GPT: nothing is said of one
     assert facts == {"Data": {"data": "images"}, "Seeds": {"global_seed": 4}}
     assert "secret" not in hub.model_card("What", {}, facts)
 
