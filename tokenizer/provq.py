@@ -818,8 +818,8 @@ def kmeans(x: Tensor, num_codes: int, *, iters: int = 20, start: str = "kmeans++
     _all_reduce(points)
     if not bool((points[:, -1] == 1).all()):
         raise ValueError("order must number the tokens of all ranks 0 .. N-1 without gaps or repeats")
-    points = _kmeans_plus_plus(points[:, :-1], num_codes, generator) if start == "kmeans++" else points[:, :-1]
-    centroids = _broadcast(points.contiguous())
+    centroids = points[:, :-1] if start == "random" else _kmeans_plus_plus(points[:, :-1], num_codes, generator)
+    centroids = _broadcast(centroids.contiguous())
 
     for done in range(iters + 1):
         sums, counts, far = _assign(x, centroids)
