@@ -8,6 +8,7 @@ import signal
 import pytest
 import torch
 import training_runs
+from image_models import TINY_VQ4
 from PIL import Image
 from places import IMAGES, ROOT, needs_images
 from training_runs import Killed, rows, to_words
@@ -236,7 +237,8 @@ def test_adaptive_warmup_ends_early_and_survives_a_resume(tmp_path, monkeypatch)
     assert [row["stage"] for row in rows(tmp_path)] == [1] * 10 + [2] * 3 + [3] * 3
 
 
-def test_compiled_training_matches_eager(tmp_path):
+def test_compiled_training_matches_eager(tmp_path, monkeypatch):
+    monkeypatch.setitem(vq_model.ARCHITECTURES, "VQ-4", TINY_VQ4)  # a C++ compiler takes seconds per layer
     short = {"max_steps": 3, "warmup_steps": 0, "transition_steps": 0, "val_every": 100}
     train_provq.main(flags(tmp_path / "eager", **short))
     train_provq.main(flags(tmp_path / "compiled", compile=True, **short))
