@@ -6,10 +6,12 @@
 # TABLE   1 reconstruction, 2 generation, 3 StructTokenBench, 4 protein structures, 5 and 6 the paper's ablations;
 #         core and rivals, which are not in the paper: what RESULTS.md compares
 # SCALE   small    hours of a CPU (the default). 1, 5, 6, core, rivals: the evidence bed, --data CIFAR10 images;
-#                  2: digits; 4: generated backbones, or the structures in --data
+#                  2: digits; 4: generated backbones, or 600 steps on the structures in --data
 #         confirm  days of a CPU. The evidence bed at 32x32; 2: CIFAR-10; 4: structures in --data
 #         paper    prints the commands for 8 GPUs and runs none; the last one makes the table of what they have trained.
 #                  --data ImageNet's folder of train/ and val/; 3 and 4: the archive, the cache of structures
+# Table 4 validates on --data's val/ and trains on its train/ where it has these folders; else a tenth is held out.
+# Rows called recluster are ours, not the paper's. Tables 2 and 4 also run those: all rows of a scale share their rates.
 # --jobs  runs of the evidence bed at the same time
 set -euo pipefail
 
@@ -84,6 +86,7 @@ bed() { # arms...: on the evidence bed, and their table
 flags_of() {
     case "$1" in
         provq) ;;
+        recluster) echo --recluster ;;
         vanilla) echo --warmup-steps 0 --transition-steps 0 ;;
         llamagen) echo --warmup-steps 0 --transition-steps 0 --codebook-l2-norm ;;
         soft) echo --warmup-steps 0 ;;
@@ -93,6 +96,7 @@ flags_of() {
         simvq-soft) echo --quantizer simvq --warmup-steps 0 ;;
         aminoaseed) echo --quantizer aminoaseed --warmup-steps 0 --transition-steps 0 ;;
         aminoaseed-provq) echo --quantizer aminoaseed ;;
+        aminoaseed-recluster) echo --quantizer aminoaseed --recluster ;;
         linear | exp | hard) echo --transition "$1" ;;
         lambda-*) echo --loss-lambda "${1#lambda-}" ;;
     esac
@@ -112,6 +116,11 @@ images() { # rows...: image tokenizers of every seed
                 --results-dir "$out/$row-s$seed"
         done
     done
+}
+
+collected() { # metrics... of the rows in $gathered: what their runs measured, as a file and a table
+    # shellcheck disable=SC2046,SC2086  # several words
+    tool evaluations/evidence/collect.py $(each $gathered) --out "$out/table.json" --metrics "$@"
 }
 
 each() { # rows...: -> folders of their runs
@@ -148,11 +157,14 @@ case "$table" in
         fi
         ;;
     2)
-        images vanilla provq
+        rows="vanilla provq" # the paper's
+        [ "$scale" = paper ] || rows="vanilla vanilla-x10 provq recluster"
+        # shellcheck disable=SC2086  # rows are words
+        images $rows
         reference="$data/VIRTUAL_imagenet256_labeled.npz" features=() sampling=(--num-samples 50000 --cfg-scale 2)
         training=(--gpt-model GPT-L)
         if [ "$scale" != paper ]; then
-            reference=digits training=(--preset digits) sampling=(--num-samples 500 --cfg-scale 1.5)
+            reference=digits training=(--preset digits) sampling=(--num-samples 2000 --cfg-scale 1.5)
             extractor=()
             if [ "$scale" = confirm ]; then
                 reference="${data:-data}" training=(--gpt-model GPT-tiny) sampling=(--num-samples 5000 --cfg-scale 1.5)
@@ -162,7 +174,7 @@ case "$table" in
                 tool evaluations/train_extractor.py "${extractor[@]}" --out "$out/extractor.pt"
             features=(--features "torchscript:$out/extractor.pt" --image-size 32)
         fi
-        for row in vanilla provq; do
+        for row in $rows; do
             for seed in $seeds; do
                 run_folder="$out/$row-s$seed" gpt="$out/gpt-$row-s$seed"
                 launch autoregressive/extract_codes.py --vq-ckpt "$run_folder"
@@ -170,11 +182,11 @@ case "$table" in
                     --vq-ckpt "$run_folder" --global-seed "$seed" --results-dir "$gpt"
                 launch autoregressive/sample_c2i.py --gpt-ckpt "$gpt" "${sampling[@]}" --out "$gpt/samples/table"
                 tool evaluations/generation.py "$reference" "$gpt/samples/table/samples.npz" "${features[@]}" \
-                    --out "$gpt/generation.json"
+                    --out "$gpt/evaluation/generation.json"
             done
         done
-        # shellcheck disable=SC2046
-        tool evaluations/report.py $(each gpt-vanilla gpt-provq) --out "$out/table.html"
+        gathered="gpt-${rows// / gpt-}"
+        collected generation.fid generation.inception_score generation.precision generation.recall
         ;;
     3)
         [ -n "$data" ] || fail "--data is missing: StructTokenBench's archive, unpacked"
@@ -187,18 +199,35 @@ case "$table" in
             --tokenizer foldseek "${tokenizers[@]}"
         ;;
     4)
-        data_flags=(--preset ideal)
-        [ -z "$data" ] || data_flags=(--preset small --data-path "$data")
-        [ "$scale" != paper ] || data_flags=(--preset paper --data-path "$data")
         [ "$scale" != confirm ] || [ -n "$data" ] || fail "--data is missing: a folder of structures"
-        for row in vanilla provq aminoaseed aminoaseed-provq; do
-            for seed in $seeds; do
-                # shellcheck disable=SC2046
+        data_flags=() whole=
+        if [ -n "$data" ]; then
+            data_flags=(--data-path "$data")
+            if [ -d "$data/train" ] && [ -d "$data/val" ]; then
+                whole="$data/val" data_flags=(--data-path "$data/train" --val-path "$data/val")
+            fi
+        fi
+        case "$scale" in
+            small)
+                data_flags+=(--preset ideal)
+                [ -z "$data" ] || data_flags+=(--codebook-size 512 --codebook-embed-dim 32 --val-size 80
+                    --max-steps 600 --warmup-steps 200 --transition-steps 200)
+                ;;
+            confirm) data_flags+=(--preset small) ;;
+            paper) data_flags+=(--preset paper) ;;
+        esac
+        rows="vanilla provq aminoaseed aminoaseed-provq" # the paper's
+        [ "$scale" = paper ] || rows="vanilla provq recluster aminoaseed aminoaseed-provq aminoaseed-recluster"
+        for seed in $seeds; do
+            for row in $rows; do
+                # shellcheck disable=SC2046,SC2086
                 launch protein/train_provq.py "${data_flags[@]}" $(flags_of "$row") --global-seed "$seed" \
                     --results-dir "$out/$row-s$seed"
+                [ -z "$whole" ] || tool protein/evaluate.py "$whole" --ckpt "$out/$row-s$seed" \
+                    --out "$out/$row-s$seed/evaluation/structures.json"
             done
         done
-        # shellcheck disable=SC2046
-        tool evaluations/report.py $(each vanilla provq aminoaseed aminoaseed-provq) --out "$out/table.html"
+        gathered="$rows"
+        collected usage normalized_perplexity code_distance rmsd lddt
         ;;
 esac

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,7 +38,6 @@ class Difference(NamedTuple):
 
 class Row(NamedTuple):
     label: str
-    arm: Arm
     values: dict[str, dict[int, float]]  # metric -> seed -> value
     diverged: int  # runs
 
@@ -62,7 +61,7 @@ def rows(results: Sequence[Result]) -> list[Row]:
         raise ValueError(f"one table shows one setting, these results have {len(settings)}: {differing(settings)}")
     found: dict[Arm, Row] = {}
     for result in results:
-        row = found.setdefault(result.run.arm, Row(label(result.name, result.run.arm), result.run.arm, {}, 0))
+        row = found.setdefault(result.run.arm, Row(label(result.name, result.run.arm), {}, 0))
         if result.metrics is None:
             found[result.run.arm] = row._replace(diverged=row.diverged + 1)
             continue
@@ -98,14 +97,19 @@ def find(table: Sequence[Row], name: str, flag: str) -> Row:
     raise ValueError(f"{flag} {name!r} is none of the arms: {'; '.join(row.label for row in table)}")
 
 
-def markdown(table: Sequence[Row], baseline: Row, metrics: Sequence[str], compared: str = "psnr") -> str:
-    """Mean ± standard deviation over seeds of each metric; the last column is the paired difference of `compared`."""
-    heads = [METRICS[metric][0] for metric in metrics]
-    lines = ["| arm | seeds | " + " | ".join(heads) + f" | {METRICS[compared][0]} against {baseline.label} [95 %] |",
-             "|---" * (len(metrics) + 3) + "|"]
-    digits = METRICS[compared][1]
+def markdown(
+    table: Sequence[Row], baseline: Row, metrics: Sequence[str], compared: str = "psnr",
+    shown_as: Mapping[str, tuple[str, int]] = METRICS,
+) -> str:
+    """Mean ± standard deviation over seeds of each metric; the last column is the paired difference of `compared`.
+
+    shown_as: heading and digits of the metrics.
+    """
+    heading, digits = shown_as[compared]
+    lines = ["| arm | seeds | " + " | ".join(shown_as[metric][0] for metric in metrics)
+             + f" | {heading} against {baseline.label} [95 %] |", "|---" * (len(metrics) + 3) + "|"]
     for row in table:
-        cells = [_cell(row.merged(metric), METRICS[metric][1]) for metric in metrics]
+        cells = [_cell(row.merged(metric), shown_as[metric][1]) for metric in metrics]
         gap = difference(row, baseline, compared)
         shown = "" if row is baseline else "-"
         if gap and row is not baseline:

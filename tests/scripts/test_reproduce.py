@@ -59,6 +59,21 @@ def test_every_command_exists_with_its_flags(reproduce, tmp_path, scale, table):
     assert {words[words.index("--global-seed") + 1] for words in trained} <= {"3", "4"}
 
 
+def test_structures_that_are_split_are_validated_on_their_own_and_whole(reproduce, tmp_path):
+    for part in ("train", "val"):
+        (tmp_path / part).mkdir()
+    done = reproduce("4", "--data", str(tmp_path), "--seeds", "0", "--out", "runs")
+    lines = [shlex.split(line) for line in done.stdout.splitlines()]
+    trained = [words for words in lines if words[1].endswith("protein/train_provq.py")]
+    measured = [words for words in lines if words[1].endswith("protein/evaluate.py")]
+    assert len(trained) == len(measured) == 6
+    for words, after in zip(trained, measured, strict=True):
+        assert words[words.index("--val-path") + 1] == after[2] == str(tmp_path / "val")
+        folder = words[words.index("--results-dir") + 1]
+        assert after[-1] == f"{folder}/evaluation/structures.json"  # where collect.py reads it
+        assert folder in lines[-1]
+
+
 @pytest.mark.parametrize(("words", "message"), [
     ((), "the table is ''; it must be 1 to 6, core or rivals"),
     (("7",), "the table is '7'"),

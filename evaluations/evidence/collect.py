@@ -1,0 +1,100 @@
+"""Gathers what trained runs measured, and their table: from folders ROW-sSEED to one small JSON file.
+
+    python evaluations/evidence/collect.py runs/table-4-small/*-s? --out table.json --metrics rmsd lddt usage
+
+Of each run: its seed, the trainer's last validation, and under their names the reports in its evaluation/, such as
+reconstruction.rfid. Settings that all runs share stand once, others with each run; paths are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from evaluations.evidence import store, trained
+from evaluations.report_runs import Run, differing, number, read_runs
+from tokenizer.runtime.checkpoint import atomic_write_text
+from tokenizer.runtime.command import command, make_parser, require_out_file
+from tokenizer.runtime.distributed import print0
+from tokenizer.runtime.parsing import from_json, read_text
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser("evaluations/evidence/collect.py", __doc__)
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs, called ROW-sSEED")
+    parser.add_argument("--out", type=Path, required=True, help="file to write, NAME.json")
+    trained.add_table_flags(parser)
+    return parser.parse_args(argv)
+
+
+def numbers(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """The finite ones, what was measured to six digits."""
+    return {prefix + name: float(f"{value:.6g}") if isinstance(value, float) else value
+            for name, value in values.items() if number(value) is not None}
+
+
+def measured(run: Run) -> dict[str, float]:
+    """What the run's trainer and its reports say. ValueError: it is not finished, or a report is damaged."""
+    if not run.summary:
+        raise ValueError(f"{run.path} is no finished run: {'; '.join(run.notes)}")
+    found = numbers(run.summary)
+    for path in sorted(run.path.glob("evaluation/*.json")):
+        report = from_json(read_text(path), path)
+        if not isinstance(report, dict):
+            raise ValueError(f"{path}: no report, which is a JSON object; remove it")
+        tokenizers = report.get("tokenizers")  # of protein/evaluate.py
+        if isinstance(tokenizers, dict) and len(tokenizers) == 1:
+            [report] = tokenizers.values()
+        found |= numbers(report, f"{path.stem}.")
+    return found
+
+
+def row_of(run: Run) -> str:
+    """ValueError: the folder is not called ROW-sSEED with the seed of its settings."""
+    match = re.fullmatch(r"(.+)-s(\d+)", run.path.name)
+    if not match or run.seed != int(match[2]):
+        raise ValueError(f"{run.path} has the seed {run.seed}; call the folder ROW-s{run.seed}, a row for each setting")
+    return match[1]
+
+
+def gathered(runs: Sequence[Run]) -> dict[str, Any]:
+    """What is written."""
+    settings = [{name: value for name, value in run.config.items()
+                 if name != "global_seed" and not (isinstance(value, str) and os.sep in value)} for run in runs]
+    names = {"results_dir", *differing(settings)}
+    rows: dict[str, dict[str, Any]] = {}
+    lines = []
+    for run, mine in zip(runs, settings, strict=True):
+        row, own = row_of(run), {name: mine[name] for name in mine if name in names - {"results_dir"}}
+        if rows.setdefault(row, own) != own:
+            raise ValueError(f"runs of the row {row} differ in {', '.join(differing([rows[row], own]))}: name another")
+        lines.append({"run": row, "seed": run.seed, **measured(run)})
+    shared = {name: value for name, value in settings[0].items() if name not in names}
+    return {"date": max(run.written for run in runs), **store.machine(), "settings": shared, "rows": rows,
+            "runs": lines}
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    with command("collect.py", one_process=True):
+        require_out_file(args.out)
+        found = gathered(read_runs(args.runs))
+        head = {name: value for name, value in found.items() if name != "runs"}
+        lines = ",\n".join("  " + json.dumps(line) for line in found["runs"])
+        text = json.dumps(head, indent=1)[:-2] + f',\n "runs": [\n{lines}\n ]\n}}\n'  # a line per run
+        atomic_write_text(args.out, text)
+        args.results = [args.out]
+        print0(trained.render(args), end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Runs of the trainers as rows of a table: what collect.py gathered from their folders."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from evaluations.evidence import comparison
+from tokenizer.runtime.parsing import from_json, read_text
+
+METRICS = comparison.METRICS | {  # a trainer's last validation, and under a report's name what the report says
+    "usage": ("usage", 2), "perplexity": ("perplexity", 1), "normalized_perplexity": ("perplexity / K", 3),
+    "code_distance": ("code distance", 2), "reconstruction.rfid": ("rFID", 2), "loss": ("validation loss", 3),
+    "generation.fid": ("gFID", 2), "generation.sfid": ("sFID", 2), "generation.inception_score": ("IS", 2),
+    "generation.precision": ("precision", 3), "generation.recall": ("recall", 3),
+    "rmsd": ("RMSD (Å)", 2), "lddt": ("lDDT", 3), "tm": ("TM", 3),
+    "structures.usage": ("usage, whole chains", 3), "structures.perplexity": ("perplexity, whole chains", 1),
+    "structures.normalized_perplexity": ("perplexity / K, whole chains", 3),
+    "structures.usage_per_chain": ("usage per chain", 3), "structures.rmsd": ("RMSD (Å), whole chains", 2),
+    "structures.lddt": ("lDDT, whole chains", 3), "structures.tm": ("TM, whole chains", 3),
+}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """What a table is made of."""
+    parser.add_argument("results", type=Path, nargs=1, help="file that collect.py wrote")
+    add_table_flags(parser)
+
+
+def add_table_flags(parser: argparse.ArgumentParser) -> None:
+    """How it looks."""
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="these, in this order; default: all")
+    parser.add_argument("--baseline", metavar="ROW", help="default: the first row")
+    parser.add_argument("--metrics", nargs="+", choices=METRICS, metavar="METRIC", required=True,
+                        help=f"of {' '.join(METRICS)}")
+    parser.add_argument("--compared", choices=METRICS, metavar="METRIC", help="of the last column; default: the first")
+
+
+def read(path: Path) -> list[comparison.Row]:
+    """Rows in the file's order. FileNotFoundError; ValueError, naming the file: it is no such file."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such results file")
+    found: dict[str, comparison.Row] = {}
+    try:
+        for run in from_json(read_text(path), path)["runs"]:
+            row = found.setdefault(run["run"], comparison.Row(run["run"], {}, 0))
+            for metric in run.keys() & METRICS.keys():
+                row.values.setdefault(metric, {})[run["seed"]] = run[metric]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: no file of collect.py ({error!r})") from error
+    return list(found.values())
+
+
+def render(args: argparse.Namespace) -> str:
+    """In Markdown."""
+    [path] = args.results
+    found = read(path)
+    if args.rows:
+        found = [comparison.find(found, name, "--rows") for name in args.rows]
+    baseline = comparison.find(found, args.baseline, "--baseline") if args.baseline else found[0]
+    missing = [metric for metric in args.metrics if not any(metric in row.values for row in found)]
+    if missing:
+        raise ValueError(f"--metrics {missing[0]}: no run in {path} has it")
+    return comparison.markdown(found, baseline, args.metrics, args.compared or args.metrics[0], METRICS)

@@ -1,0 +1,84 @@
+"""Folders of trained runs become one file and one table; what would make either wrong is refused."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from places import ROOT
+
+from evaluations.evidence import collect, trained
+
+
+def make_run(root, row, seed, psnr, *, reports=None, settings=None, finished=True):
+    folder = root / f"{row}-s{seed}"
+    (folder / "evaluation").mkdir(parents=True)
+    config = {"global_seed": seed, "results_dir": folder.name, "lr": 1e-3, "data_path": "/a/path", **(settings or {})}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "metrics.jsonl").write_text('{"step": 9}\n')
+    (folder / "validation.jsonl").write_text(json.dumps({"step": 9, "psnr": psnr}) + "\n")
+    if finished:
+        (folder / "summary.json").write_text(json.dumps({"step": 9, "psnr": psnr, "lpips": None, "usage": 0.5}))
+    for name, report in (reports or {}).items():
+        (folder / "evaluation" / f"{name}.json").write_text(json.dumps(report))
+    return folder
+
+
+def collected(folders, tmp_path, *words):
+    out = tmp_path / "table.json"
+    collect.main([*map(str, folders), "--out", str(out), "--metrics", "psnr", *words])
+    return json.loads(out.read_text())
+
+
+def test_a_file_has_what_runs_share_and_what_they_do_not(tmp_path, capsys):
+    protein = {"tokenizers": {"runs/x": {"rmsd": 2.0, "tm": None}}}
+    folders = [make_run(tmp_path, "vanilla", 0, 20.12345678, settings={"warmup_steps": 0}),
+               make_run(tmp_path, "vanilla", 1, 21.0, settings={"warmup_steps": 0}),
+               make_run(tmp_path, "provq", 0, 22.0, settings={"warmup_steps": 5}),
+               make_run(tmp_path, "provq", 1, 23.5, settings={"warmup_steps": 5},
+                        reports={"generation": {"fid": 3, "protocol": {"id": "x"}}, "structures": protein})]
+    found = collected(folders, tmp_path)
+    assert found["settings"] == {"lr": 1e-3}
+    assert found["rows"] == {"vanilla": {"warmup_steps": 0}, "provq": {"warmup_steps": 5}}
+    assert [(run["run"], run["seed"], run["psnr"]) for run in found["runs"]] == [
+        ("vanilla", 0, 20.1235), ("vanilla", 1, 21.0), ("provq", 0, 22.0), ("provq", 1, 23.5)]
+    assert found["runs"][3] == {"run": "provq", "seed": 1, "step": 9, "psnr": 23.5, "usage": 0.5,
+                                "generation.fid": 3, "structures.rmsd": 2.0}
+    assert "/a/path" not in json.dumps(found)
+    table = capsys.readouterr().out.splitlines()
+    assert table[0] == "| arm | seeds | PSNR (dB) | PSNR (dB) against vanilla [95 %] |"
+    assert table[3].startswith("| provq | 2 | 22.75 ± 1.06 | +2.19 [")  # the mean of 1.88 and 2.5
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"finished": False}, "is no finished run: unfinished: step 9"),
+    ({"settings": {"lr": 5.0}}, "runs of the row vanilla differ in lr"),
+    ({"settings": {"global_seed": 4}}, "has the seed 4; call the folder ROW-s4"),
+    ({"reports": {"generation": [1]}}, "generation.json: no report"),
+])
+def test_runs_that_would_make_a_table_wrong(change, message, tmp_path):
+    folders = [make_run(tmp_path, "vanilla", 0, 20.0), make_run(tmp_path, "vanilla", 1, 20.0, **change)]
+    with pytest.raises(SystemExit, match=message):
+        collected(folders, tmp_path)
+    assert not (tmp_path / "table.json").exists()
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (("--metrics", "rmsd"), "--metrics rmsd: no run in"),
+    (("--rows", "nobody"), "--rows 'nobody' is none of the arms: vanilla; provq"),
+    (("--baseline", "nobody"), "--baseline 'nobody' is none"),
+])
+def test_tables_that_cannot_be_made_are_named(words, message, tmp_path):
+    folders = [make_run(tmp_path, row, 0, 20.0) for row in ("vanilla", "provq")]
+    done = subprocess.run([sys.executable, str(ROOT / "evaluations" / "evidence" / "collect.py"), *map(str, folders),
+                           "--out", str(tmp_path / "t.json"), "--metrics", "psnr", *words],
+                          capture_output=True, text=True)
+    assert done.returncode == 1
+    assert message in done.stderr
+
+
+def test_files_of_something_else_are_named(tmp_path):
+    path = tmp_path / "other.json"
+    path.write_text("[]")
+    with pytest.raises(ValueError, match=r"other.json: no file of collect.py"):
+        trained.read(path)
