@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -171,8 +172,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: Tensor, cache: Sequence[Tensor] | None, position: Tensor | None,
                 mask: Tensor | None, length: int) -> Tensor:
-        q, k, v = self.wqkv(x).unflatten(-1, (3, self.n_head, -1)).unbind(2)  # (B, T, heads, head_dim) each
-        q, k, v = (t.transpose(1, 2) for t in (apply_rope(q, rope), apply_rope(k, rope), v))
+        q, k, v = rearrange(self.wqkv(x), "b t (three h d) -> three b t h d", three=3, h=self.n_head)
+        q, k, v = (rearrange(t, "b t h d -> b h t d") for t in (apply_rope(q, rope), apply_rope(k, rope), v))
         if cache is not None:
             assert position is not None, "a cache is written at a position"
             keys, values = cache
@@ -180,7 +181,7 @@ class Attention(nn.Module):
             values.index_copy_(2, position, v)
             k, v = keys[:, :, :length], values[:, :, :length]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=cache is None)
-        return self.wo(y.transpose(1, 2).flatten(2))
+        return self.wo(rearrange(y, "b h t d -> b t (h d)"))
 
 
 class DropPath(nn.Module):

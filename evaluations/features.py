@@ -1,4 +1,5 @@
-"""Features of images for distribution distances: the Inception-v3 of the field's tables, or any TorchScript module.
+"""Features of images for distribution distances: the Inception-v3 of the field's tables, a model of timm's, or any
+TorchScript module.
 
 Inception is the network of TensorFlow's 2015-12-05 graph, through torch-fidelity: resizing and arithmetic agree with
 the graph, so numbers agree with ADM's evaluator. Its weights are read from a file; nothing is ever downloaded.
@@ -11,9 +12,10 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # torch-fidelity's conversion of the TensorFlow graph
@@ -33,8 +35,8 @@ class Extractor(nn.Module):
     """uint8 images (N, 3, H, W) of any size -> Features. In eval mode, float32, TF32 off: features must not depend on
     the batch or the GPU.
 
-    name: "inception" or "torchscript". sha256: of the weights' file, 64 hex digits, for protocols and caches. widths:
-    of the features that ADM's references store statistics of; {}: none are stored of this extractor's.
+    name: "inception", "timm:NAME" or "torchscript". sha256: of the weights' file, 64 hex digits, for protocols and
+    caches. widths: of the features that ADM's references store statistics of; {}: none are stored of this extractor's.
     """
 
     def __init__(self, name: str, sha256: str, network: nn.Module, run: Callable[[Tensor], Features],
@@ -77,9 +79,11 @@ def _without_tf32() -> Iterator[None]:
 
 
 def open_extractor(spec: str, inception_weights: str | Path | None = None) -> Extractor:
-    """The extractor that --features names: "inception", or "torchscript:PATH".
+    """The extractor that --features names: "inception", "timm:NAME:PATH" or "torchscript:PATH".
 
-    inception_weights: torch-fidelity's file; None looks where torch.hub keeps it. A TorchScript module takes uint8
+    inception_weights: torch-fidelity's file; None looks where torch.hub keeps it. timm's model NAME with the weights in
+    PATH sees whole images, resized (bicubic, antialiased) and normalized as its configuration says; features are what
+    its classifier reads, logits what that returns if it has one. A TorchScript module takes uint8
     (N, 3, H, W) and returns pooled features (N, D), or a tuple of them, logits (N, C) and flattened spatial features
     (N, S). FileNotFoundError: no such file, saying where to put it. ValueError: an unknown spec or a foreign file.
     """
@@ -87,7 +91,12 @@ def open_extractor(spec: str, inception_weights: str | Path | None = None) -> Ex
         return _open_inception(inception_weights)
     if spec.startswith("torchscript:"):
         return _open_torchscript(Path(spec.removeprefix("torchscript:")))
-    raise ValueError(f"--features {spec!r} is neither inception nor torchscript:PATH")
+    if spec.startswith("timm:"):
+        _, name, path = (*spec.split(":", 2), "")[:3]
+        if not path:
+            raise ValueError(f"--features {spec}: name the file of weights as well, timm:{name or 'NAME'}:PATH")
+        return _open_timm(name, Path(path))
+    raise ValueError(f"--features {spec!r} is none of inception, timm:NAME:PATH and torchscript:PATH")
 
 
 def find_inception_weights(path: str | Path | None = None) -> Path:
@@ -123,6 +132,33 @@ def _open_inception(weights: str | Path | None) -> Extractor:
         return Features(pooled, logits, kept.pop().flatten(1))
 
     return Extractor("inception", _sha256(path), network, run, INCEPTION_WIDTHS)
+
+
+def _open_timm(name: str, path: Path) -> Extractor:
+    import timm
+
+    if not timm.is_model(name):
+        raise ValueError(f"--features timm:{name}:{path}: timm {timm.__version__} has no model {name!r}")
+    if not path.is_file():
+        raise FileNotFoundError(f"--features timm:{name}:{path}: no such file; nothing is downloaded")
+    network: Any = timm.create_model(name, pretrained=False)
+    try:
+        timm.models.load_checkpoint(network, str(path), strict=True)
+    except Exception as error:  # as above
+        raise ValueError(f"--features timm:{name}:{path}: not the weights of that model") from error
+    config = timm.data.resolve_model_data_config(network)
+    channels, *size = config["input_size"]
+    if channels != 3:
+        raise ValueError(f"--features timm:{name}: the model takes images of {channels} channels, not 3")
+    mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
+
+    def run(images: Tensor) -> Features:
+        x = F.interpolate(images.float(), size=size, mode="bicubic", antialias=True).clamp(0.0, 255.0) / 255.0
+        inside = network.forward_features((x - mean.to(x.device)) / std.to(x.device))
+        pooled = network.forward_head(inside, pre_logits=True).float()
+        return Features(pooled, network.forward_head(inside).float() if network.num_classes else None)
+
+    return Extractor(f"timm:{name}", _sha256(path), network, run)
 
 
 def _open_torchscript(path: Path) -> Extractor:

@@ -298,7 +298,8 @@ def extract(images: ImageSet, extractor: Extractor, device: torch.device, cache:
 def add_extractor_flags(parser: argparse.ArgumentParser) -> None:
     """--features, --inception-weights, --cache-dir, --no-cache."""
     parser.add_argument("--features", default="inception", metavar="WHICH",
-                        help="inception, or torchscript:PATH for other domains (default: inception)")
+                        help="inception, timm:NAME:PATH (that model, with this file of weights), or torchscript:PATH "
+                             "(default: inception)")
     parser.add_argument("--inception-weights", type=Path, metavar="FILE", help=f"{INCEPTION_FILE} of torch-fidelity's "
                         "release v0.2.0 (default: in torch hub's cache)")
     parser.add_argument("--cache-dir", type=Path, default=default_cache(), metavar="FOLDER",

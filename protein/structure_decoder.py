@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -78,9 +79,9 @@ class Attention(nn.Module):
         """x (B, L, d), rotary tables, keys (B, 1, 1, L) bool or None -> (B, L, d)."""
         q, k, v = self.layernorm_qkv(x).chunk(3, dim=-1)
         q, k = self.q_ln(q).to(v.dtype), self.k_ln(k).to(v.dtype)  # autocast leaves a norm's output in float32
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, H, L, d/H)
+        q, k, v = (rearrange(t, "b l (h d) -> b h l d", h=self.heads) for t in (q, k, v))
         out = F.scaled_dot_product_attention(_rotate(q, *tables), _rotate(k, *tables), v, attn_mask=keys)
-        return self.out_proj(out.transpose(1, 2).flatten(-2))
+        return self.out_proj(rearrange(out, "b h l d -> b l (h d)"))
 
 
 class Block(nn.Module):

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -131,9 +132,9 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        tokens = [conv(h).flatten(2).transpose(1, 2).unsqueeze(1) for conv in (self.q, self.k, self.v)]
-        out = F.scaled_dot_product_attention(*tokens)  # 3 x (B, 1, hw, C) -> (B, 1, hw, C), one head, scale C^-0.5
-        return x + self.proj_out(out.squeeze(1).transpose(1, 2).reshape_as(x))
+        q, k, v = (rearrange(conv(h), "b c h w -> b 1 (h w) c") for conv in (self.q, self.k, self.v))
+        out = F.scaled_dot_product_attention(q, k, v)  # one head, scale C^-0.5
+        return x + self.proj_out(rearrange(out, "b 1 (h w) c -> b c h w", h=x.shape[2]))
 
 
 class Downsample(nn.Module):

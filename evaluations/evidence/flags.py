@@ -30,8 +30,9 @@ def add_bed(parser: argparse.ArgumentParser) -> None:
                         help="small: CIFAR-10 at 16x16, 600 steps of 32; confirm: 32x32, VQ-4, 3000 steps of 64")
     parser.add_argument("--disc-start", type=int, metavar="STEP",
                         help="first step, counted from 1, with a discriminator; default: none")
-    parser.add_argument("--features", metavar="torchscript:PATH",
-                        help="score rFID in these features as well, such as those of train_extractor.py")
+    parser.add_argument("--features", metavar="EXTRACTOR",
+                        help="score rFID as well, in features as of evaluations/reconstruction.py, such as "
+                             "torchscript:PATH")
     for field in _NUMBERS:
         choices = tuple(MODELS) if field.name == "model" else None
         parser.add_argument(flag_name(field.name), type=str if choices else int, choices=choices,

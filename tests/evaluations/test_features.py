@@ -1,6 +1,7 @@
 """Feature extractors: Inception against torch-fidelity's own run of the same file, TorchScript, and wrong files."""
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -141,5 +142,54 @@ def test_foreign_files_are_named(tmp_path):
         open_extractor(f"torchscript:{tmp_path / 'text.pth'}")
     with pytest.raises(FileNotFoundError, match="no such file"):
         open_extractor(f"torchscript:{tmp_path / 'nothing.pt'}")
-    with pytest.raises(ValueError, match="neither inception nor torchscript:PATH"):
+    with pytest.raises(ValueError, match="none of inception, timm:NAME:PATH and torchscript:PATH"):
         open_extractor("vgg")
+
+
+@pytest.fixture(scope="module", params=["test_resnet", "test_vit"])
+def timm_file(request, tmp_path_factory):
+    """A model's name, a file of random weights, and the model."""
+    torch.manual_seed(0)
+    model = timm.create_model(request.param, pretrained=False).eval()
+    path = tmp_path_factory.mktemp("timm") / f"{request.param}.pth"
+    torch.save(model.state_dict(), path)
+    return request.param, path, model
+
+
+def test_a_model_of_timms_sees_what_timm_would_show_it(timm_file):
+    name, path, model = timm_file
+    extractor = open_extractor(f"timm:{name}:{path}")
+    config = timm.data.resolve_model_data_config(model)
+    images = pictures(3, config["input_size"][1])
+    found = extractor(images)
+    mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
+    with torch.no_grad():
+        shown = (images / 255.0 - mean) / std
+        torch.testing.assert_close(found.logits, model(shown), rtol=1e-4, atol=1e-5)
+        model.reset_classifier(0)
+        torch.testing.assert_close(found.pooled, model(shown), rtol=1e-4, atol=1e-5)
+    assert extractor.name == f"timm:{name}"
+    assert not extractor.widths
+    larger = F.interpolate(images.float(), scale_factor=2, mode="nearest").byte()
+    near, other = extractor(larger).pooled, extractor(pictures(3, 300)).pooled  # any size; the same pictures stay near
+    assert (near - found.pooled).norm() < 0.5 * (other - found.pooled).norm()
+
+
+@pytest.mark.parametrize(("spec", "message"), [
+    ("timm:test_vit", "--features timm:test_vit: name the file of weights as well, timm:test_vit:PATH"),
+    ("timm:", "name the file of weights as well, timm:NAME:PATH"),
+    ("timm:no_model:w.pth", "has no model 'no_model'"),
+    ("timm:test_vit:no.pth", "no such file; nothing is downloaded"),
+    ("dino", "--features 'dino' is none of inception, timm:NAME:PATH and torchscript:PATH"),
+])
+def test_specs_of_timm_that_cannot_work(spec, message):
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        open_extractor(spec)
+    assert message in str(error.value)
+
+
+def test_weights_of_another_model_are_refused(timm_file):
+    name, path, _ = timm_file
+    other = "test_vit" if name == "test_resnet" else "test_resnet"
+    with pytest.raises(ValueError, match="not the weights of that model"):
+        open_extractor(f"timm:{other}:{path}")

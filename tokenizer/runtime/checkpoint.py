@@ -26,10 +26,6 @@ import torch
 from tokenizer.runtime import distributed
 from tokenizer.runtime.parsing import parsing, reason, require_file
 
-# LlamaGen checkpoints carry their command line as a Namespace: a bag of attributes that runs no code when it is built.
-# (Registered for the process: the scoped form, safe_globals, does not exist in torch 2.4.)
-torch.serialization.add_safe_globals([argparse.Namespace])
-
 _NUMBERED = re.compile(r"(\d{7,})\.pt")
 _PRIMITIVES = (int, float, bool, str, type(None))
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
@@ -181,6 +177,10 @@ def load_file(path: str | Path, map_location: str | torch.device = "cpu") -> dic
         raise ValueError(f"{path}: its records are compressed or overlap, which torch.save never does; save it again")
     if damaged is not None:
         raise ValueError(f"{path}: damaged, the checksum of {damaged} is wrong")
+    # LlamaGen checkpoints carry their command line as a Namespace: a bag of attributes that runs no code when it is
+    # built. Registered for the process, as the scoped form does not exist in torch 2.4; and before every file, as that
+    # form, in another library (timm's load_checkpoint), takes back what it did not bring.
+    torch.serialization.add_safe_globals([argparse.Namespace])
     try:
         state = torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
