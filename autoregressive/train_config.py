@@ -69,9 +69,9 @@ class TrainConfig(RunConfig):
 PRESETS: dict[str, dict[str, Any]] = {
     "c2i": {"epochs": 300},
     "digits": {
-        "code_path": "runs/digits/codes", "vq_ckpt": "runs/digits", "gpt_model": "GPT-tiny", "max_steps": 1400,
+        "code_path": "runs/digits/codes", "vq_ckpt": "runs/digits", "gpt_model": "GPT-tiny", "max_steps": 1000,
         "global_batch_size": 16, "lr": 1e-3, "lr_schedule": "cosine", "lr_warmup_steps": 50, "val_size": 150,
-        "log_every": 100, "val_every": 350, "ckpt_every": 350, "sample_every": 700, "mixed_precision": "none",
+        "log_every": 100, "val_every": 250, "ckpt_every": 250, "sample_every": 500, "mixed_precision": "none",
         "compile": False,
     },
 }

@@ -11,7 +11,7 @@
 #         paper    prints the commands for 8 GPUs and runs none; the last one makes the table of what they have trained.
 #                  --data ImageNet's folder of train/ and val/; 3 and 4: the archive, the cache of structures
 # Table 4 validates on --data's val/ and trains on its train/ where it has these folders; else a tenth is held out.
-# Rows called recluster are ours, not the paper's. Tables 2 and 4 also run those: all rows of a scale share their rates.
+# Rows called recluster or x10 (faster codes) are ours, not the paper's; 2 and 4 run them at every scale but the paper's.
 # --jobs  runs of the evidence bed at the same time
 set -euo pipefail
 
@@ -85,6 +85,7 @@ bed() { # arms...: on the evidence bed, and their table
 # What each row of a table adds to the trainers' defaults, which are ProVQ's.
 flags_of() {
     case "$1" in
+        *-x10) echo "$(flags_of "${1%-x10}") --codebook-lr-scale 10" ;;
         provq) ;;
         recluster) echo --recluster ;;
         vanilla) echo --warmup-steps 0 --transition-steps 0 ;;
@@ -158,7 +159,7 @@ case "$table" in
         ;;
     2)
         rows="vanilla provq" # the paper's
-        [ "$scale" = paper ] || rows="vanilla vanilla-x10 provq recluster"
+        [ "$scale" = paper ] || rows="vanilla-x10 provq-x10 recluster-x10"
         # shellcheck disable=SC2086  # rows are words
         images $rows
         reference="$data/VIRTUAL_imagenet256_labeled.npz" features=() sampling=(--num-samples 50000 --cfg-scale 2)

@@ -79,9 +79,9 @@ class TrainConfig(CurriculumConfig):
 _SMALL = {"vq_model": "VQ-4", "image_size": 32, "perceptual_weight": 0.0, "disc_weight": 0.0, "mixed_precision": "none",
           "lr": 1e-3, "num_workers": 0}
 PRESETS: dict[str, dict[str, Any]] = {
-    "digits": _SMALL | {  # 48 images can be split over 1, 2, 3, 4, 6, 8, 12 and 16 processes
-        "image_channels": 1, "codebook_size": 128, "global_batch_size": 48, "max_steps": 450, "warmup_steps": 150,
-        "transition_steps": 150, "val_size": 297, "log_every": 25, "val_every": 75, "ckpt_every": 75,
+    "digits": _SMALL | {  # 24 images can be split over 1, 2, 3, 4, 6, 8 and 12 processes
+        "image_channels": 1, "codebook_size": 128, "global_batch_size": 24, "max_steps": 360, "warmup_steps": 120,
+        "transition_steps": 120, "val_size": 297, "log_every": 20, "val_every": 60, "ckpt_every": 60,
     },
     "cifar10": _SMALL | {
         "codebook_size": 512, "max_steps": 10_000, "warmup_steps": 2500, "transition_steps": 2500, "val_size": 2000,
