@@ -148,8 +148,9 @@ def test_a_graph_more_is_caught(image_run, monkeypatch):
 
 def test_a_run_of_a_gpt_makes_one_graph(tmp_path, monkeypatch):
     write_codes(tmp_path / "codes", images=20)
-    assert run_compiled(train_c2i.main, tmp_path / "run", monkeypatch, preset="digits", vq_ckpt="none",
-                        code_path=tmp_path / "codes", global_batch_size=6, val_size=2, max_steps=5, val_every=2, sample_every=0) == 1
+    settings = {"preset": "digits", "vq_ckpt": "none", "code_path": tmp_path / "codes", "global_batch_size": 6,
+                "max_steps": 5, "val_size": 2, "val_every": 2, "sample_every": 0}
+    assert run_compiled(train_c2i.main, tmp_path / "run", monkeypatch, **settings) == 1
 
 
 def test_a_break_is_found():
