@@ -80,7 +80,7 @@ def structure_trainer(fake, **changes):
     return trainer
 
 
-SMALL_STRUCTURES = {name: value for name, value in STRUCTURE_PRESETS["ideal"].items() if name != "max_steps"}
+SMALL_STRUCTURES = {name: value for name, value in STRUCTURE_PRESETS["ideal"].items() if not name.endswith("_steps")}
 
 
 def chains(trainer, batch, length):
@@ -105,6 +105,7 @@ def step(fake, trainer, batches, number):
     with fake.recorder() as seen, fake.saved() as saved:
         if quantize is not None:
             quantize.set_step(number)
+            assert quantize.stage == min(number, 2) + 1  # one step of each
         terms = trainer.train_step(batches, number)
         if quantize is None:
             trainer.ema.update(trainer.raw, number + 1)
