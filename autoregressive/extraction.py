@@ -38,19 +38,23 @@ def extract_shard(
 
     dataset: of image_size, or for ten crops of the larger size that they are cut from. precision: a key of DTYPES.
     progress: called with the number of images done, per batch. encode: model.encode_latents (the default) or its
-    compiled form, which the caller keeps from shard to shard. Unreadable images are left out and counted in `bad`.
+    compiled form, which the caller keeps from shard to shard, and which sees batches of one size: it would be compiled
+    anew, for minutes, for a last one that is smaller. Unreadable images are left out and counted in `bad`.
     Returns codes (n, V, tokens) in the smallest unsigned type and the places of the n images.
     """
     rows, places = [], []
     # Wide convolutions run faster with channels innermost (VQ-16 on a CPU: by 15 %); VQ-4's narrow ones run slower.
     layout = torch.channels_last if model.encoder.conv_in.out_channels >= 128 else torch.contiguous_format
     model.encoder.to(memory_format=layout)
+    size = max(map(len, batches), default=0)
     for batch in make_loader(dataset, batches, num_workers=num_workers, pin_memory=device.type == "cuda"):
         bad.add(batch["bad"])
         x = make_views(batch["image"].to(device, non_blocking=True), image_size, flip, ten)
+        missing = 0 if encode is None else size - len(x)
+        given = torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x
         with torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "none"):
-            z = (encode or model.encode_latents)(x.flatten(0, 1).contiguous(memory_format=layout))
-            codes = model.quantize.encode(z)
+            z = (encode or model.encode_latents)(given.flatten(0, 1).contiguous(memory_format=layout))
+            codes = model.quantize.encode(z[: x.shape[0] * x.shape[1]])
         codes = codes.view(*x.shape[:2], -1)
         # The loader puts another image in an unreadable one's place, which is for training: here it is left out.
         keep = [dataset.source.name(i) not in bad.names for i in batch["index"].tolist()]

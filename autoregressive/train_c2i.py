@@ -12,6 +12,7 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from autoregressive.gpt import GPT, GPTConfig, NextCodeLoss
 from autoregressive.pretrained import load_gpt
 from autoregressive.sampling import SamplingConfig, generate
 from autoregressive.train_config import TrainConfig, check, parse_config, resumable, shards
-from tokenizer.data import make_loader, split_holdout, spread
+from tokenizer.data import collate, make_loader, split_holdout, spread
 from tokenizer.image_classes import describe_classes
 from tokenizer.init_from import opened, require_alike
 from tokenizer.pretrained import load_tokenizer, tokenizer_hash
@@ -45,12 +46,14 @@ from tokenizer.runtime.optim import (
     set_learning_rate,
     update,
 )
+from tokenizer.runtime.packing import packed
 from tokenizer.runtime.precision import set_tf32
 from tokenizer.runtime.run import Run, Stateful, launch, with_max_steps
 from tokenizer.runtime.seeding import fold
 from tokenizer.runtime.throughput import Throughput
 from tokenizer.vq_model import VQModel
 
+FED = ("codes", "label")  # what of a batch goes to the device
 SAMPLES = 16  # pictures in a grid of samples
 FEW = 8       # codes in use are worth a note below an eighth of them
 
@@ -207,26 +210,26 @@ class Trainer:
                     self.save_samples(self.tokenizer)
         run.finish(self.summary())
 
-    def batches(self, start: int, end: int) -> Iterator[dict[str, Any]]:
+    def batches(self, start: int, end: int) -> Iterator[dict[str, Tensor]]:
         sampler = self.run.sampler(len(self.train_set), start, end)
         yield from self._loader(self.train_set, sampler)
 
-    def _loader(self, dataset: CodeDataset, batches: Iterable[Any]) -> Iterable[dict[str, Any]]:
+    def _loader(self, dataset: CodeDataset, batches: Iterable[Any]) -> Iterator[dict[str, Tensor]]:
         pin = self.device.type == "cuda"
-        return make_loader(dataset, batches, num_workers=self.cfg.num_workers, pin_memory=pin)
+        for batch in make_loader(dataset, batches, num_workers=self.cfg.num_workers, pin_memory=pin,
+                                 collate=partial(packed, collate=collate, names=FED)):
+            yield batch.to(self.device)
 
-    def _losses(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    def _losses(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Cross-entropy (B,) in nats per code and the share of codes predicted right (B,), float32."""
-        codes = batch["codes"].to(self.device, non_blocking=True)
-        labels = batch["label"].to(self.device, non_blocking=True)
         with self.autocast():
-            return model(codes, labels)
+            return model(batch["codes"], batch["label"])
 
     def autocast(self) -> torch.autocast:
         """Sharded models cast their parameters themselves."""
         return autocast(self.device, "none" if self.sharded else self.cfg.mixed_precision)
 
-    def train_step(self, batches: Iterator[dict[str, Any]], step: int) -> dict[str, Tensor]:  # noqa: ARG002
+    def train_step(self, batches: Iterator[dict[str, Tensor]], step: int) -> dict[str, Tensor]:  # noqa: ARG002
         """-> loss (nats per code) and accuracy, means over the micro-batches; grad_norm."""
         parts = self.cfg.gradient_accumulation_steps
         total = torch.zeros(2, device=self.device)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ from tokenizer.quantizer_config import build_restart
 from tokenizer.runtime import config, distributed
 from tokenizer.runtime.ema import EMA
 from tokenizer.runtime.optim import accumulating, build_adamw, learning_rate, replicate, set_learning_rate, update
+from tokenizer.runtime.packing import packed
 from tokenizer.runtime.precision import set_tf32
 from tokenizer.runtime.run import Run, launch
 from tokenizer.runtime.throughput import Throughput
@@ -208,8 +209,8 @@ class Trainer(CurriculumTrainer):
     def _load(self, dataset: StructureDataset, batches: Any) -> Iterator[dict[str, Tensor]]:
         pin = self.device.type == "cuda"
         for batch in make_loader(dataset, batches, num_workers=self.cfg.num_workers, pin_memory=pin,
-                                 collate=collate):
-            yield {name: batch[name].to(self.device, non_blocking=True) for name in FED}
+                                 collate=partial(packed, collate=collate, names=FED)):
+            yield batch.to(self.device)
 
     # -------------------------------------------------------------------------------------- what is tokenized
 

@@ -14,6 +14,7 @@ from tokenizer import train_provq as train_images
 from tokenizer.discriminator import NLayerDiscriminator
 from tokenizer.runtime.ema import EMA
 from tokenizer.runtime.optim import build_adamw
+from tokenizer.runtime.packing import Packed
 from tokenizer.train_config import TrainConfig as ImageTrainConfig
 
 SMALL_IMAGES = {"vq_model": "VQ-4", "image_size": 32, "codebook_size": 64}
@@ -59,9 +60,8 @@ def gpt_trainer(fake, gpt=None, **changes):
 
 
 def codes(trainer, batch):
-    while True:
-        yield {"codes": torch.empty(batch, trainer.gpt_config.block_size, dtype=torch.int64),
-               "label": torch.empty(batch, dtype=torch.int64)}
+    return _moved(trainer, {"codes": torch.empty(batch, trainer.gpt_config.block_size, dtype=torch.int64),
+                            "label": torch.empty(batch, dtype=torch.int64)})
 
 
 def structure_trainer(fake, **changes):
@@ -80,17 +80,21 @@ def structure_trainer(fake, **changes):
     return trainer
 
 
-SMALL_STRUCTURES = {name: value for name, value in STRUCTURE_PRESETS["ideal"].items() if name != "max_steps"}
+SMALL_STRUCTURES = {name: value for name, value in STRUCTURE_PRESETS["ideal"].items() if not name.endswith("_steps")}
 
 
 def chains(trainer, batch, length):
-    """As `collate` makes them, copied to the device as `_load` does."""
-    made = {"coords": torch.empty(batch, length, 3, 3), "mask": torch.empty(batch, length, dtype=torch.bool),
-            "residue_index": torch.empty(batch, length, dtype=torch.int64),
-            "sequence": torch.empty(batch, length, dtype=torch.int64),
-            "places": torch.empty(batch * length, dtype=torch.int64)}
-    while True:
-        yield {name: value.to(trainer.device, non_blocking=True) for name, value in made.items()}
+    return _moved(trainer, {
+        "coords": torch.empty(batch, length, 3, 3), "mask": torch.empty(batch, length, dtype=torch.bool),
+        "residue_index": torch.empty(batch, length, dtype=torch.int64),
+        "sequence": torch.empty(batch, length, dtype=torch.int64),
+        "places": torch.empty(batch * length, dtype=torch.int64)})
+
+
+def _moved(trainer, made):
+    """Batches as the trainers' loaders give them. Workers pack them: none of the step's work."""
+    batch = Packed(made)
+    return iter(lambda: batch.to(trainer.device), None)
 
 
 def step(fake, trainer, batches, number):
@@ -101,6 +105,7 @@ def step(fake, trainer, batches, number):
     with fake.recorder() as seen, fake.saved() as saved:
         if quantize is not None:
             quantize.set_step(number)
+            assert quantize.stage == min(number, 2) + 1  # one step of each
         terms = trainer.train_step(batches, number)
         if quantize is None:
             trainer.ema.update(trainer.raw, number + 1)

@@ -1,14 +1,21 @@
-"""What torch.compile makes of the models: one graph per stage without a break, and none when alpha moves."""
+"""What torch.compile makes of the models: one graph per stage without a break, and none when alpha moves or a last
+batch is smaller."""
+
+from functools import partial
 
 import pytest
 import torch
+from code_files import write_codes
+from digit_runs import write_digits
 from fake_cuda import fake_cuda
 from fake_trainers import SMALL_IMAGES, image_trainer
 from gpt_models import TINY, tiny
 from image_models import TINY_VQ4
+from training_runs import rows, to_words
 
+from autoregressive import train_c2i
 from autoregressive.gpt import NextCodeLoss
-from tokenizer import vq_model
+from tokenizer import train_provq, vq_model
 from tokenizer.provq import Curriculum
 from tokenizer.quantizer_config import build_restart
 from tokenizer.train_config import PRESETS, TrainConfig
@@ -93,6 +100,57 @@ def test_a_gpt_with_its_loss_is_one_graph():
         for one, other in zip(found, loss(codes, torch.tensor([1, 2])), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     assert graphs.count == 1
+
+
+def run_compiled(main, run_dir, monkeypatch, **settings):
+    """A run with --compile, to its end -> how many graphs it made."""
+    graphs = Graphs()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "compile", partial(torch.compile, backend=graphs, fullgraph=True))
+        main(to_words({"results_dir": run_dir, "compile": True, "device": "cpu", "log_every": 100} | settings))
+    assert rows(run_dir)[-1]["step"] == settings["max_steps"]
+    return graphs.count
+
+
+@pytest.fixture
+def image_run(tmp_path, _small):
+    """Seven steps over 20 images by 6, so that epochs end within batches; validation on 8, by 6 and 2."""
+    for name, count in (("train", 20), ("val", 8)):
+        write_digits(tmp_path / name, count, (16, 16))
+    return train_provq.main, tmp_path / "run", {
+        "data_path": tmp_path / "train", "val_path": tmp_path / "val", "vq_model": "VQ-4", "image_size": 16,
+        "codebook_size": 16, "global_batch_size": 6, "max_steps": 7, "warmup_steps": 2, "transition_steps": 3,
+        "val_every": 2, "kmeans_batches": 2, "disc_weight": 0, "perceptual_weight": 0, "augment": "none",
+        "num_workers": 0, "mixed_precision": "none"}
+
+
+def test_a_run_of_the_tokenizer_makes_a_graph_per_stage(image_run, monkeypatch):
+    main, run_dir, settings = image_run
+    assert run_compiled(main, run_dir, monkeypatch, **settings) == 3
+    assert {row["images"] for row in rows(run_dir, "validation.jsonl")} == {8}
+
+
+def test_a_graph_more_is_caught(image_run, monkeypatch):
+    """Validation through the compiled model, whose last batch is smaller."""
+    main, run_dir, settings = image_run
+
+    def faulty(self, model):
+        self.model.eval()
+        for batch in self._val_batches():
+            self.model(batch["image"])
+        return validate(self, model)
+
+    validate = train_provq.Trainer.evaluate
+    monkeypatch.setattr(train_provq.Trainer, "evaluate", faulty)
+    short = {"max_steps": 1, "warmup_steps": 0, "transition_steps": 0, "kmeans_batches": None}
+    assert run_compiled(main, run_dir, monkeypatch, **settings | short) > 1
+
+
+def test_a_run_of_a_gpt_makes_one_graph(tmp_path, monkeypatch):
+    write_codes(tmp_path / "codes", images=20)
+    settings = {"preset": "digits", "vq_ckpt": "none", "code_path": tmp_path / "codes", "global_batch_size": 6,
+                "max_steps": 5, "val_size": 2, "val_every": 2, "sample_every": 0}
+    assert run_compiled(train_c2i.main, tmp_path / "run", monkeypatch, **settings) == 1
 
 
 def test_a_break_is_found():

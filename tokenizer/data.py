@@ -247,7 +247,7 @@ def make_loader(
     *,
     num_workers: int = 0,
     pin_memory: bool = False,
-    collate: Callable[[list[Any]], dict[str, Any]] = collate,
+    collate: Callable[[list[Any]], Any] = collate,
 ) -> DataLoader:
     """DataLoader over batches of keys (StepSampler, or a plain list of lists). Batches do not depend on num_workers.
 

@@ -118,9 +118,12 @@ def launched() -> bool:
 def finalize() -> None:
     """Leave the process group. For the normal end of a program; after an exception just let the process exit."""
     if dist.is_initialized():
-        dist.destroy_process_group()
-        if _gloo_threads():  # DTensor's caches keep FSDP's group; what a thread lets go of in the interpreter's end
-            time.sleep(0.5)  # would abort the process
+        dist.destroy_process_group()  # joins the threads of groups that nobody holds
+        # A model under DDP holds one for as long as it lives, DTensor's caches hold FSDP's for ever. A thread lets go
+        # of its last collective's tensors when all ranks have the result; late, in the interpreter's end, that would
+        # abort the process, and nothing can be waited for.
+        if _gloo_threads():
+            time.sleep(0.5)
 
 
 def _gloo_threads() -> bool:
