@@ -91,6 +91,36 @@ def test_planted_faults_are_caught(monkeypatch, fault):
     assert "provq.py" in seen.syncs[0]
 
 
+@pytest.mark.usefixtures("_small")
+@pytest.mark.parametrize(("build", "batches"), [
+    (lambda fake: image_trainer(fake, **SMALL_IMAGES, disc_weight=0.0), lambda trainer: images(trainer, 2)),
+    (lambda fake: gpt_trainer(fake, TINY), lambda trainer: codes(trainer, 2)),
+    (lambda fake: structure_trainer(fake, **SMALL_STRUCTURES), lambda trainer: chains(trainer, 2, 24)),
+], ids=["images", "gpt", "structures"])
+def test_planted_faults_are_caught_in_every_trainer(monkeypatch, build, batches):
+    clip = nn.utils.clip_grad_norm_
+
+    def faulty(*args):
+        norm = clip(*args)
+        norms = norm[None]
+        norm.item()
+        norms[norms > 0]
+        norms[torch.zeros(1, dtype=torch.int64)]
+        return norm + torch.tensor(1.0, device=norm.device)
+
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", faulty)
+    with fake_cuda() as fake:
+        trainer = build(fake)
+        seen = step(fake, trainer, batches(trainer), 0)
+    assert len(seen.copies) == 2  # the batch, and the number
+    number, mask, index, copy = seen.syncs
+    assert "_local_scalar_dense" in number
+    assert "by a mask" in mask
+    assert "by indices of the host" in index
+    assert "copy to the device" in copy
+    assert all("optim.py" in line for line in seen.syncs)
+
+
 # ---------------------------------------------------------------------------------------------------- training steps
 
 @pytest.mark.usefixtures("_small")
