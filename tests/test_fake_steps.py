@@ -93,7 +93,7 @@ def test_planted_faults_are_caught(monkeypatch, fault):
 
 @pytest.mark.usefixtures("_small")
 @pytest.mark.parametrize(("build", "batches"), [
-    (lambda fake: image_trainer(fake, **SMALL_IMAGES, disc_weight=0.0), lambda trainer: images(trainer, 2)),
+    (lambda fake: image_trainer(fake, **SMALL_IMAGES, disc_start=9), lambda trainer: images(trainer, 2)),
     (lambda fake: gpt_trainer(fake, TINY), lambda trainer: codes(trainer, 2)),
     (lambda fake: structure_trainer(fake, **SMALL_STRUCTURES), lambda trainer: chains(trainer, 2, 24)),
 ], ids=["images", "gpt", "structures"])
