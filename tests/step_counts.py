@@ -81,12 +81,15 @@ class Collectives(TorchDispatchMode):
 
 
 def replicated_step():
-    """A small GPT under DDP -> bytes of DDP's buckets, bytes of the weights, other collectives of a step."""
+    """A small GPT under DDP -> bytes of DDP's buckets, bytes of the weights, other collectives of a step, and how many
+    gradients lie outside the buckets.
+    """
     model, batch = tiny(dim=256, n_layer=4, vocab_size=8192), torch.zeros(2, TINY.block_size - 1, dtype=torch.int64)
-    ddp, buckets = replicate(model.train(), torch.device("cpu")), []
+    ddp, buckets, memory = replicate(model.train(), torch.device("cpu")), [], set()
 
     def reduce(_, bucket):
         buckets.append(bucket.buffer().numel() * 4)
+        memory.add(bucket.buffer().untyped_storage().data_ptr())
         future = torch.futures.Future()
         future.set_result(bucket.buffer())
         return future
@@ -97,8 +100,9 @@ def replicated_step():
         buckets.clear()
         with Collectives() as other:
             ddp(batch, batch[:, 0]).sum().backward()
+            copies = sum(p.grad.untyped_storage().data_ptr() not in memory for p in model.parameters())
             update(optimizer, model, torch.amp.GradScaler("cpu", enabled=False), 1.0)
-    return buckets, sum(p.numel() * 4 for p in model.parameters()), other.seen
+    return buckets, sum(p.numel() * 4 for p in model.parameters()), other.seen, copies
 
 
 def sharded_step():
@@ -123,7 +127,7 @@ def table():
             seen = count(case)
             numbers = len(seen.syncs), len(seen.copies), sum(collectives(seen.operations).values())
             yield f"| {what} | {' | '.join(map(str, numbers))} | {seen.traffic / GIB:.1f} | {seen.saved / GIB:.2f} |"
-        buckets, weights, others = replicated_step()
+        buckets, weights, others, _ = replicated_step()
         yield (f"\na GPT of {weights / 2**20:.0f} MiB, replicated: {len(buckets)} buckets, {sum(others.values())} "
                "other collectives")
         yield f"a GPT of {TINY.n_layer} blocks, sharded: {dict(sharded_step())}"

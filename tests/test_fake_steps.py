@@ -91,7 +91,43 @@ def test_planted_faults_are_caught(monkeypatch, fault):
     assert "provq.py" in seen.syncs[0]
 
 
+@pytest.mark.usefixtures("_small")
+@pytest.mark.parametrize(("build", "batches"), [
+    (lambda fake: image_trainer(fake, **SMALL_IMAGES, disc_start=9), lambda trainer: images(trainer, 2)),
+    (lambda fake: gpt_trainer(fake, TINY), lambda trainer: codes(trainer, 2)),
+    (lambda fake: structure_trainer(fake, **SMALL_STRUCTURES), lambda trainer: chains(trainer, 2, 24)),
+], ids=["images", "gpt", "structures"])
+def test_planted_faults_are_caught_in_every_trainer(monkeypatch, build, batches):
+    clip = nn.utils.clip_grad_norm_
+
+    def faulty(*args):
+        norm = clip(*args)
+        norms = norm[None]
+        norm.item()
+        norms[norms > 0]
+        norms[torch.zeros(1, dtype=torch.int64)]
+        return norm + torch.tensor(1.0, device=norm.device)
+
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", faulty)
+    with fake_cuda() as fake:
+        trainer = build(fake)
+        seen = step(fake, trainer, batches(trainer), 0)
+    assert len(seen.copies) == 2  # the batch, and the number
+    number, mask, index, copy = seen.syncs
+    assert "_local_scalar_dense" in number
+    assert "by a mask" in mask
+    assert "by indices of the host" in index
+    assert "copy to the device" in copy
+    assert all("optim.py" in line for line in seen.syncs)
+
+
 # ---------------------------------------------------------------------------------------------------- training steps
+
+def launches(seen):
+    """Of optimizers and averages: as many as groups, not as parameters."""
+    return {name.split(".")[1].removeprefix("_"): times for name, times in seen.operations.items()
+            if "adam" in name or "foreach_lerp" in name}
+
 
 @pytest.mark.usefixtures("_small")
 @pytest.mark.parametrize("options", [
@@ -107,6 +143,7 @@ def test_a_step_of_the_image_trainer_never_waits(options):
             assert seen.syncs == []
             assert len(seen.copies) == 1, seen.copies  # the images
             assert "disc_loss" in seen.terms
+            assert launches(seen) == {"fused_adam_": 2, "foreach_lerp_": 1}  # the discriminator's too
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -116,6 +153,7 @@ def test_a_step_of_a_gpt_never_waits(precision):
         seen = step(fake, trainer, codes(trainer, 4), 0)
         assert seen.syncs == []
         assert len(seen.copies) == 1, seen.copies  # the batch
+        assert launches(seen) == {"fused_adamw_": 2, "foreach_lerp_": 1}  # with weight decay and without
 
 
 @pytest.mark.parametrize("options", [{}, {"mixed_precision": "bf16"}, {"losses_as_coded": True}, {"quantizer": "ema"}],
@@ -127,6 +165,7 @@ def test_a_step_of_the_structure_trainer_never_waits(options):
             seen = step(fake, trainer, chains(trainer, 3, 40), number)
             assert seen.syncs == []
             assert len(seen.copies) == 1, seen.copies  # the batch
+            assert launches(seen) == {"fused_adamw_": 2, "foreach_lerp_": 1}
 
 
 def test_sampling_never_waits():
@@ -219,11 +258,14 @@ def test_collectives_of_the_trainers(options):
 
 @pytest.mark.usefixtures("_eight")
 def test_a_replicated_step_reduces_its_buckets_only():
-    """DDP's buckets of 25 MiB, the first of 1 MiB, and nothing else: no buffers, no batch norm, no metrics."""
-    buckets, weights, others = replicated_step()
+    """DDP's buckets of 25 MiB, the first of 1 MiB, and nothing else: no buffers, no batch norm, no metrics. Gradients
+    are parts of the buckets, not copied there.
+    """
+    buckets, weights, others, copies = replicated_step()
     assert sum(buckets) == weights
     assert len(buckets) <= 2 + weights // (25 * 2**20)
     assert others == {}
+    assert copies == 0
 
 
 @pytest.mark.usefixtures("_eight")

@@ -5,12 +5,16 @@ import warnings
 
 import pytest
 import torch
+from code_files import write_codes
 from torch import nn
 
+from autoregressive import train_c2i
 from evaluations.features import Extractor, Features
+from protein import train_provq as train_structures
 from tokenizer import train_provq
 from tokenizer.runtime.command import command
 from tokenizer.runtime.precision import exact_float32, set_tf32
+from tokenizer.train_config import PRESETS, TrainConfig
 
 CUDA = torch.device("cuda")
 new_switches = pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch before 2.9")
@@ -73,6 +77,23 @@ def test_the_image_trainer_keeps_products_exact_and_says_what_it_does(tmp_path, 
         train_provq.main(["--dry-run", "--device", "cpu", "--results-dir", str(tmp_path / "run"), *words])
         assert switches() == expected
         assert json.loads(capsys.readouterr().out)["tf32"] is expected[1]
+
+
+def test_the_other_trainers_use_tensor_cores_unless_told_not_to(tmp_path, capsys):
+    write_codes(tmp_path / "codes")
+    for main, words in ((train_structures.main, ["--ideal-chains", "24"]),
+                        (train_c2i.main, ["--preset", "digits", "--code-path", str(tmp_path / "codes"),
+                                          "--vq-ckpt", "none"])):
+        for more, expected in (([], True), (["--no-tf32"], False)):
+            main(["--dry-run", "--device", "cpu", "--results-dir", str(tmp_path / "run"), *words, *more])
+            assert switches() == (expected, expected)
+            assert json.loads(capsys.readouterr().out)["tf32"] is expected
+
+
+def test_no_preset_has_batch_norm_over_processes():
+    """It waits for all ranks, and LlamaGen does not have it."""
+    assert not TrainConfig.sync_batchnorm
+    assert not any("sync_batchnorm" in preset for preset in PRESETS.values())
 
 
 def test_batch_norm_over_processes_is_for_gpus(tmp_path):

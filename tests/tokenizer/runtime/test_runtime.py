@@ -17,7 +17,8 @@ from places import WORKERS
 from torch import nn
 from workers.runtime_worker import logger, rows_of, two_process_worker
 
-from tokenizer.runtime import distributed
+from autoregressive import sharding
+from tokenizer.runtime import checkpoint, distributed
 from tokenizer.runtime.checkpoint import Checkpointer, atomic_write_text, load_file
 from tokenizer.runtime.ema import EMA
 from tokenizer.runtime.metrics import JsonlFile
@@ -287,6 +288,23 @@ def test_load_file_names_what_is_wrong(tmp_path):
     torch.save([1], tmp_path / "list.pt")
     with pytest.raises(ValueError, match=r"list\.pt: holds a list"):
         load_file(tmp_path / "list.pt")
+
+
+def test_what_rank_0_hands_out_nobody_else_reads(tmp_path, monkeypatch):
+    """A sharded run's checkpoint on every rank would be 37 GB, eight times on one machine."""
+    Checkpointer(tmp_path).save(3, {"model": {"w": torch.ones(2)}, "step": 3})
+    shared = []
+
+    def gather(value):  # of two ranks, one after the other
+        shared.append(value)
+        return shared
+
+    monkeypatch.setattr(distributed, "gather_objects", gather)
+    assert torch.equal(Checkpointer(tmp_path).load_latest(main_only=["model"])["model"]["w"], torch.ones(2))
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    monkeypatch.setattr(checkpoint, "load_file", None)
+    assert Checkpointer(tmp_path).load_latest(main_only=["model"]) == {"model": {}, "step": 3}
+    assert all(part.from_main for part in (sharding.ShardedModel, sharding.ShardedOptimizer))
 
 
 @pytest.mark.parametrize(
