@@ -10,7 +10,7 @@ from tokenizer.runtime.parsing import from_json, read_text
 
 METRICS = comparison.METRICS | {  # a trainer's last validation, and under a report's name what the report says
     "usage": ("usage", 2), "perplexity": ("perplexity", 1), "normalized_perplexity": ("perplexity / K", 3),
-    "code_distance": ("code distance", 2), "reconstruction.rfid": ("rFID", 2), "loss": ("validation loss", 3),
+    "code_distance": ("code distance", 2), "reconstruction.rfid": ("rFID", 2), "val_loss": ("validation loss", 3),
     "generation.fid": ("gFID", 2), "generation.sfid": ("sFID", 2), "generation.inception_score": ("IS", 2),
     "generation.precision": ("precision", 3), "generation.recall": ("recall", 3),
     "rmsd": ("RMSD (Å)", 2), "lddt": ("lDDT", 3), "tm": ("TM", 3),
