@@ -15,6 +15,7 @@ from training_runs import Killed, rows, to_words
 
 from tokenizer import train_provq, vq_model
 from tokenizer.provq import Curriculum
+from tokenizer.runtime import distributed
 from tokenizer.runtime.checkpoint import load_file
 from tokenizer.train_config import PRESETS, TrainConfig, check, open_run_split, parse_config
 
@@ -63,6 +64,21 @@ def test_a_run_goes_through_all_stages_and_leaves_its_files(straight):
     assert json.loads((straight / "config.json").read_text())["codebook_size"] == 16
     assert (straight / "checkpoints" / "best.pt").exists()
     assert list((straight / "tensorboard").iterdir())
+
+
+def test_steps_exchange_no_objects(tmp_path, monkeypatch):
+    """Of a step, ranks agree on one number of the host. Objects, which wait for all ranks, are for rows and folders."""
+    step, gathered, agreed = [0], [], []
+    train_step, any_rank = train_provq.Trainer.train_step, distributed.any_rank
+    monkeypatch.setattr(train_provq.Trainer, "train_step",
+                        lambda self, batches, number: step.append(number + 1) or train_step(self, batches, number))
+    monkeypatch.setattr(distributed, "gather_objects", lambda value: gathered.append(step[-1]) or [value])
+    monkeypatch.setattr(distributed, "any_rank", lambda flag: agreed.append(step[-1]) or any_rank(flag))
+    train_provq.main(flags(tmp_path, log_every=4, val_every=100, ckpt_every=100, max_steps=6, warmup_steps=0,
+                           transition_steps=0))
+    assert {2, 3, 5}.isdisjoint(gathered)
+    assert 4 in gathered  # a row
+    assert [agreed.count(number) for number in (2, 3, 5)] == [1, 1, 1]
 
 
 def test_the_warm_up_has_no_numbers_of_codes(tmp_path, capsys):
