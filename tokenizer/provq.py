@@ -55,8 +55,9 @@ CPU_SEARCH_ELEMENTS, GPU_SEARCH_ELEMENTS = 2**19, 2**25
 
 _is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling  # public since torch 2.3
 
-# Before torch 2.4 a compiled graph has no guards on attributes, and the warm-up's would serve all stages: run eagerly.
-_guarded = torch.compiler.disable if torch.__version__ < "2.4" else lambda forward: forward
+# Before torch 2.5 a compiled graph need not see attributes change, and the warm-up's would serve all stages: run eagerly.
+_guarded = torch.compiler.disable if torch.__version__ < "2.5" else lambda forward: forward
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7
 
 
 # ----------------------------------------------------------------------------------------------------------- curriculum
@@ -171,8 +172,7 @@ class Quantizer(Protocol):
     def codebook_parameters(self) -> Iterable[nn.Parameter]:  # which optimizers must forget when codes are set
         return cast(nn.Module, self).parameters()
 
-    def update_(self) -> None:  # called after an optimizer step past the warm-up, on all ranks
-        return None
+    def update_(self) -> None: ...  # called after an optimizer step past the warm-up, on all ranks
 
 
 def _require_distinct(codes: Tensor, scale: float = 0.0, what: str = "latents") -> None:
@@ -216,8 +216,6 @@ class ProVQ(nn.Module):
     warmup_end: Tensor  # int64 []: first step of stage 2 where an adaptive warm-up ended, else -1; 0: none, codes train
     best_score: Tensor  # float64 []
     stale_checks: Tensor  # int64 []
-    _alpha: Tensor
-    _omega: Tensor
 
     def __init__(self, quantizer: nn.Module, curriculum: Curriculum, *, channel_dim: int = 1,
                  adaptive: AdaptiveWarmup | None = None):
@@ -241,9 +239,7 @@ class ProVQ(nn.Module):
         self.register_buffer("warmup_end", torch.tensor(-1 if curriculum.warmup_steps else 0))
         self.register_buffer("best_score", torch.tensor(torch.finfo(torch.float64).max, dtype=torch.float64))
         self.register_buffer("stale_checks", torch.tensor(0))
-        # 0-d tensors, not floats: torch.compile makes one graph per stage, not one per value of alpha.
-        self.register_buffer("_alpha", torch.tensor(0.0), persistent=False)
-        self.register_buffer("_omega", torch.tensor(0.0), persistent=False)
+        self._shapes = [p.shape for p in self._ask("codebook_parameters")]
         self._counts = self._new_counts()
         self._mirror()
 
@@ -261,8 +257,9 @@ class ProVQ(nn.Module):
     def _enter(self, step: int) -> None:
         self._step, self.stage = int(step), self.curriculum.stage(step)
         self.alpha, self.omega = self.curriculum.alpha(step), self.curriculum.omega(step)
-        self._alpha.fill_(self.alpha)
-        self._omega.fill_(self.omega)
+        # Tensors, not floats: torch.compile makes one graph per stage, not one per value of alpha. New ones, and no
+        # buffers, which DistributedDataParallel writes to: backward needs those of its forward, whatever came since.
+        self._alpha, self._omega = (torch.full((), v, device=self.step.device) for v in (self.alpha, self.omega))
 
     @_guarded
     def forward(self, z: Tensor, mask: Tensor | None = None) -> ProVQOutput:
@@ -288,9 +285,8 @@ class ProVQ(nn.Module):
         loss = torch.stack(terms).sum() if terms else torch.zeros((), device=z.device)
         if self.training:
             if self.stage == 2:
-                alpha = self._alpha.clone()  # backward needs it, and set_step may come before backward
-                mixed = alpha * self._smooth(tokens) + (1.0 - alpha) * out.codes  # Eq. 2
-                loss = self._omega.clone() * loss  # Eq. 4
+                mixed = self._alpha * self._smooth(tokens) + (1.0 - self._alpha) * out.codes  # Eq. 2
+                loss = self._omega * loss  # Eq. 4
             self._count(out.indices)
         quantized = _unmasked(mixed.to(z.dtype), shape, places, 0.0).movedim(-1, self.channel_dim)
         losses = {name: value.detach() for name, value in out.losses.items()}
@@ -315,7 +311,7 @@ class ProVQ(nn.Module):
     def set_step(self, step: int) -> None:
         """Steps < step are done. Going forward also applies a pending EMA update (collective then).
 
-        TypeError: not an int. ValueError: negative. RuntimeError: back into the warm-up of an initialised codebook.
+        TypeError: not an int. ValueError: negative. RuntimeError: into the warm-up of codes that are set, or sharded.
         """
         if isinstance(step, bool) or not isinstance(step, numbers.Integral):  # a number of NumPy will do
             raise TypeError(f"step must be an int (a tensor would synchronise), got {type(step).__name__}")
@@ -324,6 +320,9 @@ class ProVQ(nn.Module):
         if self.training and step < self._step and self._initialised and self.curriculum.stage(step) == 1:
             raise RuntimeError(f"step {step} is in the warm-up, but the codebook was initialised by step {self._step}: "
                                "train on with Curriculum(0, 0), or load weights alone (see host_state_dict)")
+        found = [p.shape for p in self._ask("codebook_parameters") if not hasattr(p, "device_mesh")]
+        if _world() > 1 and self.curriculum.warmup_steps and not self._initialised and found != self._shapes:
+            raise RuntimeError("codes are sharded (FSDP), and k-means cannot set them: use DistributedDataParallel")
         if step > self._step and self.stage > 1:
             self._ask("update_")
         first, length = self.curriculum.warmup_steps, self.curriculum.transition_steps
@@ -340,8 +339,9 @@ class ProVQ(nn.Module):
     @property
     def has_codebook(self) -> bool:
         """Whether codes mean anything yet: initialised from data, or trained from the start (no warm-up)."""
-        if not (self._initialised or self.training or _is_compiling()):
-            self._mirror()  # averages of models (EMA, SWA) are written to directly
+        if not (self._initialised or self._from_start or self.training or _is_exporting()):
+            mirror = torch.compiler.disable(self._mirror) if _is_compiling() else self._mirror  # here: its import is slow
+            mirror()  # averages of models (EMA, SWA) are written to directly
         return self._initialised or self._from_start
 
     def init_codebook(self, latents: Tensor | None, *, iters: int = 20, start: str = "kmeans++", seed: int = 0,
@@ -369,9 +369,9 @@ class ProVQ(nn.Module):
     def _place(self, latents: Tensor | None, optimizers: Any = (), **options: Any) -> dict[str, float]:
         optimizers = [optimizers] if isinstance(optimizers, optim.Optimizer) else list(optimizers)
         info = {} if latents is None else self._fit(self._checked(latents), **options)
-        for optimizer in optimizers:
+        for each in (*optimizers, *(o.optim for o in optimizers if hasattr(o, "optim"))):  # ZeroRedundancyOptimizer's own
             for parameter in self._ask("codebook_parameters"):
-                optimizer.state.pop(parameter, None)
+                each.state.pop(parameter, None)
         return info
 
     def _fit(self, latents: Tensor, **options: Any) -> dict[str, float]:

@@ -276,9 +276,7 @@ class Adapter(nn.Module):
 
     def rehearse(self) -> None:
         """`require_alike` on a copy of the host with random codes: long before k-means, a look-alike is known."""
-        if not self.settable or _weight(self.module).is_meta:
-            return
-        twin = self.twin()
+        twin = None if _weight(self.module).is_meta else self.twin()
         if twin is None:  # the codes of k-means are checked as well
             return
         generator, device = torch.Generator().manual_seed(0), _weight(self.module).device
@@ -287,7 +285,24 @@ class Adapter(nn.Module):
             codes = torch.randn(part.table().shape, generator=generator).to(device)
             codes = F.normalize(codes, dim=-1) if part.l2_norm else codes
             part.set_codebook_(codes, torch.ones(len(codes), device=device))
-        twin.require_alike(x, reduce=False)
+        if self.settable:
+            twin.require_alike(x, reduce=False)
+        if provq._world() > 1:
+            twin.warn_of_idle(x[:16])
+
+    def warn_of_idle(self, x: Tensor) -> None:
+        """Warn of parameters without a gradient after a training forward on tokens x: DDP would find them in stage 2."""
+        named = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        fork = torch.random.fork_rng(devices=[x.device] if x.is_cuda else [])
+        with fork, torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+            out = self.module.train() and self(self.cast(x).to(_weight(self.module).dtype).requires_grad_())
+            total = torch.stack([t.float().sum() for t in (out.codes, *out.losses.values())]).sum()
+        got = torch.autograd.grad(total, [*named.values()], allow_unused=True) if named and total.requires_grad else ()
+        idle = [name for name, gradient in zip(named, got) if gradient is None]  # noqa: B905
+        if idle:
+            warnings.warn(f"{type(self.module).__name__}: its own forward leaves {', '.join(idle)} without a gradient: "
+                          "once the warm-up has ended, DistributedDataParallel needs find_unused_parameters=True",
+                          stacklevel=6)
 
 
 class _Table(Adapter):
@@ -582,6 +597,7 @@ class Attached(provq.ProVQ):
 
     quantizer: Any  # an Adapter
     _loaded_alone = False  # the host's weights came without a curriculum, and no step has been set since
+    _counted = 0  # the last stage whose indices were counted
 
     def __init__(self, adapter: Adapter, curriculum: Curriculum, adaptive: AdaptiveWarmup | None = None,
                  recluster: bool = False):
@@ -646,13 +662,15 @@ class Attached(provq.ProVQ):
         out = type(module).forward(module, z, *args, **kwargs)
         self._count_host(out)
         quantized = _get(out, adapter.quantized_at)
-        alpha, omega = self._alpha.clone(), self._omega.clone()  # backward needs them, after the next set_step
-        mixed = alpha * smooth + (1.0 - alpha) * quantized
+        mixed = self._alpha * smooth + (1.0 - self._alpha) * quantized
         out = _put(out, adapter.quantized_at, mixed.to(quantized.dtype))
         for path in adapter.losses_at.values():
             if _get(out, path) is not None:
-                out = _put(out, path, omega * _get(out, path))
+                out = _put(out, path, self._omega * _get(out, path))
         return out
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise RuntimeError("nn.DataParallel: its replicas would share this module. Use DistributedDataParallel")
 
     def set_step(self, step: int) -> None:
         super().set_step(step)
@@ -808,8 +826,12 @@ class Attached(provq.ProVQ):
 
     def _count_host(self, out: Any) -> None:
         if self.quantizer.indices_at:
-            indices = self.quantizer.countable(_get(out, self.quantizer.indices_at))
-            self._count(indices.reshape(-1).long())
+            indices = self.quantizer.countable(_get(out, self.quantizer.indices_at)).reshape(-1).long()
+            first, self._counted = self._counted < self.stage, self.stage  # looking makes a GPU wait
+            if not provq._is_compiling() and (first or indices.is_cpu) and bool((indices >= len(self._counts)).any()):
+                raise ValueError(f"{type(self.quantizer.module).__name__}: index {int(indices.max())} of a code in its "
+                                 f"return value (of levels, counted on), and codes are 0 to {len(self._counts) - 1}")
+            self._count(indices)
 
 
 def _attached_forward(module: nn.Module, z: Tensor, *args: Any, **kwargs: Any) -> Any:

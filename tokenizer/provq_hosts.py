@@ -348,15 +348,9 @@ class _Custom(Adapter):
         self._returned: dict[Any, Any] = {}
 
     def silent(self, z: Tensor, quantized: Tensor, given: dict[str, Any]) -> Any:
-        key = (z.shape, z.dtype, z.device, self.module.training)
-        if key not in self._returned:
-            found = self._probe(z, given)
-            if not self._returned and self.check:
-                self.spatial = z.ndim - 2
-                self._require_places(found, z)
-                self.rehearse()
-            self._returned[key] = found
-        out = provq_attach._put(self._returned[key], self.quantized_at, quantized)
+        # A compiler breaks its graph for a new shape: it would trace the checks. (Here, as this import takes long.)
+        example = torch.compiler.disable(self._example) if provq._is_compiling() else self._example
+        out = provq_attach._put(example(z, given), self.quantized_at, quantized)
         if self.indices_at:
             indices = provq_attach._get(out, self.indices_at)
             out = provq_attach._put(out, self.indices_at, torch.full_like(indices, -1))
@@ -365,6 +359,18 @@ class _Custom(Adapter):
             if loss is not None:
                 out = provq_attach._put(out, path, torch.zeros_like(torch.as_tensor(loss)))
         return out
+
+    def _example(self, z: Tensor, given: dict[str, Any]) -> Any:
+        """What the host returns for latents of z's shape."""
+        key = (z.shape, z.dtype, z.device, self.module.training)
+        if key not in self._returned:
+            found = self._probe(z, given)
+            if not self._returned and self.check:
+                self.spatial = z.ndim - 2
+                self._require_places(found, z)
+                self.rehearse()
+            self._returned[key] = found
+        return self._returned[key]
 
     @torch.no_grad()
     def _require_widths(self) -> None:

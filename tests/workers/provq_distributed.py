@@ -12,6 +12,7 @@ import datetime
 import json
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,15 @@ import torch
 import torch.distributed as dist
 import vector_quantize_pytorch as lucidrains
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from provq_cases import RECIPES, quantizer
-from provq_hosts import VectorQuantizer
+sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (2, 1)]
+from workers.provq_cases import RECIPES, quantizer
+from workers.provq_codecs import STAND_INS
+from workers.provq_hosts import VectorQuantizer, VectorQuantizer2
 
 from tokenizer.provq import AdaptiveWarmup, Curriculum, EMAVectorQuantizer, ProVQ, kmeans
 from tokenizer.provq_attach import attach
@@ -32,7 +37,8 @@ from tokenizer.provq_codes import DeadCodeRestart, FollowingVectorQuantizer
 
 SCENARIOS: dict[str, Callable[[int, int], dict[str, Any]]] = {}
 # Random numbers, or what a rank collects: only the ranks have to agree.
-LOOSE = {"ema_restart", "dead_codes_restart", "attached_host", "synchronised_codebook_with_uneven_batches"}
+LOOSE = {"ema_restart", "dead_codes_restart", "attached_host", "synchronised_codebook_with_uneven_batches",
+         "hosts_in_a_graph_that_must_not_change", "a_compiled_host"}
 
 
 def scenario(function: Callable) -> Callable:
@@ -339,6 +345,125 @@ def synchronised_codebook_with_uneven_batches(rank: int, world: int) -> dict[str
         provq.maybe_init_codebook()
         module(_share(_normal(30, 4, seed=step), rank, world)[None])
     return {"codes": module.codebook, "sizes": module._codebook.cluster_size}
+
+
+class _Around(nn.Module):
+    """Any host of tokens whose first return values are quantized and a loss."""
+
+    def __init__(self, quantize: nn.Module, dim: int = 4):
+        super().__init__()
+        torch.manual_seed(1)
+        self.encoder, self.quantize, self.decoder = nn.Conv2d(3, dim, 4, 4), quantize, nn.ConvTranspose2d(dim, 3, 4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = self.encoder(x)
+        out = self.quantize(z.flatten(2) if isinstance(self.quantize, AUDIO) else z)
+        losses = out[3:] if isinstance(self.quantize, AUDIO) else out[1:2]
+        return (self.decoder(out[0].reshape(z.shape)) - x).square().mean() + sum(losses)
+
+
+AUDIO = type(STAND_INS["dac-residual"].make())
+
+
+def _loop(inner: _Around, model: nn.Module, optimizer: Any, rank: int, world: int, curriculum: Curriculum) -> Any:
+    """The attached host's codes as k-means sets them, and parameters after two forwards a step through all stages."""
+    provq, found = inner.quantize.provq, {}
+    for step in range(curriculum.warmup_steps + curriculum.transition_steps + 2):
+        provq.set_step(step)
+        if provq.maybe_init_codebook(optimizers=[optimizer]):
+            parts = provq.quantizer.parts()
+            assert all(p not in optimizer.state for part in parts for p in part.codebook_parameters())
+            found["set"] = torch.cat([part.table().detach().clone() for part in parts])
+        x = _share(_normal(8, 3, 16, 16, seed=step), rank, world, first=0.5)
+        loss = model(x) + model(0.5 * x)
+        provq.set_step(step + 1) if provq.stage == 2 else None  # before backward, which needs the old alpha
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert provq.stage == 3
+    return found | dict(inner.named_parameters())
+
+
+@scenario
+def hosts_in_a_graph_that_must_not_change(rank: int, world: int) -> dict[str, Any]:
+    """DistributedDataParallel remembers the first step's, a warm-up's: which parameters it used, in which order."""
+    found = {}
+    makes = {"taming": lambda: _Around(VectorQuantizer2(8, 4, 0.25)),
+             "dac": lambda: _Around(STAND_INS["dac-residual"].make(), 6),
+             "ibq": lambda: _Around(STAND_INS["ibq"].make())}
+    for name, make in makes.items():
+        inner, curriculum = make(), Curriculum(2, 2)
+        attach(inner.quantize, curriculum)
+        model = inner if world == 1 else DistributedDataParallel(inner, static_graph=True)
+        optimizer = torch.optim.Adam(inner.parameters(), lr=0.01)
+        found |= {f"{name} {k}": v for k, v in _loop(inner, model, optimizer, rank, world, curriculum).items()}
+    return found
+
+
+@scenario
+def a_compiled_host(rank: int, world: int) -> dict[str, Any]:
+    """The compiler around DistributedDataParallel gives what it gives without one."""
+    found = []
+    for compiled in (False, True):
+        inner, curriculum = _Around(VectorQuantizer2(8, 4, 0.25)), Curriculum(2, 3)
+        torch.manual_seed(2)
+        attach(inner.quantize, curriculum)
+        model: Any = inner if world == 1 else DistributedDataParallel(inner)
+        model = torch.compile(model, backend="eager") if compiled else model
+        optimizer = torch.optim.Adam(inner.parameters(), lr=0.01)
+        found.append(_loop(inner, model, optimizer, rank, world, curriculum))
+    for key, value in found[0].items():
+        torch.testing.assert_close(found[1][key], value, msg=key)
+    return found[1]
+
+
+@scenario
+def parameters_that_a_host_leaves_idle_are_named(rank: int, world: int) -> dict[str, Any]:  # noqa: ARG001
+    """In the warm-up all have a gradient; DistributedDataParallel would find the first without one long after."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        attach(lucidrains.LatentQuantize(levels=[5, 4], dim=6), Curriculum(2, 2))
+        attach(VectorQuantizer2(8, 4, 0.25), Curriculum(2, 2))
+        attach(VectorQuantizer(16, 4, 0.25, 0.0, l2_norm=True, show_usage=True), Curriculum(2, 2))
+    said = [str(each.message) for each in caught]
+    assert len(said) == (world > 1), said
+    assert world == 1 or "leaves values_per_latent.0, values_per_latent.1 without a gradient" in said[0], said
+    return {}
+
+
+@scenario
+def a_sharded_optimizer_forgets_the_codes(rank: int, world: int) -> dict[str, Any]:
+    inner = _Around(VectorQuantizer2(8, 4, 0.25))
+    provq = attach(inner.quantize, Curriculum(2, 2))
+    optimizer = ZeroRedundancyOptimizer(inner.parameters(), torch.optim.Adam) if world > 1 else None
+    for step in range(3):
+        provq.set_step(step)
+        x = _normal(8, 3, 16, 16, seed=step)
+        if provq.maybe_init_codebook(optimizers=[optimizer] if optimizer else []) and optimizer:
+            assert inner.quantize.embedding.weight not in optimizer.optim.state, rank
+            assert optimizer.optim.state, "and nothing else"
+        elif optimizer:
+            inner(x).backward()
+            optimizer.step()
+    return {}
+
+
+@scenario
+def sharded_codes_are_refused_before_the_warm_up(rank: int, world: int) -> dict[str, Any]:  # noqa: ARG001
+    inner = _Around(VectorQuantizer2(8, 4, 0.25))
+    attach(inner.quantize, Curriculum(2, 2))
+    plain = nn.ModuleList([ProVQ(quantizer("vq"), Curriculum(2, 2))])
+    if world > 1:
+        for handle, module in ((inner.quantize.provq, inner), (plain[0], plain)):
+            handle.set_step(0)
+            fully_shard(module, mesh=init_device_mesh("cpu", (world,)))
+            try:
+                handle.set_step(1)
+            except RuntimeError as error:
+                assert "codes are sharded (FSDP)" in str(error), error
+            else:
+                raise AssertionError("no RuntimeError")
+    return {}
 
 
 # ------------------------------------------------------------------------------------------------------- runner
