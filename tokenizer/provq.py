@@ -55,7 +55,7 @@ CPU_SEARCH_ELEMENTS, GPU_SEARCH_ELEMENTS = 2**19, 2**25
 
 _is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling  # public since torch 2.3
 
-# Before torch 2.5 a compiled graph need not see attributes change, and the warm-up's would serve all stages: run eagerly.
+# Before torch 2.5 a compiled graph need not see attributes change, and the warm-up's would serve all stages: no graph.
 _guarded = torch.compiler.disable if torch.__version__ < "2.5" else lambda forward: forward
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7
 
@@ -172,7 +172,8 @@ class Quantizer(Protocol):
     def codebook_parameters(self) -> Iterable[nn.Parameter]:  # which optimizers must forget when codes are set
         return cast(nn.Module, self).parameters()
 
-    def update_(self) -> None: ...  # called after an optimizer step past the warm-up, on all ranks
+    def update_(self) -> None:  # called after an optimizer step past the warm-up, on all ranks
+        return None
 
 
 def _require_distinct(codes: Tensor, scale: float = 0.0, what: str = "latents") -> None:
@@ -340,8 +341,7 @@ class ProVQ(nn.Module):
     def has_codebook(self) -> bool:
         """Whether codes mean anything yet: initialised from data, or trained from the start (no warm-up)."""
         if not (self._initialised or self._from_start or self.training or _is_exporting()):
-            mirror = torch.compiler.disable(self._mirror) if _is_compiling() else self._mirror  # here: its import is slow
-            mirror()  # averages of models (EMA, SWA) are written to directly
+            (torch.compiler.disable(self._mirror) if _is_compiling() else self._mirror)()  # averages (EMA) bypass us
         return self._initialised or self._from_start
 
     def init_codebook(self, latents: Tensor | None, *, iters: int = 20, start: str = "kmeans++", seed: int = 0,
@@ -369,7 +369,7 @@ class ProVQ(nn.Module):
     def _place(self, latents: Tensor | None, optimizers: Any = (), **options: Any) -> dict[str, float]:
         optimizers = [optimizers] if isinstance(optimizers, optim.Optimizer) else list(optimizers)
         info = {} if latents is None else self._fit(self._checked(latents), **options)
-        for each in (*optimizers, *(o.optim for o in optimizers if hasattr(o, "optim"))):  # ZeroRedundancyOptimizer's own
+        for each in (*optimizers, *(o.optim for o in optimizers if hasattr(o, "optim"))):  # ZeRO's own
             for parameter in self._ask("codebook_parameters"):
                 each.state.pop(parameter, None)
         return info

@@ -291,18 +291,17 @@ class Adapter(nn.Module):
             twin.warn_of_idle(x[:16])
 
     def warn_of_idle(self, x: Tensor) -> None:
-        """Warn of parameters without a gradient after a training forward on tokens x: DDP would find them in stage 2."""
+        """Warn of parameters that have no gradient after a training forward on tokens x: DDP finds them in stage 2."""
         named = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
-        fork = torch.random.fork_rng(devices=[x.device] if x.is_cuda else [])
-        with fork, torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        exact = torch.autocast(x.device.type, enabled=False)
+        with torch.random.fork_rng([x.device] * x.is_cuda), torch.enable_grad(), exact:
             out = self.module.train() and self(self.cast(x).to(_weight(self.module).dtype).requires_grad_())
             total = torch.stack([t.float().sum() for t in (out.codes, *out.losses.values())]).sum()
         got = torch.autograd.grad(total, [*named.values()], allow_unused=True) if named and total.requires_grad else ()
         idle = [name for name, gradient in zip(named, got) if gradient is None]  # noqa: B905
         if idle:
-            warnings.warn(f"{type(self.module).__name__}: its own forward leaves {', '.join(idle)} without a gradient: "
-                          "once the warm-up has ended, DistributedDataParallel needs find_unused_parameters=True",
-                          stacklevel=6)
+            warnings.warn(f"{type(self.module).__name__}: its own forward leaves {', '.join(idle)} without a gradient: after "
+                          "the warm-up DistributedDataParallel needs find_unused_parameters=True", stacklevel=6)
 
 
 class _Table(Adapter):
@@ -477,9 +476,8 @@ def _make_identity(linear: nn.Linear) -> None:
         nn.init.zeros_(linear.bias)
 
 
-ADAPTERS: dict[str, type[Adapter]] = {  # provq_hosts.py, loaded by the first `adapt`, adds its own
-    "llamagen": LlamaGenAdapter, "taming": TamingAdapter, "simvq": SimVQAdapter,
-}
+# provq_hosts.py, loaded by the first `adapt`, adds its own.
+ADAPTERS: dict[str, type[Adapter]] = {"llamagen": LlamaGenAdapter, "taming": TamingAdapter, "simvq": SimVQAdapter}
 
 
 def _companions() -> list[Any]:
@@ -827,11 +825,15 @@ class Attached(provq.ProVQ):
     def _count_host(self, out: Any) -> None:
         if self.quantizer.indices_at:
             indices = self.quantizer.countable(_get(out, self.quantizer.indices_at)).reshape(-1).long()
-            first, self._counted = self._counted < self.stage, self.stage  # looking makes a GPU wait
-            if not provq._is_compiling() and (first or indices.is_cpu) and bool((indices >= len(self._counts)).any()):
-                raise ValueError(f"{type(self.quantizer.module).__name__}: index {int(indices.max())} of a code in its "
-                                 f"return value (of levels, counted on), and codes are 0 to {len(self._counts) - 1}")
+            if not provq._is_compiling():
+                self._require_codes(indices)
             self._count(indices)
+
+    def _require_codes(self, indices: Tensor) -> None:
+        first, self._counted = self._counted < self.stage, self.stage  # looking makes a GPU wait: once a stage
+        if (first or indices.is_cpu) and bool((indices >= len(self._counts)).any()):
+            raise ValueError(f"{type(self.quantizer.module).__name__} returned index {int(indices.max())} (of levels, "
+                             f"counted on), and codes are 0 to {len(self._counts) - 1}")
 
 
 def _attached_forward(module: nn.Module, z: Tensor, *args: Any, **kwargs: Any) -> Any:
