@@ -300,8 +300,8 @@ class Adapter(nn.Module):
         got = torch.autograd.grad(total, [*named.values()], allow_unused=True) if named and total.requires_grad else ()
         idle = [name for name, gradient in zip(named, got) if gradient is None]  # noqa: B905
         if idle:
-            warnings.warn(f"{type(self.module).__name__}: its own forward leaves {', '.join(idle)} without a gradient: after "
-                          "the warm-up DistributedDataParallel needs find_unused_parameters=True", stacklevel=6)
+            warnings.warn(f"{type(self.module).__name__}: its forward leaves {', '.join(idle)} without a gradient; in "
+                          "stage 2 DistributedDataParallel needs find_unused_parameters=True", stacklevel=6)
 
 
 class _Table(Adapter):

@@ -281,3 +281,25 @@ def test_copies_of_an_attached_host_use_their_own_codes():
     twin.columns.data.zero_()
     assert twin.provq.quantizer.codebook().abs().sum() == 0
     assert handle.quantizer.codebook().abs().sum() > 0
+
+
+class Wrong(Foreign):
+    """Its indices are right until they are counted: beyond the codes from the first step of stage 2 on."""
+
+    beyond = False
+
+    def forward(self, z: Tensor, scale: float = 1.0):
+        quantized, loss, index = super().forward(z, scale)
+        return quantized, loss, index + 5 * self.beyond
+
+
+def test_an_index_beyond_the_codes_is_named():
+    torch.manual_seed(0)
+    module = Wrong("tuple")
+    handle = attach(module, Curriculum(1, 2), kind="custom", **FUNCTIONS, **PLACES["tuple"])
+    module(_normal(4, 20, 6))
+    handle.set_step(1)
+    handle.maybe_init_codebook()
+    module.beyond = True
+    with pytest.raises(ValueError, match=r"Wrong returned index \d+ \(of levels, counted on\), and codes are 0 to 7"):
+        module(_normal(4, 20, 6))
