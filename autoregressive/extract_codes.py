@@ -257,6 +257,7 @@ def extract(args: argparse.Namespace, device: torch.device) -> None:
     bad = BadImageCounter(args.max_bad_images)
     bad.add(source.damaged)
     encode = torch.compile(model.encode_latents) if args.compile else None
+    fill_to = min(args.batch_size, max(map(len, shards))) if args.compile else 0
     with tqdm(total=len(source), unit="image", disable=None if distributed.is_main() else True) as shown:
         for number in distributed.deal_out(len(shards)):  # one takes minutes more than another: see distributed.py
             name, places = shard_name(number, len(shards)), shards[number]
@@ -267,7 +268,7 @@ def extract(args: argparse.Namespace, device: torch.device) -> None:
             codes, kept = extract_shard(
                 model, dataset, batches, image_size=args.image_size, flip=args.flip, ten=args.ten_crop,
                 precision=args.mixed_precision, num_workers=args.num_workers, device=device, bad=bad,
-                progress=shown.update, encode=encode,
+                progress=shown.update, encode=encode, fill_to=fill_to,
             )
             atomic_write(folder / name, partial(np.save, arr=codes))
             part = {"file": name, "images": len(kept), "sha256": file_hash(folder / name), "places": kept}

@@ -33,25 +33,25 @@ def extract_shard(
     model: VQModel, dataset: ImageDataset, batches: Sequence[list[int]], *, image_size: int, flip: bool = False,
     ten: bool = False, precision: str = "none", num_workers: int = 0, device: torch.device, bad: BadImageCounter,
     progress: Callable[[int], object] | None = None, encode: Callable[[Tensor], Tensor] | None = None,
+    fill_to: int = 0,
 ) -> tuple[np.ndarray, list[int]]:
     """Encode all views of the images at `batches` of places.
 
     dataset: of image_size, or for ten crops of the larger size that they are cut from. precision: a key of DTYPES.
     progress: called with the number of images done, per batch. encode: model.encode_latents (the default) or its
-    compiled form, which the caller keeps from shard to shard, and which sees batches of one size: it would be compiled
-    anew, for minutes, for a last one that is smaller. Unreadable images are left out and counted in `bad`.
+    compiled form, which the caller keeps from shard to shard. fill_to: images that smaller batches are filled up to for
+    it, as each new size would be compiled anew, for minutes. Unreadable images are left out and counted in `bad`.
     Returns codes (n, V, tokens) in the smallest unsigned type and the places of the n images.
     """
     rows, places = [], []
     # Wide convolutions run faster with channels innermost (VQ-16 on a CPU: by 15 %); VQ-4's narrow ones run slower.
     layout = torch.channels_last if model.encoder.conv_in.out_channels >= 128 else torch.contiguous_format
     model.encoder.to(memory_format=layout)
-    size = max(map(len, batches), default=0)
     for batch in make_loader(dataset, batches, num_workers=num_workers, pin_memory=device.type == "cuda"):
         bad.add(batch["bad"])
         x = make_views(batch["image"].to(device, non_blocking=True), image_size, flip, ten)
-        missing = 0 if encode is None else size - len(x)
-        given = torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x
+        missing = fill_to - len(x)
+        given = torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing > 0 else x
         with torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "none"):
             z = (encode or model.encode_latents)(given.flatten(0, 1).contiguous(memory_format=layout))
             codes = model.quantize.encode(z[: x.shape[0] * x.shape[1]])

@@ -143,7 +143,7 @@ def _open_timm(name: str, path: Path) -> Extractor:
         raise FileNotFoundError(f"--features timm:{name}:{path}: no such file; nothing is downloaded")
     network: Any = timm.create_model(name, pretrained=False)
     try:
-        timm.models.load_checkpoint(network, str(path), strict=True)
+        timm.models.load_checkpoint(network, str(path), strict=True, weights_only=True)
     except Exception as error:  # as above
         raise ValueError(f"--features timm:{name}:{path}: not the weights of that model") from error
     config = timm.data.resolve_model_data_config(network)

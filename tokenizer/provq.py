@@ -258,9 +258,9 @@ class ProVQ(nn.Module):
     def _enter(self, step: int) -> None:
         self._step, self.stage = int(step), self.curriculum.stage(step)
         self.alpha, self.omega = self.curriculum.alpha(step), self.curriculum.omega(step)
-        # Tensors, not floats: torch.compile makes one graph per stage, not one per value of alpha. New ones, and no
-        # buffers, which DistributedDataParallel writes to: backward needs those of its forward, whatever came since.
-        self._alpha, self._omega = (torch.full((), v, device=self.step.device) for v in (self.alpha, self.omega))
+        # No floats, which would be compiled anew at each value; no buffers, which DDP overwrites before backward.
+        with torch.inference_mode(False):  # made while looking, they train as well
+            self._alpha, self._omega = (torch.full((), v, device=self.step.device) for v in (self.alpha, self.omega))
 
     @_guarded
     def forward(self, z: Tensor, mask: Tensor | None = None) -> ProVQOutput:
@@ -321,8 +321,8 @@ class ProVQ(nn.Module):
         if self.training and step < self._step and self._initialised and self.curriculum.stage(step) == 1:
             raise RuntimeError(f"step {step} is in the warm-up, but the codebook was initialised by step {self._step}: "
                                "train on with Curriculum(0, 0), or load weights alone (see host_state_dict)")
-        found = [p.shape for p in self._ask("codebook_parameters") if not hasattr(p, "device_mesh")]
-        if _world() > 1 and self.curriculum.warmup_steps and not self._initialised and found != self._shapes:
+        if _world() > 1 and self.curriculum.warmup_steps and not self._initialised and self._shapes != [
+                p.shape for p in self._ask("codebook_parameters") if not hasattr(p, "device_mesh")]:
             raise RuntimeError("codes are sharded (FSDP), and k-means cannot set them: use DistributedDataParallel")
         if step > self._step and self.stage > 1:
             self._ask("update_")

@@ -79,8 +79,9 @@ def gathered(runs: Sequence[Run]) -> dict[str, Any]:
             raise ValueError(f"runs of the row {row} differ in {', '.join(differing([rows[row], own]))}: name another")
         lines.append({"run": row, "seed": run.seed, **measured(run)})
     shared = {name: value for name, value in settings[0].items() if name not in names}
-    return {"date": max(run.written for run in runs), **store.machine(), "settings": shared, "rows": rows,
-            "runs": lines}
+    # Runs do not record where they were made: this is what they were gathered with.
+    return {"date": max(run.written for run in runs), "collected_with": store.machine(), "settings": shared,
+            "rows": rows, "runs": lines}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -88,12 +89,12 @@ def main(argv: list[str] | None = None) -> None:
     with command("collect.py", one_process=True):
         require_out_file(args.out)
         found = gathered(read_runs(args.runs))
+        table = trained.table(found["runs"], args)  # before anything is written
         head = {name: value for name, value in found.items() if name != "runs"}
         lines = ",\n".join("  " + json.dumps(line) for line in found["runs"])
         text = json.dumps(head, indent=1)[:-2] + f',\n "runs": [\n{lines}\n ]\n}}\n'  # a line per run
         atomic_write_text(args.out, text)
-        args.results = [args.out]
-        print0(trained.render(args), end="")
+        print0(table, end="")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from evaluations.evidence import comparison
 from tokenizer.runtime.parsing import from_json, read_text
@@ -36,29 +38,45 @@ def add_table_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compared", choices=METRICS, metavar="METRIC", help="of the last column; default: the first")
 
 
-def read(path: Path) -> list[comparison.Row]:
-    """Rows in the file's order. FileNotFoundError; ValueError, naming the file: it is no such file."""
+def read(path: Path) -> list[dict[str, Any]]:
+    """The runs. FileNotFoundError; ValueError, naming the file: it is no such file."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such results file")
-    found: dict[str, comparison.Row] = {}
     try:
-        for run in from_json(read_text(path), path)["runs"]:
-            row = found.setdefault(run["run"], comparison.Row(run["run"], {}, 0))
-            for metric in run.keys() & METRICS.keys():
-                row.values.setdefault(metric, {})[run["seed"]] = run[metric]
+        runs = from_json(read_text(path), path)["runs"]
+        [(run["run"], run["seed"]) for run in runs]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: no file of collect.py ({error!r})") from error
+    return list(runs)
+
+
+def rows(runs: Sequence[Mapping[str, Any]]) -> list[comparison.Row]:
+    """In the runs' order. ValueError: a row has a seed twice."""
+    found: dict[str, comparison.Row] = {}
+    seen: set[tuple[str, int]] = set()
+    for run in runs:
+        name, seed = run["run"], run["seed"]
+        if (name, seed) in seen:
+            raise ValueError(f"two runs of the row {name} have the seed {seed}: name one of them")
+        seen.add((name, seed))
+        row = found.setdefault(name, comparison.Row(name, {}, 0))
+        for metric in run.keys() & METRICS.keys():
+            row.values.setdefault(metric, {})[seed] = run[metric]
     return list(found.values())
 
 
 def render(args: argparse.Namespace) -> str:
     """In Markdown."""
-    [path] = args.results
-    found = read(path)
+    return table(read(args.results[0]), args)
+
+
+def table(runs: Sequence[Mapping[str, Any]], args: argparse.Namespace) -> str:
+    """In Markdown, as `add_table_flags` says. ValueError names the flag that asks for what no run has."""
+    found = rows(runs)
     if args.rows:
         found = [comparison.find(found, name, "--rows") for name in args.rows]
     baseline = comparison.find(found, args.baseline, "--baseline") if args.baseline else found[0]
     missing = [metric for metric in args.metrics if not any(metric in row.values for row in found)]
     if missing:
-        raise ValueError(f"--metrics {missing[0]}: no run in {path} has it")
+        raise ValueError(f"--metrics {missing[0]}: no run has it")
     return comparison.markdown(found, baseline, args.metrics, args.compared or args.metrics[0], METRICS)

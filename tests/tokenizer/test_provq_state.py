@@ -141,6 +141,16 @@ def test_usage_counts_training_tokens_since_the_last_call():
     assert model.pop_counts().tolist() == [0, 0, 0, 1]
 
 
+def test_steps_may_be_set_in_inference_mode():
+    """Weights swapped for an average's while looking, and back: training goes on."""
+    provq = ProVQ(quantizer("vq"), Curriculum(0, 4))
+    with torch.inference_mode():
+        provq.set_step(2)
+        provq.load_state_dict(provq.state_dict())
+    out = provq(_normal(2, 4, 3).requires_grad_())
+    (out.quantized.sum() + out.loss).backward()
+
+
 def test_usage_may_be_read_in_inference_mode():
     model = ProVQ(quantizer("vq"), Curriculum(0, 0))
     model(_normal(5, 4))

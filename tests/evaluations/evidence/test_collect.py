@@ -64,7 +64,7 @@ def test_runs_that_would_make_a_table_wrong(change, message, tmp_path):
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (("--metrics", "rmsd"), "--metrics rmsd: no run in"),
+    (("--metrics", "rmsd"), "--metrics rmsd: no run has it"),
     (("--rows", "nobody"), "--rows 'nobody' is none of the arms: vanilla; provq"),
     (("--baseline", "nobody"), "--baseline 'nobody' is none"),
 ])
@@ -75,6 +75,13 @@ def test_tables_that_cannot_be_made_are_named(words, message, tmp_path):
                           capture_output=True, text=True)
     assert done.returncode == 1
     assert message in done.stderr
+    assert not (tmp_path / "t.json").exists()
+
+
+def test_a_seed_that_a_row_has_twice_is_refused(tmp_path):
+    folders = [make_run(tmp_path / place, "vanilla", 0, 20.0) for place in ("a", "b")]
+    with pytest.raises(SystemExit, match="two runs of the row vanilla have the seed 0: name one of them"):
+        collected(folders, tmp_path)
 
 
 def test_files_of_something_else_are_named(tmp_path):
