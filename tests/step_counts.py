@@ -34,13 +34,13 @@ def low_precision_norms(fake):
 # Of eager steps at the paper's size: what, trainer, its batches, GiB read and written, GiB kept for the backward.
 CASES = {
     "images": ("VQ-16, 16 images of 256x256, with discriminator and EMA",
-               image_trainer, lambda trainer: images(trainer, 16), 286.8, 21.27),
+               image_trainer, lambda trainer: images(trainer, 16), 286.5, 21.27),
     "low-precision-norms": ("the same, --low-precision-norms",
-                            low_precision_norms, lambda trainer: images(trainer, 16), 143.3, 13.24),
+                            low_precision_norms, lambda trainer: images(trainer, 16), 143.0, 13.24),
     "gpt": ("GPT-B, 32 images, with EMA",
             gpt_trainer, lambda trainer: codes(trainer, 32), 191.7, 6.04),
     "structures": ("structures, paper's size, 4 chains of 512, with EMA",
-                   structure_trainer, lambda trainer: chains(trainer, 4, 512), 253.6, 7.97),
+                   structure_trainer, lambda trainer: chains(trainer, 4, 512), 253.7, 7.97),
 }
 
 
