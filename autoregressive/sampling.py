@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from autoregressive.gpt import GPT, KVCache
+from autoregressive.packed import can_pack, packed
 
 SCHEDULES = ("constant", "linear", "power-cosine")
 LENGTH_STEP = 64  # a compiled step attends to a multiple of this, so that few lengths are compiled
@@ -134,8 +135,9 @@ def generate(
 ) -> Tensor:
     """Codes (B, num_codes) int64 of images of the classes labels (B,) int64.
 
-    model: in eval mode; its parameters' dtype and device are used. seeds: one int per image. num_codes: the first so
-    many codes of an image; None: all. compiled: CompiledDecoding of this model (worth its minutes for many
+    model: in eval mode; its parameters' dtype and device are used. In float32 on a CPU a copy of its linear weights is
+    packed for the call, which is faster and takes their memory once more. seeds: one int per image. num_codes: the
+    first so many codes of an image; None: all. compiled: CompiledDecoding of this model (worth its minutes for many
     images). progress: called with the number of codes done, after each. prefix: (B, P) int64, the first codes, which
     are given and not drawn. allowed: codes so far (B, t) -> bool (B, V), those that may follow, one at least of each
     row; None: all.
@@ -159,7 +161,7 @@ def generate(
         cache = KVCache(model.config, size, weight.dtype, weight.device)
     uniform = uniforms(seeds, total).to(weight.device, non_blocking=True)
     codes = torch.empty(batch, total, dtype=torch.int64, device=weight.device)
-    decode = compiled or model.decode
+    decode = compiled or (packed(model, size) if can_pack(model) else model).decode
     nothing = torch.full_like(labels, model.config.num_classes)
     for t in range(total):
         # Where no later code is guided, the half without classes is not computed any more.

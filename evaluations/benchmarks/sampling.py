@@ -2,8 +2,9 @@
 
     python evaluations/benchmarks/sampling.py --peer /path/to/LlamaGen [--batch-size 8] [--codes 256] [--cfg-scale 2]
 
-Prints codes per second of both (medians over repeats taken in turn); on a GPU also the share of the memory bandwidth
-that reading the weights once per step takes.
+Prints codes per second of both (medians over repeats taken in turn), and the share of the memory bandwidth that reading
+the weights once per step takes. On a CPU the seconds are those of the process's threads together, so that other work on
+the machine counts for little.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 if not __package__:
@@ -27,17 +30,18 @@ PROG = "evaluations/benchmarks/sampling.py"
 CODES = 256  # of an image, of both models
 
 
-def bandwidth(device: torch.device) -> float:
+def bandwidth(device: torch.device, clock: Callable[[], float]) -> float:
     """Bytes per second of a copy within the device's memory, read and written."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * source.numel() / min(peer.seconds(lambda: target.copy_(source)) for _ in range(10))
+    return 2 * source.numel() / min(peer.seconds(lambda: target.copy_(source), clock) for _ in range(10))
 
 
 def measure(args: argparse.Namespace) -> None:
     """ValueError: --peer is no checkout of LlamaGen."""
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
     dtype = getattr(torch, args.dtype)
     torch.manual_seed(0)
     ours = GPT(GPT_PRESETS["GPT-B"])
@@ -62,12 +66,11 @@ def measure(args: argparse.Namespace) -> None:
 
     print(f"GPT-B, {args.codes} codes, batch {args.batch_size}, guidance {args.cfg_scale}, {args.dtype} on {device}, "  # noqa: T201
           f"{args.threads} threads, torch {torch.__version__}")
-    times = peer.compare(run_ours, run_theirs, args.repeats)
+    times = peer.compare(run_ours, run_theirs, args.repeats, clock)
     peer.report("codes", args.batch_size * args.codes, *times)
-    if device.type == "cuda":
-        read = ours.config.num_parameters * torch.finfo(dtype).bits / 8 * args.codes
-        share = read / statistics.median(times[0]) / bandwidth(device)
-        print(f"share of the memory bandwidth: {share:.1%}")  # noqa: T201
+    read = ours.config.num_parameters * torch.finfo(dtype).bits / 8 * args.codes
+    share = read / statistics.median(times[0]) / bandwidth(device, clock)
+    print(f"share of the memory bandwidth: {share:.1%}")  # noqa: T201
 
 
 def main(argv: list[str] | None = None) -> None:
