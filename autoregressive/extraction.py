@@ -10,6 +10,7 @@ from torch import Tensor
 
 from autoregressive.code_shards import code_dtype
 from tokenizer.data import BadImageCounter, ImageDataset, make_loader
+from tokenizer.pixels import from_uint8
 from tokenizer.runtime.optim import DTYPES
 from tokenizer.vq_model import VQModel
 
@@ -49,7 +50,7 @@ def extract_shard(
     model.encoder.to(memory_format=layout)
     for batch in make_loader(dataset, batches, num_workers=num_workers, pin_memory=device.type == "cuda"):
         bad.add(batch["bad"])
-        x = make_views(batch["image"].to(device, non_blocking=True), image_size, flip, ten)
+        x = make_views(from_uint8(batch["image"].to(device, non_blocking=True)), image_size, flip, ten)
         missing = fill_to - len(x)
         given = torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing > 0 else x
         with torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "none"):

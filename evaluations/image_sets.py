@@ -144,7 +144,7 @@ class SourceSet(ImageSet):
             if batch["bad"]:
                 raise ValueError(f"{self.name}: {to_line(batch['bad'][0])} cannot be read; all images are scored, so "
                                  "replace or remove it")
-            yield number, as_bytes(batch["image"])
+            yield number, in_colour(batch["image"])
 
 
 class _UncroppedImages(ImageDataset):
@@ -166,9 +166,9 @@ class _UncroppedImages(ImageDataset):
         return image
 
 
-def as_bytes(x: Tensor) -> Tensor:
-    """Crops in [-1, 1] (B, 1 or 3, S, S), as ImageDataset gives them, back to their bytes (B, 3, S, S), exactly."""
-    return ((x + 1) * 127.5).round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
+def in_colour(x: Tensor) -> Tensor:
+    """Bytes (B, 1 or 3, S, S) -> (B, 3, S, S)."""
+    return x.expand(-1, 3, -1, -1).contiguous()
 
 
 def pixel_hash(images: Tensor) -> str:

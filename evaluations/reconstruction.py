@@ -32,9 +32,9 @@ from evaluations.image_sets import (
     FeatureCache,
     SetFeatures,
     add_extractor_flags,
-    as_bytes,
     cache_of_flags,
     extractor_of_flags,
+    in_colour,
     pixel_hash,
 )
 from evaluations.protocol import protocol_id
@@ -161,18 +161,17 @@ def score(
                                      bad=bad, device=device):
             x, x_hat = _resize(batch.x, compared), _resize(batch.x_hat, compared)
             meter.add(x, x_hat, batch.latents, batch.codes, batch.indices)
-            reference = x.cpu() if crops is None else torch.stack(
+            reference = pixels.to_uint8(x).cpu() if crops is None else torch.stack(
                 [next(crop for place, crop in crops if place == wanted) for wanted in batch.images])
             originals.append(reference)
             decoded.append(pixels.to_uint8(x_hat).cpu())
         if not originals:
             continue
         reference, samples = torch.cat(originals), torch.cat(decoded)
-        hashes[number] = pixel_hash(((reference + 1) * 127.5).round().to(torch.uint8))
+        hashes[number] = pixel_hash(reference)
         if extractor is not None:
-            found["reference"][number] = cache.features(extractor, as_bytes(reference), device)
-            colour = samples.expand(-1, 3, -1, -1).contiguous()
-            found["samples"][number] = no_cache.features(extractor, colour, device)
+            found["reference"][number] = cache.features(extractor, in_colour(reference), device)
+            found["samples"][number] = no_cache.features(extractor, in_colour(samples), device)
     unreadable = sorted(set().union(*distributed.gather_objects(bad.names)))
     everywhere = sorted(pair for part in distributed.gather_objects(hashes) for pair in part.items())
     if len(everywhere) == 0:
@@ -189,7 +188,7 @@ def score(
 def _crops(
     source: ImageSource, size: int, batches: list[list[int]], num_workers: int
 ) -> Iterator[tuple[int, Tensor]]:
-    """(place, center crop (C, size, size)) in the order of the batches."""
+    """(place, center crop (C, size, size) in bytes) in the order of the batches."""
     for batch in make_loader(ImageDataset(source, size), batches, num_workers=num_workers):
         yield from zip(batch["index"].tolist(), batch["image"], strict=True)
 

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evaluations.image_sets import as_bytes
+from evaluations.image_sets import in_colour
 from tokenizer.data import (
     BadImageCounter,
     ImageDataset,
@@ -135,7 +135,7 @@ def train(args: argparse.Namespace, device: torch.device) -> tuple[Extractor, fl
     for step, batch in enumerate(make_loader(train_set, sampler, num_workers=args.num_workers)):
         bad.add(batch["bad"])
         optimizer.param_groups[0]["lr"] = args.lr * math.sin(math.pi * (step + 0.5) / args.max_steps)
-        logits = model(as_bytes(batch["image"]).to(device))[1]
+        logits = model(in_colour(batch["image"]).to(device))[1]
         F.cross_entropy(logits, batch["label"].to(device), label_smoothing=0.1).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -146,7 +146,7 @@ def train(args: argparse.Namespace, device: torch.device) -> tuple[Extractor, fl
     with torch.no_grad():
         in_order = consecutive(len(val_set), args.batch_size)
         for batch in make_loader(val_set, in_order, num_workers=args.num_workers):
-            prediction = model(as_bytes(batch["image"]).to(device))[1].argmax(1).cpu()
+            prediction = model(in_colour(batch["image"]).to(device))[1].argmax(1).cpu()
             right += int((prediction == batch["label"]).sum())
     return model, right / len(val_set)
 

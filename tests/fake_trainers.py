@@ -40,7 +40,8 @@ def image_trainer(fake, **changes):
 
 def images(trainer, batch):
     while True:
-        yield {"image": torch.empty(batch, trainer.cfg.image_channels, *[trainer.cfg.image_size] * 2), "bad": []}
+        shape = batch, trainer.cfg.image_channels, *[trainer.cfg.image_size] * 2
+        yield {"image": torch.empty(shape, dtype=torch.uint8), "bad": []}
 
 
 def gpt_trainer(fake, gpt=None, **changes):

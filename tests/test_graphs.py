@@ -16,6 +16,7 @@ from training_runs import rows, to_words
 from autoregressive import train_c2i
 from autoregressive.gpt import NextCodeLoss
 from tokenizer import train_provq, vq_model
+from tokenizer.pixels import from_uint8
 from tokenizer.provq import Curriculum
 from tokenizer.quantizer_config import build_restart
 from tokenizer.train_config import PRESETS, TrainConfig
@@ -137,7 +138,7 @@ def test_a_graph_more_is_caught(image_run, monkeypatch):
     def faulty(self, model):
         self.model.eval()
         for batch in self._val_batches():
-            self.model(batch["image"])
+            self.model(from_uint8(batch["image"]))
         return validate(self, model)
 
     validate = train_provq.Trainer.evaluate

@@ -26,6 +26,7 @@ from tokenizer.image_classes import describe_classes
 from tokenizer.image_names import to_line
 from tokenizer.image_readers import ImageSource, UnreadableImage
 from tokenizer.image_sources import open_images
+from tokenizer.pixels import from_uint8
 from tokenizer.runtime import distributed
 from tokenizer.runtime.command import CannotContinue
 from tokenizer.runtime.seeding import fold
@@ -41,6 +42,7 @@ __all__ = [
     "consecutive",
     "default_augment",
     "describe_source",
+    "image_to_bytes",
     "image_to_tensor",
     "make_loader",
     "open_images",
@@ -100,12 +102,16 @@ def random_crop_arr(
     return _crop(image, left, top, size)
 
 
-def image_to_tensor(image: Image.Image) -> Tensor:
-    """PIL L, RGB or RGBA -> float32 (C, H, W) in [-1, 1], bit for bit torchvision's ToTensor and Normalize(.5, .5)."""
+def image_to_bytes(image: Image.Image) -> Tensor:
+    """PIL L, RGB or RGBA -> uint8 (C, H, W)."""
     pixels = np.array(image, dtype=np.uint8)  # (H, W) or (H, W, C); a copy, because PIL's own memory is read-only
     pixels = pixels.reshape(image.height, image.width, -1)
-    tensor = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()  # (C, H, W)
-    return tensor.float().div_(127.5).sub_(1)
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def image_to_tensor(image: Image.Image) -> Tensor:
+    """PIL L, RGB or RGBA -> float32 (C, H, W) in [-1, 1], see from_uint8."""
+    return from_uint8(image_to_bytes(image))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,8 +195,9 @@ class ImageDataset(Dataset):
         return len(self.indices)
 
     def __getitem__(self, key: tuple[int, int] | int) -> dict[str, Any]:
-        """image float32 (C, S, S) in [-1, 1], label int, index int (in the source), bad: names of unreadable images.
+        """image uint8 (C, S, S), label int, index int (in the source), bad: names of unreadable images.
 
+        Bytes, because they are a quarter of what floats would be, between processes and to the device: see from_uint8.
         An unreadable image is replaced by the next readable one of the subset, (position + 1) % n and so on, together
         with its label; `index` stays the one asked for, so that every index occurs. TooManyBadImages when 1,000
         images in a row, or all, are unreadable.
@@ -206,7 +213,7 @@ class ImageDataset(Dataset):
             except UnreadableImage:
                 bad.append(self.source.name(used))
                 continue
-            return {"image": image_to_tensor(image), "label": self.source.label(used), "index": asked, "bad": bad}
+            return {"image": image_to_bytes(image), "label": self.source.label(used), "index": asked, "bad": bad}
         raise TooManyBadImages(f"{len(bad)} images in a row cannot be read, from {to_line(bad[0])} to "
                                f"{to_line(bad[-1])}")
 

@@ -76,6 +76,16 @@ def to_uint8(x: Tensor) -> Tensor:
     return (127.5 * wide + 128.0).clamp(0.0, 255.0).to(torch.uint8)
 
 
+def from_uint8(x: Tensor) -> Tensor:
+    """Bytes of any shape -> float32 in [-1, 1], x / 127.5 - 1: bit for bit torchvision ToTensor, Normalize(.5, .5).
+
+    ValueError: x is not uint8.
+    """
+    if x.dtype != torch.uint8:
+        raise ValueError(f"from_uint8 takes the bytes of images, got {x.dtype}")
+    return x.float().div_(127.5).sub_(1)
+
+
 def _window_mean(x: Tensor) -> Tensor:
     """(N, C, H, W) -> (N, C, H-6, W-6): mean of each 7x7 window that lies inside the image."""
     return F.avg_pool2d(x, SSIM_WINDOW, stride=1)

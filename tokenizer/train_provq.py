@@ -37,6 +37,7 @@ from tokenizer.discriminator import NLayerDiscriminator
 from tokenizer.image_names import to_line
 from tokenizer.init_from import opened
 from tokenizer.perceptual import LPIPS
+from tokenizer.pixels import from_uint8
 from tokenizer.pretrained import EXPORT_FORMAT, load_tokenizer
 from tokenizer.quantizer_config import build_restart
 from tokenizer.runtime import config, distributed
@@ -191,7 +192,7 @@ class Trainer(CurriculumTrainer):
         totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         pairs = []
         for part in range(parts):
-            x = next(batches)["image"].to(self.device, non_blocking=True)
+            x = from_uint8(next(batches)["image"].to(self.device, non_blocking=True))
             with accumulating(self.model, part < parts - 1):
                 with self.autocast():
                     x_hat, out = self.model(x)
@@ -265,7 +266,7 @@ class Trainer(CurriculumTrainer):
     # -------------------------------------------------------------------------------------- what is tokenized
 
     def latents(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        z = self.raw.encode_latents(batch["image"].to(self.device))  # (B, D, h, w)
+        z = self.raw.encode_latents(from_uint8(batch["image"].to(self.device)))  # (B, D, h, w)
         return channels_last(z), torch.full((len(z),), z[0, 0].numel())
 
     def evaluate(self, model: VQModel) -> dict[str, Any]:
@@ -279,12 +280,13 @@ class Trainer(CurriculumTrainer):
     @cached_property
     def _probe_images(self) -> Tensor:
         """(64, C, H, W) on the CPU: read once, looked at with every log row."""
-        return torch.stack([self.val_set[i]["image"] for i in spread(len(self.val_set), 64)])
+        return from_uint8(torch.stack([self.val_set[i]["image"] for i in spread(len(self.val_set), 64)]))
 
     def count_codes(self, model: VQModel) -> Tensor:
         counts = torch.zeros(model.quantize.num_codes, dtype=torch.int64, device=self.device)
         for batch in self._val_batches():
-            indices = model.quantize.encode(model.encode_latents(batch["image"].to(self.device, non_blocking=True)))
+            x = from_uint8(batch["image"].to(self.device, non_blocking=True))
+            indices = model.quantize.encode(model.encode_latents(x))
             count_(counts, indices)
         return distributed.all_reduce_(counts)
 
@@ -292,7 +294,7 @@ class Trainer(CurriculumTrainer):
         """RUN/images/STEM.png: images above their reconstructions."""
         from torchvision.utils import make_grid, save_image  # here because torchvision takes a second to import
 
-        x = torch.stack([self.val_set[i]["image"] for i in spread(len(self.val_set), 8)]).to(self.device)
+        x = from_uint8(torch.stack([self.val_set[i]["image"] for i in spread(len(self.val_set), 8)]).to(self.device))
         x_hat = model(x)[0]
         folder = self.run.folder / "images"
         folder.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from tokenizer import pixels
 from tokenizer.code_meter import CodeMeter
 from tokenizer.data import BadImageCounter, ImageDataset, ImageSource, make_loader
+from tokenizer.pixels import from_uint8
 from tokenizer.runtime import distributed
 from tokenizer.vq_model import VQModel
 
@@ -71,7 +72,7 @@ def validate(
     model.eval()
     meter = ReconstructionMeter(model.quantize.num_codes, model.quantize.dim, device, lpips)
     for batch in batches:
-        x = batch["image"].to(device, non_blocking=True)
+        x = from_uint8(batch["image"].to(device, non_blocking=True))
         z = model.encode_latents(x)
         out = model.quantize(z)
         latents = model.quantize.quantizer.latent(channels_last(z))
@@ -113,7 +114,7 @@ def reconstructions(
         keep = [source.name(i) not in bad.names for i in batch["index"].tolist()]
         if not any(keep):
             continue
-        x = batch["image"][keep].to(device)
+        x = from_uint8(batch["image"][keep].to(device))
         z = model.encode_latents(x)
         codes = model.quantize.encode(z)
         quantized = model.quantize.decode(codes)  # from the codes alone, as their reader would

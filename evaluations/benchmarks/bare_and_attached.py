@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tokenizer.data import ImageDataset, split_holdout
 from tokenizer.image_sources import open_images
+from tokenizer.pixels import from_uint8
 from tokenizer.provq_attach import Curriculum, attach
 from tokenizer.runtime.command import require_flags_at_least, require_flags_positive
 from tokenizer.runtime.over_seeds import merge
@@ -53,7 +54,7 @@ def load_images(args: argparse.Namespace, path: str | None) -> tuple[Tensor, Ten
     if len(source) <= args.val_size:
         raise ValueError(f"--val-size {args.val_size} of {len(source)} images leaves none to train on")
     training, held_out = (
-        torch.stack([dataset[i]["image"] for i in range(len(dataset))])
+        from_uint8(torch.stack([dataset[i]["image"] for i in range(len(dataset))]))
         for half in split_holdout(len(source), args.val_size, seed=0)
         for dataset in [ImageDataset(source, args.image_size, indices=half[: args.max_images])]
     )

@@ -32,6 +32,7 @@ from autoregressive.extraction import default_batch_size, extract_shard
 from evaluations.benchmarks import peer
 from tokenizer.data import BadImageCounter, ImageDataset, consecutive, make_loader
 from tokenizer.image_sources import open_images
+from tokenizer.pixels import from_uint8
 from tokenizer.pretrained import to_llamagen_state_dict
 from tokenizer.runtime.command import command, make_parser, require_flags_at_least
 from tokenizer.vq_model import VQModel, VQModelConfig
@@ -64,7 +65,7 @@ def measure(title: str, model: VQModel, encode: Callable[[Tensor], Tensor], size
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir()
         for i, batch in enumerate(make_loader(dataset, consecutive(images, 1))):
-            x = batch["image"]
+            x = from_uint8(batch["image"])
             with torch.no_grad():
                 codes = encode(torch.cat([x, x.flip(-1)]))
             np.save(out / f"codes{i}.npy", codes.reshape(1, 2, -1).numpy())

@@ -59,8 +59,12 @@ CASES = [
                                             (32768, 4096, 8), (8192, 4096, 64), (4096, 4096, 256))),
     *(("k-means, 10 iterations", *size) for size in ((32768, 1024, 8), (32768, 4096, 8), (32768, 1024, 64))),
     *(("k-means++", *size) for size in ((32768, 1024, 8), (65536, 16384, 8))),
-    *(("quantizer step", *size) for size in ((8192, 1024, 8), (8192, 16384, 8), (8192, 4096, 64))),
+    # What a step costs against K, N and D:
+    *(("quantizer step", *size) for size in ((8192, 1024, 8), (8192, 4096, 8), (8192, 16384, 8), (8192, 65536, 8),
+                                             (8192, 262144, 8), (1024, 16384, 8), (65536, 16384, 8),
+                                             (8192, 4096, 32), (8192, 4096, 64), (8192, 4096, 256))),
 ]
+MOST_PAIRS = 2**28  # of a token and a code: a matrix of more takes more than a GiB
 
 
 def scaled(scale: float) -> list[tuple[str, int, int, int]]:
@@ -101,7 +105,7 @@ def ways(case: tuple[str, int, int, int], args: argparse.Namespace) -> tuple[dic
     cpu = device.type == "cpu"
     if what == "nearest codes":
         found[OURS] = lambda: provq.nearest_code(x, codes)
-        if n * k <= 2**28:  # more takes more than a GiB
+        if n * k <= MOST_PAIRS:
             found["whole matrix"] = lambda: whole_matrix(x, codes)
         if cpu and (faiss := package("faiss")):
             faiss.omp_set_num_threads(args.threads)
@@ -125,12 +129,12 @@ def ways(case: tuple[str, int, int, int], args: argparse.Namespace) -> tuple[dic
         ours.set_codebook_(codes)
         found[OURS] = lambda: step(lambda z: (lambda out: (out.codes, torch.stack([*out.losses.values()]).sum()))(
             ours(z)), x)
-        if lucidrains := package("vector_quantize_pytorch"):
+        if n * k <= MOST_PAIRS and (lucidrains := package("vector_quantize_pytorch")):
             ema = lucidrains.VectorQuantize(dim=d, codebook_size=k).to(device)
             found["lucidrains EMA"] = lambda: step(lambda z: ema(z[None])[::2], x)
         if args.llamagen is None:
             missing.append("LlamaGen (--llamagen is not given)")
-        else:
+        elif n * k <= MOST_PAIRS:
             theirs = peer.load_module(args.llamagen, "tokenizer/tokenizer_image/vq_model.py").VectorQuantizer(
                 k, d, 0.25, 0.0, False, False).to(device)
             found["LlamaGen"] = lambda: step(

@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from evaluations.distribution import frechet_distance, gaussian_statistics
 from evaluations.evidence.arms import ADAPTIVE_CHECKS, KINDS, RESTART_BELOW, Arm, make_provq
 from evaluations.features import Extractor
-from evaluations.image_sets import as_bytes
+from evaluations.image_sets import in_colour
 from tokenizer.code_meter import effective_rank, mean_pairwise_distance, moved, second_moments, spread
 from tokenizer.data import ImageDataset, split_holdout
 from tokenizer.discriminator import NLayerDiscriminator
 from tokenizer.image_sources import open_images
 from tokenizer.losses import disc_active, discriminator_loss, generator_loss
-from tokenizer.pixels import mse, psnr, ssim
+from tokenizer.pixels import from_uint8, mse, psnr, ssim, to_uint8
 from tokenizer.provq import VectorQuantizer, code_statistics
 from tokenizer.provq_codes import RESTART_EVERY, DeadCodeRestart
 from tokenizer.runtime.checkpoint import atomic_write, load_file
@@ -110,7 +110,7 @@ def prepare(path: Path, setting: Setting, folder: Path) -> Path:
         images = ImageDataset(source, setting.image_size)
         pixels = np.empty((len(images), 3, setting.image_size, setting.image_size), dtype=np.uint8)
         for i in range(len(images)):
-            pixels[i] = images[i]["image"].add(1.0).mul(127.5).round().byte().numpy()  # exactly the bytes it came from
+            pixels[i] = images[i]["image"].numpy()
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write(cache, lambda file: np.save(file, pixels))
     count = np.load(cache, mmap_mode="r").shape[0]
@@ -131,7 +131,7 @@ class Images:
 
     def floats(self, indices: np.ndarray) -> Tensor:
         """indices (n,) -> images (n, 3, S, S) float32 in [-1, 1]."""
-        return torch.from_numpy(self.pixels[indices]).float().div_(127.5).sub_(1.0)
+        return from_uint8(torch.from_numpy(self.pixels[indices]))
 
     def batch(self, size: int, generator: torch.Generator) -> Tensor:
         return self.floats(self.training[torch.randint(len(self.training), (size,), generator=generator).numpy()])
@@ -361,7 +361,7 @@ class Trainer:
             quality["mse"].append(mse(y, x))
             if self.extractor:
                 for kept, pixels in zip(features, (x, y), strict=True):
-                    kept.append(self.extractor(as_bytes(pixels)).pooled)
+                    kept.append(self.extractor(in_colour(to_uint8(pixels))).pooled)
             counts += torch.bincount(out.indices.flatten(), minlength=len(counts))
             latent = self.provq.quantizer.latent(tokens(z))
             moments += second_moments(latent)

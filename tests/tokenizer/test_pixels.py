@@ -7,7 +7,7 @@ import pytest
 import torch
 from places import GOLDEN
 
-from tokenizer.pixels import mse, psnr, ssim, to_uint8
+from tokenizer.pixels import from_uint8, mse, psnr, ssim, to_uint8
 
 NUMBERS = GOLDEN / "misc_golden.npz"
 
@@ -107,6 +107,9 @@ def test_to_uint8_inverts_normalised_bytes():
     assert torch.equal(to_uint8(half), to_uint8(half.float()))
     with pytest.raises(ValueError, match=r"uint8"):
         to_uint8(every_byte)
+    assert torch.equal(to_uint8(from_uint8(every_byte)), every_byte)
+    with pytest.raises(ValueError, match=r"bytes of images, got torch.float32"):
+        from_uint8(normalised)
 
 
 @pytest.mark.parametrize("metric", [mse, lambda x, y: psnr(x, y, 1.0), lambda x, y: ssim(x, y, 1.0)])
