@@ -20,8 +20,8 @@ from tqdm import tqdm
 from autoregressive.code_shards import code_dtype, file_hash, read_folder, read_llamagen, shard_name, write_manifest
 from tokenizer.data import consecutive
 from tokenizer.runtime import distributed
-from tokenizer.runtime.checkpoint import atomic_write, located
 from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_folder
+from tokenizer.runtime.files import atomic_write, located
 
 PROG = "autoregressive/convert_codes.py"
 SHARD = 65536  # images

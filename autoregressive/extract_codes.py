@@ -29,15 +29,15 @@ from tqdm import tqdm
 from autoregressive.code_shards import LABELS, MANIFEST, NAMES, file_hash, load_array, shard_name, write_manifest
 from autoregressive.extraction import default_batch_size, extract_shard
 from tokenizer.data import BadImageCounter, ImageDataset, consecutive, describe_source
+from tokenizer.data_split import recorded_settings
 from tokenizer.image_classes import require_no_empty_class
 from tokenizer.image_names import read_names, to_line
 from tokenizer.image_readers import ImageOptions
 from tokenizer.image_sources import ImageSource, add_image_flags, open_images, require_image_flags
 from tokenizer.pretrained import load_tokenizer, tokenizer_hash
 from tokenizer.runtime import config, distributed, lock
-from tokenizer.runtime.checkpoint import atomic_write, atomic_write_json, atomic_write_text
 from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_folder
-from tokenizer.train_config import recorded_settings
+from tokenizer.runtime.files import atomic_write, atomic_write_json, atomic_write_text
 from tokenizer.vq_model import VQModel
 
 PROG = "autoregressive/extract_codes.py"

@@ -43,11 +43,11 @@ from autoregressive.pretrained import (
     require_tokenizer,
     require_trained,
 )
-from autoregressive.sampling import SCHEDULES, CompiledDecoding, SamplingConfig, generate
+from autoregressive.sampling import CompiledDecoding, SamplingConfig, generate
+from autoregressive.sampling_config import SCHEDULES
 from tokenizer.pixels import to_uint8
 from tokenizer.pretrained import load_tokenizer, tokenizer_hash
 from tokenizer.runtime import config, distributed, lock
-from tokenizer.runtime.checkpoint import atomic_write, atomic_write_json
 from tokenizer.runtime.command import (
     as_flag_errors,
     command,
@@ -55,6 +55,7 @@ from tokenizer.runtime.command import (
     require_flags_at_least,
     require_out_folder,
 )
+from tokenizer.runtime.files import atomic_write, atomic_write_json
 from tokenizer.runtime.optim import DTYPES
 from tokenizer.runtime.seeding import fold
 from tokenizer.vq_model import VQModel

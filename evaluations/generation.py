@@ -43,8 +43,8 @@ from evaluations.protocol import protocol_id
 from tokenizer.image_readers import ImageOptions
 from tokenizer.image_sources import add_image_flags, require_image_flags
 from tokenizer.runtime import distributed
-from tokenizer.runtime.checkpoint import atomic_write_json
 from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_file
+from tokenizer.runtime.files import atomic_write_json
 
 PROG = "evaluations/generation.py"
 METRICS = ("fid", "sfid", "inception_score", "inception_score_std", "precision", "recall", "kid", "kid_std")

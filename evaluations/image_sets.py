@@ -31,7 +31,7 @@ from tokenizer.image_names import to_line
 from tokenizer.image_readers import DEFAULTS, ImageOptions, ImageSource, UnreadableImage
 from tokenizer.image_sources import open_images
 from tokenizer.runtime import distributed
-from tokenizer.runtime.checkpoint import atomic_write
+from tokenizer.runtime.files import atomic_write
 from tokenizer.runtime.npz import Header, Npz
 from tokenizer.runtime.parsing import parsing
 

@@ -40,14 +40,14 @@ from evaluations.image_sets import (
 from evaluations.protocol import protocol_id
 from tokenizer import pixels, pretrained
 from tokenizer.data import BadImageCounter, ImageDataset, consecutive, describe_source, make_loader, spread
+from tokenizer.data_split import open_run_split
 from tokenizer.image_names import to_line
 from tokenizer.image_readers import ImageOptions
 from tokenizer.image_sources import ImageSource, add_image_flags, open_images, require_image_flags
 from tokenizer.perceptual import LPIPS, MIN_IMAGE_SIZE
 from tokenizer.runtime import distributed
-from tokenizer.runtime.checkpoint import atomic_write_json
 from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_file
-from tokenizer.train_config import open_run_split
+from tokenizer.runtime.files import atomic_write_json
 from tokenizer.validation import ReconstructionMeter, reconstructions
 from tokenizer.vq_model import VQModel
 

@@ -27,12 +27,12 @@ from evaluations.protocol import differences, protocol_id
 from evaluations.report_health import Scored, complaints, health, verdict
 from evaluations.report_runs import Run, Setting, differing, flatten, group_settings, missing_reason, number, read_runs
 from tokenizer.runtime import config, distributed, page
-from tokenizer.runtime.checkpoint import atomic_write_text
 from tokenizer.runtime.command import command, make_parser, require_out_file
+from tokenizer.runtime.files import atomic_write_text
 from tokenizer.runtime.over_seeds import clear_best, merge
 from tokenizer.runtime.page import Cell, Table
 from tokenizer.train_config import PRESETS, RESUMABLE, TrainConfig
-from tokenizer.vq_model import ARCHITECTURES
+from tokenizer.vq_config import ARCHITECTURES
 
 PROG = "evaluations/report.py"
 # What does not make another setting. Paths of data stay: a run's folder does not say whether two hold the same images.

@@ -38,7 +38,6 @@ from tokenizer.image_classes import require_no_empty_class
 from tokenizer.image_readers import ImageOptions
 from tokenizer.image_sources import add_image_flags, open_images, require_image_flags
 from tokenizer.runtime import distributed
-from tokenizer.runtime.checkpoint import atomic_write
 from tokenizer.runtime.command import (
     command,
     make_parser,
@@ -46,6 +45,7 @@ from tokenizer.runtime.command import (
     require_flags_positive,
     require_out_file,
 )
+from tokenizer.runtime.files import atomic_write
 from tokenizer.runtime.seeding import StepSampler
 
 PROG = "evaluations/train_extractor.py"

@@ -36,8 +36,8 @@ from protein.token_files import TokenChain
 from protein.token_shards import iterate_tokens
 from protein.validation import METRICS, reconstruction_metrics
 from tokenizer.runtime import distributed
-from tokenizer.runtime.checkpoint import atomic_write_json
 from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_folder
+from tokenizer.runtime.files import atomic_write_json
 
 PROG = "protein/decode.py"
 

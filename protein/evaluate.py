@@ -51,8 +51,8 @@ from protein.validation import METRICS, reconstruction_metrics, tm_of_chain
 from tokenizer.code_meter import mean_pairwise_distance
 from tokenizer.provq import code_statistics
 from tokenizer.runtime import distributed
-from tokenizer.runtime.checkpoint import atomic_write_text
 from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_file
+from tokenizer.runtime.files import atomic_write_text
 
 PROG = "protein/evaluate.py"
 COLUMNS = ("usage", "usage_per_chain", "normalized_perplexity", "normalized_perplexity_per_chain", "code_distance",

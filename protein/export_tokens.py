@@ -23,9 +23,9 @@ if not __package__:
 from protein.language import Vocabulary, complexes
 from protein.token_files import TokenChain
 from protein.token_shards import iterate_tokens, vocabulary_of
-from tokenizer.runtime.checkpoint import atomic_write, atomic_write_json
 from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_file
 from tokenizer.runtime.distributed import print0
+from tokenizer.runtime.files import atomic_write, atomic_write_json
 
 PROG = "protein/export_tokens.py"
 FORMATS = (".jsonl", ".parquet")

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from protein.language import Vocabulary
 from protein.token_files import FORMATS, TokenChain, read_tokens, write_tokens
 from tokenizer.runtime import config, distributed, lock
-from tokenizer.runtime.checkpoint import atomic_write, atomic_write_json
+from tokenizer.runtime.files import atomic_write, atomic_write_json
 from tokenizer.runtime.npz import Npz
 from tokenizer.runtime.parsing import parsing, require_file
 

@@ -13,8 +13,8 @@ from matplotlib import pyplot
 
 from evaluations.report_figures import color, draw_curve
 from evaluations.report_runs import Run, read_runs
-from tokenizer.runtime.checkpoint import atomic_write
 from tokenizer.runtime.command import command, make_parser, require_out_file
+from tokenizer.runtime.files import atomic_write
 from tokenizer.runtime.metrics import short
 
 PROG = "compare_runs.py"

@@ -23,8 +23,8 @@ if not __package__:
 
 from tokenizer.image_classes import EXTENSIONS
 from tokenizer.image_names import to_line
-from tokenizer.runtime.checkpoint import atomic_write_json, atomic_write_text
 from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_folder
+from tokenizer.runtime.files import atomic_write_json, atomic_write_text
 from tokenizer.runtime.parsing import read_text
 
 PROG = "scripts/make_imagenet100.sh"

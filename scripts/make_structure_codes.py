@@ -29,8 +29,8 @@ import numpy as np
 from autoregressive.code_shards import code_dtype, file_hash, shard_name, write_manifest
 from protein.language import VOCABULARY, complexes
 from protein.token_shards import iterate_tokens, vocabulary_of
-from tokenizer.runtime.checkpoint import atomic_write, atomic_write_json
 from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_folder
+from tokenizer.runtime.files import atomic_write, atomic_write_json
 
 PROG = "scripts/make_structure_codes.py"
 SHARD = 65_536  # sentences

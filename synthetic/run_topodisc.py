@@ -23,10 +23,10 @@ if not __package__:
 
 from synthetic import plots, tuning
 from synthetic.topodisc import METERS, Report, Run, Setting, make_arm, summarise, table, train_jobs
-from tokenizer.runtime.checkpoint import atomic_write_text
 from tokenizer.runtime.command import command, require_out_folder
 from tokenizer.runtime.config import arg, parse, require_at_least, require_positive, to_dict
 from tokenizer.runtime.distributed import print0
+from tokenizer.runtime.files import atomic_write_text
 
 PROG = "synthetic/run_topodisc.py"
 

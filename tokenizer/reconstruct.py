@@ -32,8 +32,8 @@ from tokenizer.image_readers import ImageOptions
 from tokenizer.image_sources import add_image_flags, open_images_or_one, require_image_flags
 from tokenizer.perceptual import LPIPS
 from tokenizer.runtime import config, distributed
-from tokenizer.runtime.checkpoint import atomic_write, atomic_write_json
 from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_file, require_out_folder
+from tokenizer.runtime.files import atomic_write, atomic_write_json
 from tokenizer.validation import ReconstructionMeter, reconstructions
 from tokenizer.vq_model import VQModel
 from tokenizer.weights import CONFIG_FILE, WEIGHTS_FILE

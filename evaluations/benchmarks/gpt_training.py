@@ -15,7 +15,8 @@ if not __package__:
 import torch
 import torch.nn.functional as F
 
-from autoregressive.gpt import GPT, GPT_PRESETS
+from autoregressive.gpt import GPT
+from autoregressive.gpt_config import GPT_PRESETS
 from evaluations.benchmarks import peer
 from tokenizer.runtime.command import command, make_parser, require_flags_at_least
 

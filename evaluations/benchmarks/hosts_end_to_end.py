@@ -42,8 +42,8 @@ from synthetic.topodisc import mean_interval
 from tokenizer.pixels import psnr
 from tokenizer.provq import code_statistics
 from tokenizer.provq_attach import Adapter, Curriculum
-from tokenizer.runtime.checkpoint import atomic_write_json
 from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_file
+from tokenizer.runtime.files import atomic_write_json
 
 PROG = "evaluations/benchmarks/hosts_end_to_end.py"
 

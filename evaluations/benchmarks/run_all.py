@@ -38,7 +38,6 @@ from torch import Tensor
 
 from evaluations.benchmarks import peer
 from tokenizer import provq
-from tokenizer.runtime.checkpoint import atomic_write_json, atomic_write_text
 from tokenizer.runtime.command import (
     CannotContinue,
     command,
@@ -47,6 +46,7 @@ from tokenizer.runtime.command import (
     require_flags_positive,
     require_out_file,
 )
+from tokenizer.runtime.files import atomic_write_json, atomic_write_text
 
 PROG = "evaluations/benchmarks/run_all.py"
 OURS = "here"

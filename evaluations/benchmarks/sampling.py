@@ -18,7 +18,8 @@ if not __package__:
 
 import torch
 
-from autoregressive.gpt import GPT, GPT_PRESETS
+from autoregressive.gpt import GPT
+from autoregressive.gpt_config import GPT_PRESETS
 from autoregressive.sampling import CompiledDecoding, SamplingConfig, generate
 from evaluations.benchmarks import peer
 from tokenizer.runtime.command import as_flag_errors, command, make_parser, require_flags_at_least

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from evaluations.benchmarks import peer
 from protein.geometry import place_atom
 from protein.losses import structure_losses
-from protein.structure_model import PRESETS, StructureModelConfig, StructureVQModel, to_structtokenbench
+from protein.structure_config import PRESETS
+from protein.structure_model import StructureModelConfig, StructureVQModel, to_structtokenbench
 from tokenizer.runtime.command import command, make_parser, require_flags_at_least
 
 PROG = "evaluations/benchmarks/structure_model.py"

@@ -46,9 +46,9 @@ from protein.structure_sources import read_folder
 from tokenizer.code_meter import mean_pairwise_distance
 from tokenizer.provq import code_statistics
 from tokenizer.runtime import distributed
-from tokenizer.runtime.checkpoint import atomic_write_json, atomic_write_text
 from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_file
 from tokenizer.runtime.config import parse_object
+from tokenizer.runtime.files import atomic_write_json, atomic_write_text
 from tokenizer.runtime.page import Cell, Table, markdown_table
 from tokenizer.runtime.parsing import brief, from_json, read_json, read_text
 

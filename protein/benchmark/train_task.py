@@ -51,9 +51,9 @@ from protein.benchmark.tasks import (
 )
 from protein.structure_io import Chain
 from tokenizer.runtime import config, distributed, lock
-from tokenizer.runtime.checkpoint import atomic_write, atomic_write_json
 from tokenizer.runtime.command import command, require_out_folder
 from tokenizer.runtime.config import REQUIRED, arg
+from tokenizer.runtime.files import atomic_write, atomic_write_json
 from tokenizer.runtime.parsing import parsing
 
 PROG = "protein/benchmark/train_task.py"
