@@ -28,7 +28,6 @@ from tokenizer.runtime.npz import Npz
 from tokenizer.runtime.parsing import parsing, require_file
 
 SETTINGS, MANIFEST = "settings.json", "manifest.json"
-EMBEDDING_FORMATS = (".npz", ".safetensors")
 
 
 def shard_name(number: int) -> str:
