@@ -28,8 +28,8 @@ from tokenizer.data import spread
 from tokenizer.image_classes import MAX_LABEL
 from tokenizer.image_names import write_names
 from tokenizer.runtime import config
-from tokenizer.runtime.checkpoint import atomic_write, atomic_write_json
 from tokenizer.runtime.command import CannotContinue
+from tokenizer.runtime.files import atomic_write, atomic_write_json
 from tokenizer.runtime.mapped import map_array
 from tokenizer.runtime.npz import read_npy
 from tokenizer.runtime.seeding import fold

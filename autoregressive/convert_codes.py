@@ -14,17 +14,9 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import numpy as np
-from tqdm import tqdm
-
-from autoregressive.code_shards import code_dtype, file_hash, read_folder, read_llamagen, shard_name, write_manifest
-from tokenizer.data import consecutive
-from tokenizer.runtime import distributed
-from tokenizer.runtime.checkpoint import atomic_write, located
-from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_folder
+from tokenizer.runtime.command import command, make_parser, refuse_early, require_flags_at_least, require_out_folder
 
 PROG = "autoregressive/convert_codes.py"
-SHARD = 65536  # images
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -38,6 +30,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     require_flags_at_least(parser, args, 1, "codebook_size num_classes")
     return args
+
+
+if __name__ == "__main__":
+    refuse_early(PROG, parse_args)
+
+import numpy as np
+from tqdm import tqdm
+
+from autoregressive.code_shards import code_dtype, file_hash, read_folder, read_llamagen, shard_name, write_manifest
+from tokenizer.data import consecutive
+from tokenizer.runtime import distributed
+from tokenizer.runtime.files import atomic_write, located
+
+SHARD = 65536  # images
 
 
 def to_shards(args: argparse.Namespace) -> str:

@@ -22,29 +22,10 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import numpy as np
-import torch
-from tqdm import tqdm
-
-from autoregressive.code_shards import LABELS, MANIFEST, NAMES, file_hash, load_array, shard_name, write_manifest
-from autoregressive.extraction import default_batch_size, extract_shard
-from tokenizer.data import BadImageCounter, ImageDataset, consecutive, describe_source
-from tokenizer.image_classes import require_no_empty_class
-from tokenizer.image_names import read_names, to_line
-from tokenizer.image_readers import ImageOptions
-from tokenizer.image_sources import ImageSource, add_image_flags, open_images, require_image_flags
-from tokenizer.pretrained import load_tokenizer, tokenizer_hash
-from tokenizer.runtime import config, distributed, lock
-from tokenizer.runtime.checkpoint import atomic_write, atomic_write_json, atomic_write_text
-from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_folder
-from tokenizer.train_config import recorded_settings
-from tokenizer.vq_model import VQModel
+from tokenizer.image_sources import add_image_flags, require_image_flags
+from tokenizer.runtime.command import command, make_parser, refuse_early, require_flags_at_least, require_out_folder
 
 PROG = "autoregressive/extract_codes.py"
-SETTINGS, PARTS = "extraction.json", "parts"  # of a folder that is not finished
-SHARDS, LEAST, MOST = 32, 256, 4096           # shards of a data set, and images in one: a minute or two of a GPU
-MOST_BEFORE = 65536                           # in folders whose manifest does not say how many
-LATER = ("shard_images", "tf32")              # entries of the manifest that older folders do not have, and need not
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -83,6 +64,32 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--vq-ckpt {args.vq_ckpt} is no run's folder: give --code-path, where to write the codes")
         args.code_path = args.vq_ckpt / "codes"
     return args
+
+
+if __name__ == "__main__":
+    refuse_early(PROG, parse_args)
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from autoregressive.code_shards import LABELS, MANIFEST, NAMES, file_hash, load_array, shard_name, write_manifest
+from autoregressive.extraction import default_batch_size, extract_shard
+from tokenizer.data import BadImageCounter, ImageDataset, consecutive, describe_source
+from tokenizer.data_split import recorded_settings
+from tokenizer.image_classes import require_no_empty_class
+from tokenizer.image_names import read_names, to_line
+from tokenizer.image_readers import ImageOptions
+from tokenizer.image_sources import ImageSource, open_images
+from tokenizer.pretrained import load_tokenizer, tokenizer_hash
+from tokenizer.runtime import config, distributed, lock
+from tokenizer.runtime.files import atomic_write, atomic_write_json, atomic_write_text
+from tokenizer.vq_model import VQModel
+
+SETTINGS, PARTS = "extraction.json", "parts"  # of a folder that is not finished
+SHARDS, LEAST, MOST = 32, 256, 4096           # shards of a data set, and images in one: a minute or two of a GPU
+MOST_BEFORE = 65536                           # in folders whose manifest does not say how many
+LATER = ("shard_images", "tf32")              # entries of the manifest that older folders do not have, and need not
 
 
 def open_data(args: argparse.Namespace, channels: int) -> ImageSource:

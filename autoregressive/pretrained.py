@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autoregressive.gpt import GPT, GPT_PRESETS, GPTConfig, rope_table
+from autoregressive.gpt import GPT, GPTConfig, rope_table
+from autoregressive.gpt_config import GPT_PRESETS
 from autoregressive.sampling import SamplingConfig
 from tokenizer.export_probe import evaluating, require_same
 from tokenizer.pretrained import tokenizer_hash

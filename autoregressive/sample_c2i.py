@@ -26,42 +26,17 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from PIL import Image, ImageDraw
-from torch import Tensor
-from tqdm import tqdm
-
-from autoregressive.gpt import GPT
-from autoregressive.pretrained import (
-    LoadedGPT,
-    export_gpt,
-    load_gpt,
-    recorded_tokenizer,
-    require_guidance,
-    require_tokenizer,
-    require_trained,
-)
-from autoregressive.sampling import SCHEDULES, CompiledDecoding, SamplingConfig, generate
-from tokenizer.pixels import to_uint8
-from tokenizer.pretrained import load_tokenizer, tokenizer_hash
-from tokenizer.runtime import config, distributed, lock
-from tokenizer.runtime.checkpoint import atomic_write, atomic_write_json
+from autoregressive.sampling_config import SCHEDULES, SamplingConfig
 from tokenizer.runtime.command import (
     as_flag_errors,
     command,
     make_parser,
+    refuse_early,
     require_flags_at_least,
     require_out_folder,
 )
-from tokenizer.runtime.optim import DTYPES
-from tokenizer.runtime.seeding import fold
-from tokenizer.vq_model import VQModel
 
 PROG = "autoregressive/sample_c2i.py"
-GRID_COLUMNS, GRID_ROWS = 10, 20
-SETTINGS = "settings.json"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -103,6 +78,39 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     with as_flag_errors(parser):
         args.sampling = SamplingConfig(**{name: getattr(args, name) for name in asdict(d)})
     return args
+
+
+if __name__ == "__main__":
+    refuse_early(PROG, parse_args)
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Tensor
+from tqdm import tqdm
+
+from autoregressive.gpt import GPT
+from autoregressive.pretrained import (
+    LoadedGPT,
+    export_gpt,
+    load_gpt,
+    recorded_tokenizer,
+    require_guidance,
+    require_tokenizer,
+    require_trained,
+)
+from autoregressive.sampling import CompiledDecoding, generate
+from tokenizer.pixels import to_uint8
+from tokenizer.pretrained import load_tokenizer, tokenizer_hash
+from tokenizer.runtime import config, distributed, lock
+from tokenizer.runtime.files import atomic_write, atomic_write_json
+from tokenizer.runtime.optim import DTYPES
+from tokenizer.runtime.seeding import fold
+from tokenizer.vq_model import VQModel
+
+GRID_COLUMNS, GRID_ROWS = 10, 20
+SETTINGS = "settings.json"
 
 
 def newest_run(root: Path = Path("runs")) -> Path:

@@ -19,6 +19,15 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from autoregressive.train_config import TrainConfig, check, parse_config, resumable, shards
+from tokenizer.runtime.command import refuse_early
+from tokenizer.runtime.ranks import started_together
+
+PROG = "train_c2i.py"
+
+if __name__ == "__main__":
+    refuse_early(PROG, lambda: check(parse_config(description=__doc__), started_together()))
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -28,14 +37,13 @@ from autoregressive.code_shards import CodeDataset, CodeFiles, open_codes
 from autoregressive.gpt import GPT, GPTConfig, NextCodeLoss
 from autoregressive.pretrained import load_gpt
 from autoregressive.sampling import SamplingConfig, generate
-from autoregressive.train_config import TrainConfig, check, parse_config, resumable, shards
 from tokenizer.data import collate, make_loader, split_holdout, spread
 from tokenizer.image_classes import describe_classes
 from tokenizer.init_from import opened, require_alike
 from tokenizer.pretrained import load_tokenizer, tokenizer_hash
 from tokenizer.runtime import distributed
-from tokenizer.runtime.checkpoint import atomic_write
 from tokenizer.runtime.ema import EMA
+from tokenizer.runtime.files import atomic_write
 from tokenizer.runtime.optim import (
     DTYPES,
     accumulating,
@@ -48,7 +56,8 @@ from tokenizer.runtime.optim import (
 )
 from tokenizer.runtime.packing import packed
 from tokenizer.runtime.precision import set_tf32
-from tokenizer.runtime.run import Run, Stateful, launch, with_max_steps
+from tokenizer.runtime.run import Run, Stateful, launch
+from tokenizer.runtime.run_config import with_max_steps
 from tokenizer.runtime.seeding import fold
 from tokenizer.runtime.throughput import Throughput
 from tokenizer.vq_model import VQModel
@@ -323,7 +332,7 @@ def main(argv: list[str] | None = None) -> None:
         check(cfg, distributed.world_size())
         return Trainer(cfg, device)
 
-    launch("train_c2i.py", lambda: parse_config(argv, __doc__), build)
+    launch(PROG, lambda: parse_config(argv, __doc__), build)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,10 @@ import os
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from autoregressive.gpt import GPT_PRESETS
+from autoregressive.gpt_config import GPT_PRESETS
 from tokenizer.runtime import config
 from tokenizer.runtime.config import arg
-from tokenizer.runtime.optim import check_optimizer
-from tokenizer.runtime.run import RESUMABLE_RUN, RunConfig, check_run
+from tokenizer.runtime.run_config import RESUMABLE_RUN, RunConfig, check_optimizer, check_run
 
 FSDP_FROM = 700e6  # parameters: GPT-XL and larger are sharded by default
 

@@ -25,32 +25,11 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import torch
-
-from evaluations import distribution
-from evaluations.features import Extractor
-from evaluations.image_sets import (
-    FeatureCache,
-    ImageSet,
-    SetFeatures,
-    add_extractor_flags,
-    cache_of_flags,
-    extract,
-    extractor_of_flags,
-    open_set,
-)
-from evaluations.protocol import protocol_id
-from tokenizer.image_readers import ImageOptions
+from evaluations.extractor_flags import add_extractor_flags
 from tokenizer.image_sources import add_image_flags, require_image_flags
-from tokenizer.runtime import distributed
-from tokenizer.runtime.checkpoint import atomic_write_json
-from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_file
+from tokenizer.runtime.command import command, make_parser, refuse_early, require_flags_at_least, require_out_file
 
 PROG = "evaluations/generation.py"
-METRICS = ("fid", "sfid", "inception_score", "inception_score_std", "precision", "recall", "kid", "kid_std")
-SPLITS = 10
-CUSTOMARY = 50_000  # samples in the field's tables
-SORTED = 0.1        # relative change of the Inception Score by shuffling from which on samples count as sorted
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -72,6 +51,41 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.out is None:
         args.out = beside(parser, args.samples)
     return args
+
+
+def beside(parser: argparse.ArgumentParser, samples: str) -> Path:
+    """Where a report goes that nobody named a place for. Ends with status 2 where there is none beside the samples."""
+    path = Path(samples).expanduser()
+    if not path.exists():  # shards in {}, or a word
+        parser.error(f"--out: name a file for the report; {samples} is no folder or file to put it beside")
+    return path / "metrics.json" if path.is_dir() else path.with_name(f"{path.stem}.metrics.json")
+
+
+if __name__ == "__main__":
+    refuse_early(PROG, parse_args)
+
+import torch
+
+from evaluations import distribution
+from evaluations.features import Extractor
+from evaluations.image_sets import (
+    FeatureCache,
+    ImageSet,
+    SetFeatures,
+    cache_of_flags,
+    extract,
+    extractor_of_flags,
+    open_set,
+)
+from evaluations.protocol import protocol_id
+from tokenizer.image_readers import ImageOptions
+from tokenizer.runtime import distributed
+from tokenizer.runtime.files import atomic_write_json
+
+METRICS = ("fid", "sfid", "inception_score", "inception_score_std", "precision", "recall", "kid", "kid_std")
+SPLITS = 10
+CUSTOMARY = 50_000  # samples in the field's tables
+SORTED = 0.1        # relative change of the Inception Score by shuffling from which on samples count as sorted
 
 
 def score(
@@ -212,14 +226,6 @@ def warnings_of(reference: ImageSet, samples: ImageSet, extractor: Extractor | N
     if reference.count and "pooled" not in reference.statistics and reference.count < CUSTOMARY:
         found.append(f"reference statistics of {reference.count} images only")
     return found
-
-
-def beside(parser: argparse.ArgumentParser, samples: str) -> Path:
-    """Where a report goes that nobody named a place for. Ends with status 2 where there is none beside the samples."""
-    path = Path(samples).expanduser()
-    if not path.exists():  # shards in {}, or a word
-        parser.error(f"--out: name a file for the report; {samples} is no folder or file to put it beside")
-    return path / "metrics.json" if path.is_dir() else path.with_name(f"{path.stem}.metrics.json")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import math
-import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -25,13 +24,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from evaluations.distribution import Gaussian, gaussian_statistics
-from evaluations.features import INCEPTION_FILE, Extractor, Features, open_extractor
+from evaluations.features import Extractor, Features, open_extractor
 from tokenizer.data import ImageDataset, consecutive, describe_source, make_loader
 from tokenizer.image_names import to_line
 from tokenizer.image_readers import DEFAULTS, ImageOptions, ImageSource, UnreadableImage
 from tokenizer.image_sources import open_images
 from tokenizer.runtime import distributed
-from tokenizer.runtime.checkpoint import atomic_write
+from tokenizer.runtime.files import atomic_write
 from tokenizer.runtime.npz import Header, Npz
 from tokenizer.runtime.parsing import parsing
 
@@ -204,11 +203,6 @@ def open_set(
 # features
 
 
-def default_cache() -> Path:
-    """Where features are kept: $XDG_CACHE_HOME/provq/features, or ~/.cache/provq/features."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "provq" / "features"
-
-
 class FeatureCache:
     """Features and statistics on disk, by the hash of what they were computed from. folder None: nothing is kept."""
 
@@ -292,19 +286,7 @@ def extract(images: ImageSet, extractor: Extractor, device: torch.device, cache:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# flags that all evaluations share
-
-
-def add_extractor_flags(parser: argparse.ArgumentParser) -> None:
-    """--features, --inception-weights, --cache-dir, --no-cache."""
-    parser.add_argument("--features", default="inception", metavar="WHICH",
-                        help="inception, timm:NAME:PATH (that model, with this file of weights), or torchscript:PATH "
-                             "(default: inception)")
-    parser.add_argument("--inception-weights", type=Path, metavar="FILE", help=f"{INCEPTION_FILE} of torch-fidelity's "
-                        "release v0.2.0 (default: in torch hub's cache)")
-    parser.add_argument("--cache-dir", type=Path, default=default_cache(), metavar="FOLDER",
-                        help="where features are kept (default: provq/features in the user's cache)")
-    parser.add_argument("--no-cache", action="store_true", help="keep no features")
+# what the flags of extractor_flags.py mean
 
 
 def extractor_of_flags(args: argparse.Namespace, device: torch.device) -> tuple[Extractor | None, str]:

@@ -21,38 +21,11 @@ from typing import Any, NamedTuple
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-from evaluations import distribution
-from evaluations.features import Extractor
-from evaluations.image_sets import (
-    CHUNK,
-    FeatureCache,
-    SetFeatures,
-    add_extractor_flags,
-    cache_of_flags,
-    extractor_of_flags,
-    in_colour,
-    pixel_hash,
-)
-from evaluations.protocol import protocol_id
-from tokenizer import pixels, pretrained
-from tokenizer.data import BadImageCounter, ImageDataset, consecutive, describe_source, make_loader, spread
-from tokenizer.image_names import to_line
-from tokenizer.image_readers import ImageOptions
-from tokenizer.image_sources import ImageSource, add_image_flags, open_images, require_image_flags
-from tokenizer.perceptual import LPIPS, MIN_IMAGE_SIZE
-from tokenizer.runtime import distributed
-from tokenizer.runtime.checkpoint import atomic_write_json
-from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_file
-from tokenizer.train_config import open_run_split
-from tokenizer.validation import ReconstructionMeter, reconstructions
-from tokenizer.vq_model import VQModel
+from evaluations.extractor_flags import add_extractor_flags
+from tokenizer.image_sources import add_image_flags, require_image_flags
+from tokenizer.runtime.command import command, make_parser, refuse_early, require_flags_at_least, require_out_file
 
 PROG = "evaluations/reconstruction.py"
-METRICS = ("rfid", "psnr", "ssim", "lpips", "perplexity", "usage", "code_distance")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -87,6 +60,40 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         run = (args.vq_ckpt / "checkpoints").is_dir()
         args.out = args.vq_ckpt / "evaluation" / "reconstruction.json" if run else Path("reconstruction.json")
     return args
+
+
+if __name__ == "__main__":
+    refuse_early(PROG, parse_args)
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from evaluations import distribution
+from evaluations.features import Extractor
+from evaluations.image_sets import (
+    CHUNK,
+    FeatureCache,
+    SetFeatures,
+    cache_of_flags,
+    extractor_of_flags,
+    in_colour,
+    pixel_hash,
+)
+from evaluations.protocol import protocol_id
+from tokenizer import pixels, pretrained
+from tokenizer.data import BadImageCounter, ImageDataset, consecutive, describe_source, make_loader, spread
+from tokenizer.data_split import open_run_split
+from tokenizer.image_names import to_line
+from tokenizer.image_readers import ImageOptions
+from tokenizer.image_sources import ImageSource, open_images
+from tokenizer.perceptual import LPIPS, MIN_IMAGE_SIZE
+from tokenizer.runtime import distributed
+from tokenizer.runtime.files import atomic_write_json
+from tokenizer.validation import ReconstructionMeter, reconstructions
+from tokenizer.vq_model import VQModel
+
+METRICS = ("rfid", "psnr", "ssim", "lpips", "perplexity", "usage", "code_distance")
 
 
 class Images(NamedTuple):

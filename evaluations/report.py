@@ -22,19 +22,36 @@ from typing import Any, NamedTuple
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from tokenizer.runtime.command import command, make_parser, refuse_early, require_out_file
+
+PROG = "evaluations/report.py"
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(PROG, __doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a training run")
+    parser.add_argument("--out", type=Path, default=Path("report.html"),
+                        help="page to write, .html; the tables go to the same name with .md (default: report.html)")
+    args = parser.parse_args(argv)
+    if args.out.suffix not in (".html", ".htm"):
+        parser.error(f"--out is {args.out}; it must end in .html")
+    return args
+
+
+if __name__ == "__main__":
+    refuse_early(PROG, parse_args)
+
 from evaluations import report_figures as figures
 from evaluations.protocol import differences, protocol_id
 from evaluations.report_health import Scored, complaints, health, verdict
 from evaluations.report_runs import Run, Setting, differing, flatten, group_settings, missing_reason, number, read_runs
 from tokenizer.runtime import config, distributed, page
-from tokenizer.runtime.checkpoint import atomic_write_text
-from tokenizer.runtime.command import command, make_parser, require_out_file
+from tokenizer.runtime.files import atomic_write_text
 from tokenizer.runtime.over_seeds import clear_best, merge
 from tokenizer.runtime.page import Cell, Table
 from tokenizer.train_config import PRESETS, RESUMABLE, TrainConfig
-from tokenizer.vq_model import ARCHITECTURES
+from tokenizer.vq_config import ARCHITECTURES
 
-PROG = "evaluations/report.py"
 # What does not make another setting. Paths of data stay: a run's folder does not say whether two hold the same images.
 IGNORED = (RESUMABLE - {"data_path", "val_path"}) | {"global_seed"}
 STAGES = ("warmup_steps", "transition_steps", "transition", "loss_lambda", "codebook_init", "kmeans_batches",
@@ -557,17 +574,6 @@ def _caption(path: Path, grid: bool) -> str:
         return f"samples: {path.stem}"
     where = f"{name.replace('_', ' ')}, step {int(step)}" if step.isdigit() else path.stem
     return f"{where}: originals above reconstructions"
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser(PROG, __doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a training run")
-    parser.add_argument("--out", type=Path, default=Path("report.html"),
-                        help="page to write, .html; the tables go to the same name with .md (default: report.html)")
-    args = parser.parse_args(argv)
-    if args.out.suffix not in (".html", ".htm"):
-        parser.error(f"--out is {args.out}; it must end in .html")
-    return args
 
 
 def main(argv: list[str] | None = None) -> None:

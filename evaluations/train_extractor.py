@@ -20,6 +20,47 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from tokenizer.image_sources import add_image_flags, require_image_flags
+from tokenizer.runtime.command import (
+    command,
+    make_parser,
+    refuse_early,
+    require_flags_at_least,
+    require_flags_positive,
+    require_out_file,
+)
+
+PROG = "evaluations/train_extractor.py"
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(PROG, __doc__)
+    add = parser.add_argument
+    add("--data-path", help="labelled images, any source of the tokenizer trainer (default: scikit-learn's digits)")
+    add_image_flags(parser, remap_labels=True)
+    add("--out", type=Path, required=True, help="TorchScript file to write")
+    add("--image-size", type=int, default=32, help="side in pixels, a multiple of 8 (default: 32)")
+    add("--max-steps", type=int, default=400, help="optimizer steps (default: 400)")
+    add("--batch-size", type=int, default=64, help="(default: 64)")
+    add("--lr", type=float, default=2e-3, help="peak learning rate of AdamW, half a sine (default: 2e-3)")
+    add("--val-size", type=int, default=300, help="images held out for the accuracy, at most a tenth (default: 300)")
+    add("--seed", type=int, default=0, help="of weights, split and order (default: 0)")
+    add("--max-bad-images", type=int, default=100, help="unreadable images to skip before stopping (default: 100)")
+    add("--num-workers", type=int, default=0, help="data-loading processes (default: 0)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    args = parser.parse_args(argv)
+    require_image_flags(parser, args)
+    require_flags_at_least(parser, args, 1, "image_size max_steps batch_size val_size")
+    require_flags_at_least(parser, args, 0, "seed max_bad_images num_workers")
+    require_flags_positive(parser, args, "lr")
+    if args.image_size % 8:
+        parser.error(f"--image-size {args.image_size} must be a multiple of 8")
+    return args
+
+
+if __name__ == "__main__":
+    refuse_early(PROG, parse_args)
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,19 +77,11 @@ from tokenizer.data import (
 )
 from tokenizer.image_classes import require_no_empty_class
 from tokenizer.image_readers import ImageOptions
-from tokenizer.image_sources import add_image_flags, open_images, require_image_flags
+from tokenizer.image_sources import open_images
 from tokenizer.runtime import distributed
-from tokenizer.runtime.checkpoint import atomic_write
-from tokenizer.runtime.command import (
-    command,
-    make_parser,
-    require_flags_at_least,
-    require_flags_positive,
-    require_out_file,
-)
+from tokenizer.runtime.files import atomic_write
 from tokenizer.runtime.seeding import StepSampler
 
-PROG = "evaluations/train_extractor.py"
 WIDTHS = (32, 64, 128, 256)
 SPATIAL_CHANNELS = 8  # of the 8x8 map, as sFID takes 7 of Inception's 17x17
 
@@ -84,31 +117,6 @@ class Extractor(nn.Module):
                 x = F.max_pool2d(x, 2)
         pooled = x.mean(dim=[2, 3])
         return pooled, self.head(pooled), spatial.flatten(1)
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser(PROG, __doc__)
-    add = parser.add_argument
-    add("--data-path", help="labelled images, any source of the tokenizer trainer (default: scikit-learn's digits)")
-    add_image_flags(parser, remap_labels=True)
-    add("--out", type=Path, required=True, help="TorchScript file to write")
-    add("--image-size", type=int, default=32, help="side in pixels, a multiple of 8 (default: 32)")
-    add("--max-steps", type=int, default=400, help="optimizer steps (default: 400)")
-    add("--batch-size", type=int, default=64, help="(default: 64)")
-    add("--lr", type=float, default=2e-3, help="peak learning rate of AdamW, half a sine (default: 2e-3)")
-    add("--val-size", type=int, default=300, help="images held out for the accuracy, at most a tenth (default: 300)")
-    add("--seed", type=int, default=0, help="of weights, split and order (default: 0)")
-    add("--max-bad-images", type=int, default=100, help="unreadable images to skip before stopping (default: 100)")
-    add("--num-workers", type=int, default=0, help="data-loading processes (default: 0)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
-    args = parser.parse_args(argv)
-    require_image_flags(parser, args)
-    require_flags_at_least(parser, args, 1, "image_size max_steps batch_size val_size")
-    require_flags_at_least(parser, args, 0, "seed max_bad_images num_workers")
-    require_flags_positive(parser, args, "lr")
-    if args.image_size % 8:
-        parser.error(f"--image-size {args.image_size} must be a multiple of 8")
-    return args
 
 
 def train(args: argparse.Namespace, device: torch.device) -> tuple[Extractor, float]:

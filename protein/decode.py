@@ -23,21 +23,9 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import numpy as np
-import numpy.typing as npt
-import torch
-from tqdm import tqdm
-
-from protein.inference import MAX_RESIDUES, decode_tokens
-from protein.pretrained import load_structure_tokenizer
-from protein.structure_io import ALTLOCS, ATOMS, Chain, check_writable, write_structure
-from protein.structure_sources import list_sources, read_sources
-from protein.token_files import TokenChain
-from protein.token_shards import iterate_tokens
-from protein.validation import METRICS, reconstruction_metrics
-from tokenizer.runtime import distributed
-from tokenizer.runtime.checkpoint import atomic_write_json
-from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_folder
+from protein.choices import MAX_RESIDUES
+from protein.structure_io import ALTLOCS
+from tokenizer.runtime.command import command, make_parser, refuse_early, require_flags_at_least, require_out_folder
 
 PROG = "protein/decode.py"
 
@@ -65,6 +53,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     require_flags_at_least(parser, args, 1, "model max_residues")
     require_flags_at_least(parser, args, 0, "max_bad_structures")
     return args
+
+
+if __name__ == "__main__":
+    refuse_early(PROG, parse_args)
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from tqdm import tqdm
+
+from protein.inference import decode_tokens
+from protein.pretrained import load_structure_tokenizer
+from protein.structure_io import ATOMS, Chain, check_writable, write_structure
+from protein.structure_sources import list_sources, read_sources
+from protein.token_files import TokenChain
+from protein.token_shards import iterate_tokens
+from protein.validation import METRICS, reconstruction_metrics
+from tokenizer.runtime import distributed
+from tokenizer.runtime.files import atomic_write_json
 
 
 def read_entries(args: argparse.Namespace) -> Iterator[list[TokenChain]]:

@@ -26,31 +26,13 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import torch
-from tqdm import tqdm
-
-from protein.inference import EMBEDDINGS, MAX_RESIDUES, embed_chains, encode_chains
-from protein.pretrained import VQTokenizer, load_structure_tokenizer, save_pretrained
-from protein.reading_flags import WHAT, add_reading_flags, check_reading_flags, knows_plddt, reading_options
-from protein.structure_io import Chain
-from protein.structure_sources import Reading, Source, collected, digest, list_sources, read_sources, reading_workers
-from protein.token_files import FORMATS, TokenChain, check_chain, check_name, token_chain
-from protein.token_shards import (
-    EMBEDDING_FORMATS,
-    SETTINGS,
-    finish_shards,
-    join_shards,
-    open_shards,
-    read_embeddings,
-    read_record,
-    shard_name,
-    write_embeddings,
-    write_shard,
-)
-from tokenizer.runtime import config, distributed, lock
+from protein.choices import EMBEDDING_FORMATS, EMBEDDINGS, MAX_RESIDUES
+from protein.reading_flags import WHAT, add_reading_flags, check_reading_flags
+from protein.token_files import FORMATS
 from tokenizer.runtime.command import (
     command,
     make_parser,
+    refuse_early,
     require_flags_at_least,
     require_out_file,
     require_out_folder,
@@ -88,6 +70,32 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if bool(args.structures) != bool(args.out) or not (args.structures or args.export_hf):
         parser.error("give structures and --out, or --export-hf, or all of them")
     return args
+
+
+if __name__ == "__main__":
+    refuse_early(PROG, parse_args)
+
+import torch
+from tqdm import tqdm
+
+from protein.inference import embed_chains, encode_chains
+from protein.pretrained import VQTokenizer, load_structure_tokenizer, save_pretrained
+from protein.reading_flags import knows_plddt, reading_options
+from protein.structure_io import Chain
+from protein.structure_sources import Reading, Source, collected, digest, list_sources, read_sources, reading_workers
+from protein.token_files import TokenChain, check_chain, check_name, token_chain
+from protein.token_shards import (
+    SETTINGS,
+    finish_shards,
+    join_shards,
+    open_shards,
+    read_embeddings,
+    read_record,
+    shard_name,
+    write_embeddings,
+    write_shard,
+)
+from tokenizer.runtime import config, distributed, lock
 
 
 class Encoder:

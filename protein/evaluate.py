@@ -37,27 +37,11 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import numpy as np
-import torch
-from torch import Tensor
-from tqdm import tqdm
-
-from protein.inference import MAX_RESIDUES, decode_tokens, encode_chains, pad
-from protein.pretrained import load_structure_tokenizer
-from protein.reading_flags import WHAT, add_reading_flags, check_reading_flags, reading_options
-from protein.structure_io import Chain
-from protein.structure_sources import Reading, collected, list_sources, read_sources, reading_workers
-from protein.validation import METRICS, reconstruction_metrics, tm_of_chain
-from tokenizer.code_meter import mean_pairwise_distance
-from tokenizer.provq import code_statistics
-from tokenizer.runtime import distributed
-from tokenizer.runtime.checkpoint import atomic_write_text
-from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_file
+from protein.choices import MAX_RESIDUES
+from protein.reading_flags import WHAT, add_reading_flags, check_reading_flags
+from tokenizer.runtime.command import command, make_parser, refuse_early, require_flags_at_least, require_out_file
 
 PROG = "protein/evaluate.py"
-COLUMNS = ("usage", "usage_per_chain", "normalized_perplexity", "normalized_perplexity_per_chain", "code_distance",
-           "rmsd", "lddt", "tm")  # of the printed table; --out has all
-CHUNK = 256  # structures whose chains are in memory at a time
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -78,6 +62,30 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     require_flags_at_least(parser, args, 0, "max_bad_structures")
     check_reading_flags(parser, args)
     return args
+
+
+if __name__ == "__main__":
+    refuse_early(PROG, parse_args)
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from protein.inference import decode_tokens, encode_chains, pad
+from protein.pretrained import load_structure_tokenizer
+from protein.reading_flags import reading_options
+from protein.structure_io import Chain
+from protein.structure_sources import Reading, collected, list_sources, read_sources, reading_workers
+from protein.validation import METRICS, reconstruction_metrics, tm_of_chain
+from tokenizer.code_meter import mean_pairwise_distance
+from tokenizer.provq import code_statistics
+from tokenizer.runtime import distributed
+from tokenizer.runtime.files import atomic_write_text
+
+COLUMNS = ("usage", "usage_per_chain", "normalized_perplexity", "normalized_perplexity_per_chain", "code_distance",
+           "rmsd", "lddt", "tm")  # of the printed table; --out has all
+CHUNK = 256  # structures whose chains are in memory at a time
 
 
 class Tally:

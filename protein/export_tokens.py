@@ -20,16 +20,9 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from protein.language import Vocabulary, complexes
-from protein.token_files import TokenChain
-from protein.token_shards import iterate_tokens, vocabulary_of
-from tokenizer.runtime.checkpoint import atomic_write, atomic_write_json
-from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_file
-from tokenizer.runtime.distributed import print0
+from tokenizer.runtime.command import command, make_parser, refuse_early, require_flags_at_least, require_out_file
 
 PROG = "protein/export_tokens.py"
-FORMATS = (".jsonl", ".parquet")
-ROW_GROUP = 4096
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -43,6 +36,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     require_flags_at_least(parser, args, 1, "num_codes")
     return args
+
+
+if __name__ == "__main__":
+    refuse_early(PROG, parse_args)
+
+from protein.language import Vocabulary, complexes
+from protein.token_files import TokenChain
+from protein.token_shards import iterate_tokens, vocabulary_of
+from tokenizer.runtime.distributed import print0
+from tokenizer.runtime.files import atomic_write, atomic_write_json
+
+FORMATS = (".jsonl", ".parquet")
+ROW_GROUP = 4096
 
 
 def rows(vocabulary: Vocabulary, args: argparse.Namespace) -> Iterator[dict[str, Any]]:

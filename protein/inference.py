@@ -10,10 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from protein.choices import EMBEDDINGS, MAX_RESIDUES
 from protein.structure_io import Chain
-
-MAX_RESIDUES = 4096  # of a batch, padding included; longer chains go alone
-EMBEDDINGS = ("quantized", "continuous")
 
 
 def length_batches(lengths: Sequence[int], max_residues: int = MAX_RESIDUES) -> Iterator[list[int]]:

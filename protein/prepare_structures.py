@@ -20,14 +20,8 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from tqdm import tqdm
-
-from protein.reading_flags import WHAT, add_reading_flags, check_reading_flags, reading_options
-from protein.structure_cache import write_cache
-from protein.structure_io import Chain
-from protein.structure_sources import collected, list_sources, read_sources, reading_workers
-from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_folder
-from tokenizer.runtime.distributed import print0
+from protein.reading_flags import WHAT, add_reading_flags, check_reading_flags
+from tokenizer.runtime.command import command, make_parser, refuse_early, require_flags_at_least, require_out_folder
 
 PROG = "protein/prepare_structures.py"
 
@@ -43,6 +37,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     require_flags_at_least(parser, args, 0, "max_bad_structures")
     check_reading_flags(parser, args)
     return args
+
+
+if __name__ == "__main__":
+    refuse_early(PROG, parse_args)
+
+from tqdm import tqdm
+
+from protein.reading_flags import reading_options
+from protein.structure_cache import write_cache
+from protein.structure_io import Chain
+from protein.structure_sources import collected, list_sources, read_sources, reading_workers
+from tokenizer.runtime.distributed import print0
 
 
 def prepare(args: argparse.Namespace) -> str:

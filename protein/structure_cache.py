@@ -30,7 +30,7 @@ import numpy.typing as npt
 from protein.losses import sequence_ids, sequence_letters
 from protein.structure_io import ATOMS, MAX_PLDDT, Chain, require_plddt
 from tokenizer.runtime import config, lock
-from tokenizer.runtime.checkpoint import atomic_write, atomic_write_json, atomic_write_text, located, sync_folder
+from tokenizer.runtime.files import atomic_write, atomic_write_json, atomic_write_text, located, sync_folder
 from tokenizer.runtime.mapped import map_array
 
 FORMAT = "provq-structures-1"

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from protein.atom_files import ATOMS, FORCE_FIELD, LETTERS, Atoms, FileFacts, parse_atoms
 from protein.residues import ALTLOCS, MAX_BOND, Residues, assemble, chain_rows
-from tokenizer.runtime.checkpoint import atomic_write_text
+from tokenizer.runtime.files import atomic_write_text
 from tokenizer.runtime.parsing import brief, parsing, require_file
 
 EXTENSIONS = (".pdb", ".ent", ".pdb1", ".cif", ".mmcif", ".bcif")  # each also with .gz

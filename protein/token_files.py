@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from protein.structure_io import Chain
-from tokenizer.runtime.checkpoint import atomic_write, atomic_write_text
+from tokenizer.runtime.files import atomic_write, atomic_write_text
 from tokenizer.runtime.npz import Npz
 from tokenizer.runtime.parsing import brief, from_json, parsing, require_file
 

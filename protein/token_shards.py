@@ -23,12 +23,11 @@ import numpy.typing as npt
 from protein.language import Vocabulary
 from protein.token_files import FORMATS, TokenChain, read_tokens, write_tokens
 from tokenizer.runtime import config, distributed, lock
-from tokenizer.runtime.checkpoint import atomic_write, atomic_write_json
+from tokenizer.runtime.files import atomic_write, atomic_write_json
 from tokenizer.runtime.npz import Npz
 from tokenizer.runtime.parsing import parsing, require_file
 
 SETTINGS, MANIFEST = "settings.json", "manifest.json"
-EMBEDDING_FORMATS = (".npz", ".safetensors")
 
 
 def shard_name(number: int) -> str:

@@ -9,13 +9,11 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from protein.atom_files import PLDDT_SOURCES
-from protein.structure_model import PRESETS as MODELS
-from tokenizer.curriculum import CODEBOOK_INITS, CurriculumConfig, check_curriculum, with_codes_kept
-from tokenizer.init_from import HELP as INIT_FROM
+from protein.structure_config import PRESETS as MODELS
+from tokenizer.curriculum_config import CODEBOOK_INITS, INIT_FROM, CurriculumConfig, check_curriculum, with_codes_kept
 from tokenizer.runtime import config
 from tokenizer.runtime.config import arg, flag_name
-from tokenizer.runtime.optim import LR_SCHEDULES, check_optimizer
-from tokenizer.runtime.run import RESUMABLE_RUN
+from tokenizer.runtime.run_config import LR_SCHEDULES, RESUMABLE_RUN, check_optimizer
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,15 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from protein.train_config import RESUMABLE, TrainConfig, check, loss_weights, parse_config
+from tokenizer.runtime.command import refuse_early
+from tokenizer.runtime.ranks import started_together
+
+PROG = "protein/train_provq.py"
+
+if __name__ == "__main__":
+    refuse_early(PROG, lambda: check(parse_config(description=__doc__), started_together()))
+
 import torch
 from torch import Tensor
 
@@ -37,13 +46,13 @@ from protein.structure_data import (
 )
 from protein.structure_io import ATOMS, Chain, write_structure
 from protein.structure_model import StructureModelConfig, StructureVQModel
-from protein.train_config import RESUMABLE, TrainConfig, check, loss_weights, parse_config
 from protein.validation import StructureMeter
 from tokenizer.code_meter import PaceMeter, count_
-from tokenizer.curriculum import CurriculumTrainer, build_curriculum, code_usage, kmeans_batches, with_length
+from tokenizer.curriculum import CurriculumTrainer, build_curriculum, code_usage
+from tokenizer.curriculum_config import kmeans_batches, with_length
 from tokenizer.data import consecutive, make_loader, spread
 from tokenizer.init_from import opened
-from tokenizer.quantizer_config import build_restart
+from tokenizer.quantizers import build_restart
 from tokenizer.runtime import config, distributed
 from tokenizer.runtime.ema import EMA
 from tokenizer.runtime.optim import accumulating, build_adamw, learning_rate, replicate, set_learning_rate, update
@@ -305,7 +314,7 @@ def main(argv: list[str] | None = None) -> None:
         check(cfg, distributed.world_size())
         return Trainer(cfg, device)
 
-    launch("protein/train_provq.py", lambda: parse_config(argv, __doc__), build)
+    launch(PROG, lambda: parse_config(argv, __doc__), build)
 
 
 if __name__ == "__main__":

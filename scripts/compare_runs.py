@@ -3,21 +3,35 @@
     python scripts/compare_runs.py runs/quickstart/vanilla runs/quickstart/provq --picture comparison.png
 """
 
+import argparse
 import sys
 from pathlib import Path
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from tokenizer.runtime.command import command, make_parser, refuse_early, require_out_file
+
+PROG = "compare_runs.py"
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(PROG, __doc__)
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs")
+    parser.add_argument("--picture", type=Path, help="draw to this .png")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    refuse_early(PROG, parse_args)
+
 from matplotlib import pyplot
 
 from evaluations.report_figures import color, draw_curve
 from evaluations.report_runs import Run, read_runs
-from tokenizer.runtime.checkpoint import atomic_write
-from tokenizer.runtime.command import command, make_parser, require_out_file
+from tokenizer.runtime.files import atomic_write
 from tokenizer.runtime.metrics import short
 
-PROG = "compare_runs.py"
 COLUMNS = {"steps": "step", "PSNR (dB)": "psnr", "SSIM": "ssim", "usage": "usage", "perplexity": "perplexity",
            "code distance": "code_distance", "effective rank": "effective_rank"}
 CURVES = {"psnr": "PSNR (dB)", "usage": "codes used", "perplexity": "perplexity (codes)"}
@@ -52,10 +66,7 @@ def draw(runs: list[Run], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser(PROG, __doc__)
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs")
-    parser.add_argument("--picture", type=Path, help="draw to this .png")
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
     with command(PROG, one_process=True):
         if args.picture:
             require_out_file(args.picture, "--picture")

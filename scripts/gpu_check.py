@@ -34,14 +34,36 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from tokenizer.runtime.command import command, make_parser, refuse_early
+
+PROG = "scripts/gpu_check.py"
+NAMES = ("search", "eager", "compiled", "profile", "resume", "extract", "gpt", "sharded", "sample", "tests")
+NEEDS = {"extract": ("eager",), "gpt": ("eager", "extract"), "sharded": ("eager", "extract"),
+         "sample": ("eager", "extract", "gpt")}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(PROG, __doc__)
+    parser.add_argument("--only", help="comma-separated checks, and what they need (default: all)")
+    args = parser.parse_args(argv)
+    wanted = NAMES if args.only is None else args.only.split(",")
+    unknown = [name for name in wanted if name not in NAMES]
+    if unknown:
+        parser.error(f"--only {args.only}: {', '.join(unknown)} is none of {', '.join(NAMES)}")
+    needed = {before for name in wanted for before in NEEDS.get(name, ())}
+    args.checks = [name for name in NAMES if name in {*wanted, *needed}]
+    return args
+
+
+if __name__ == "__main__":
+    refuse_early(PROG, parse_args)
+
 import numpy as np
 import torch
 from PIL import Image
 
-from tokenizer.runtime.command import command, make_parser
 from tokenizer.runtime.throughput import peak_flops
 
-PROG = "scripts/gpu_check.py"
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = ROOT / "tests" / "workers" / "gpu_steps.py"
 LIMIT = 900  # seconds of a check
@@ -224,13 +246,9 @@ def check_tests(machine: Machine) -> dict[str, Any]:
     return {}
 
 
-CHECKS: dict[str, Callable[[Machine], dict[str, Any]]] = {
-    "search": check_search, "eager": check_eager, "compiled": check_compiled, "profile": check_profile,
-    "resume": check_resume, "extract": check_extract, "gpt": check_gpt, "sharded": check_sharded,
-    "sample": check_sample, "tests": check_tests,
-}
-NEEDS = {"extract": ("eager",), "gpt": ("eager", "extract"), "sharded": ("eager", "extract"),
-         "sample": ("eager", "extract", "gpt")}
+CHECKS: dict[str, Callable[[Machine], dict[str, Any]]] = dict(zip(NAMES, (
+    check_search, check_eager, check_compiled, check_profile, check_resume, check_extract, check_gpt, check_sharded,
+    check_sample, check_tests), strict=True))
 
 
 def slow(name: str, found: dict[str, Any], machine: Machine) -> list[str]:
@@ -255,19 +273,6 @@ def table(results: dict[str, tuple[str, dict[str, Any]]]) -> str:
         expected = ", ".join(f"{k} {v:g}" for k, v in EXPECTED.get(name, {}).items())
         lines.append(f"| {name} | {verdict} | {shown} | {expected} |")
     return "\n".join(lines)
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = make_parser(PROG, __doc__)
-    parser.add_argument("--only", help="comma-separated checks, and what they need (default: all)")
-    args = parser.parse_args(argv)
-    wanted = list(CHECKS) if args.only is None else args.only.split(",")
-    unknown = [name for name in wanted if name not in CHECKS]
-    if unknown:
-        parser.error(f"--only {args.only}: {', '.join(unknown)} is none of {', '.join(CHECKS)}")
-    needed = {before for name in wanted for before in NEEDS.get(name, ())}
-    args.checks = [name for name in CHECKS if name in {*wanted, *needed}]
-    return args
 
 
 def check_all(names: Sequence[str], folder: Path) -> bool:

@@ -3,6 +3,7 @@
     python scripts/hosts_table.py
 """
 
+import argparse
 import re
 import sys
 import textwrap
@@ -11,11 +12,20 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from tokenizer import provq_attach
-from tokenizer.provq_attach import ADAPTERS, Adapter, TableAdapter
-from tokenizer.runtime.command import command, make_parser
+from tokenizer.runtime.command import command, make_parser, refuse_early
 
 PROG = "hosts_table.py"
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    return make_parser(PROG, __doc__).parse_args(argv)
+
+
+if __name__ == "__main__":
+    refuse_early(PROG, parse_args)
+
+from tokenizer import provq_attach
+from tokenizer.provq_attach import ADAPTERS, Adapter, TableAdapter
 
 
 def row(kind: str, adapter: type[Adapter]) -> str:
@@ -41,7 +51,7 @@ def table() -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    make_parser(PROG, __doc__).parse_args(argv)
+    parse_args(argv)
     with command(PROG, one_process=True):
         print(table())
 

@@ -14,6 +14,7 @@ unknown) and bfactor (of CA, unbound; null: unknown). Blank lines are skipped. W
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -116,11 +117,15 @@ def convert(source: Path, out: Path) -> tuple[dict[str, int], list[str]]:
     return {name: len(rows) - 1 for name, rows in files.items()}, left_out
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(PROG, __doc__)
     parser.add_argument("source", type=Path, help="the JSONL file described above")
     parser.add_argument("out", type=Path, help="folder to write")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
     with command(PROG, one_process=True):
         require_out_folder(args.out, "out")
         counts, left_out = convert(args.source, args.out)

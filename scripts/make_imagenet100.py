@@ -21,13 +21,31 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from tokenizer.image_classes import EXTENSIONS
-from tokenizer.image_names import to_line
-from tokenizer.runtime.checkpoint import atomic_write_json, atomic_write_text
-from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_folder
-from tokenizer.runtime.parsing import read_text
+from tokenizer.runtime.command import command, make_parser, refuse_early, require_flags_at_least, require_out_folder
 
 PROG = "scripts/make_imagenet100.sh"
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(PROG, __doc__)
+    parser.add_argument("--imagenet", type=Path, required=True, help="folder with train/CLASS/ and val/CLASS/")
+    parser.add_argument("--classes", type=Path, required=True, help="text file, one WordNet id per line")
+    parser.add_argument("--out", type=Path, default=Path("data/imagenet100"), help="(default: data/imagenet100)")
+    parser.add_argument("--test-images", type=int, default=15_000, help="held out of train for the test; paper: 15000")
+    parser.add_argument("--keep-in-train", action="store_true", help="train on those images as well")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice (default: 0)")
+    args = parser.parse_args(argv)
+    require_flags_at_least(parser, args, 0, "test_images seed")
+    return args
+
+
+if __name__ == "__main__":
+    refuse_early(PROG, parse_args)
+
+from tokenizer.image_classes import EXTENSIONS
+from tokenizer.image_names import to_line
+from tokenizer.runtime.files import atomic_write_json, atomic_write_text
+from tokenizer.runtime.parsing import read_text
 
 
 def read_classes(path: Path) -> list[str]:
@@ -78,19 +96,6 @@ def hold_out(images: dict[str, list[Path]], total: int, seed: int) -> dict[str, 
         name: set(sorted(files, key=lambda p: hashlib.sha256(os.fsencode(f"{seed}/{name}/{p.name}")).digest())[:each])
         for name, files in images.items()
     }
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser(PROG, __doc__)
-    parser.add_argument("--imagenet", type=Path, required=True, help="folder with train/CLASS/ and val/CLASS/")
-    parser.add_argument("--classes", type=Path, required=True, help="text file, one WordNet id per line")
-    parser.add_argument("--out", type=Path, default=Path("data/imagenet100"), help="(default: data/imagenet100)")
-    parser.add_argument("--test-images", type=int, default=15_000, help="held out of train for the test; paper: 15000")
-    parser.add_argument("--keep-in-train", action="store_true", help="train on those images as well")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice (default: 0)")
-    args = parser.parse_args(argv)
-    require_flags_at_least(parser, args, 0, "test_images seed")
-    return args
 
 
 def write_lists(args: argparse.Namespace) -> None:

@@ -24,16 +24,9 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import numpy as np
-
-from autoregressive.code_shards import code_dtype, file_hash, shard_name, write_manifest
-from protein.language import VOCABULARY, complexes
-from protein.token_shards import iterate_tokens, vocabulary_of
-from tokenizer.runtime.checkpoint import atomic_write, atomic_write_json
-from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_folder
+from tokenizer.runtime.command import command, make_parser, refuse_early, require_flags_at_least, require_out_folder
 
 PROG = "scripts/make_structure_codes.py"
-SHARD = 65_536  # sentences
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -50,6 +43,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if math.isqrt(args.length) ** 2 != args.length:
         parser.error(f"--length is {args.length}; it must be a square number, such as 256, 576 or 1024")
     return args
+
+
+if __name__ == "__main__":
+    refuse_early(PROG, parse_args)
+
+import numpy as np
+
+from autoregressive.code_shards import code_dtype, file_hash, shard_name, write_manifest
+from protein.language import VOCABULARY, complexes
+from protein.token_shards import iterate_tokens, vocabulary_of
+from tokenizer.runtime.files import atomic_write, atomic_write_json
+
+SHARD = 65_536  # sentences
 
 
 def make(args: argparse.Namespace) -> str:

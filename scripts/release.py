@@ -17,14 +17,7 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import torch
-from torch import Tensor
-
-from autoregressive.api import ImageGenerator
-from tokenizer.hub import load
-from tokenizer.runtime import config
-from tokenizer.runtime.command import command, make_parser
-from tokenizer.weights import CONFIG_FILE, RELEASED, WEIGHTS_FILE, write_export
+from tokenizer.runtime.command import command, make_parser, refuse_early
 
 PROG = "scripts/release.py"
 
@@ -34,8 +27,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("model", help="what provq.load takes: a run, a checkpoint, an export")
     parser.add_argument("--name", required=True, help="of the folder, and for provq.load")
     parser.add_argument("--tokenizer", help="of a GPT: the name of its released tokenizer")
-    parser.add_argument("--folder", type=Path, default=RELEASED, help="where released models are (default: this tree)")
+    parser.add_argument("--folder", type=Path, help="where released models are (default: this tree)")
     return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    refuse_early(PROG, parse_args)
+
+import torch
+from torch import Tensor
+
+from autoregressive.api import ImageGenerator
+from tokenizer.hub import load
+from tokenizer.runtime import config
+from tokenizer.weights import CONFIG_FILE, RELEASED, WEIGHTS_FILE, write_export
 
 
 @torch.no_grad()
@@ -72,6 +77,7 @@ def release(args: argparse.Namespace) -> Path:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    args.folder = args.folder or RELEASED
     with command(PROG):
         folder = release(args)
         digest = hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()

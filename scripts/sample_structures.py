@@ -21,20 +21,17 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import torch
-from torch import Tensor
-
-from autoregressive.pretrained import load_gpt
-from autoregressive.sampling import SamplingConfig, generate
-from protein.language import VOCABULARY, Vocabulary, to_token_chains
-from protein.token_files import TokenChain, check_name, write_tokens
-from tokenizer.runtime import config, distributed
-from tokenizer.runtime.command import as_flag_errors, command, make_parser, require_flags_at_least, require_out_file
-from tokenizer.runtime.parsing import read_text
-from tokenizer.runtime.seeding import fold
+from autoregressive.sampling_config import SamplingConfig
+from tokenizer.runtime.command import (
+    as_flag_errors,
+    command,
+    make_parser,
+    refuse_early,
+    require_flags_at_least,
+    require_out_file,
+)
 
 PROG = "scripts/sample_structures.py"
-BATCH = 16
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -57,6 +54,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     with as_flag_errors(parser):
         args.sampling = SamplingConfig(cfg_scale=1.0, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     return args
+
+
+if __name__ == "__main__":
+    refuse_early(PROG, parse_args)
+
+import torch
+from torch import Tensor
+
+from autoregressive.pretrained import load_gpt
+from autoregressive.sampling import generate
+from protein.language import VOCABULARY, Vocabulary, to_token_chains
+from protein.token_files import TokenChain, check_name, write_tokens
+from tokenizer.runtime import config, distributed
+from tokenizer.runtime.parsing import read_text
+from tokenizer.runtime.seeding import fold
+
+BATCH = 16
 
 
 def read_sequences(path: Path) -> dict[str, list[str]]:

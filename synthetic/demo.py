@@ -17,6 +17,24 @@ from typing import NamedTuple
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from tokenizer.runtime.command import command, make_parser, refuse_early, require_flags_at_least, require_out_file
+
+PROG = "synthetic/demo.py"
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(PROG, __doc__)
+    parser.add_argument("--seeds", type=int, default=1, help="of each arm: 0 .. N-1 (default: 1)")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo.png"), metavar="FILE.png",
+                        help="picture of seed 0 (default: %(default)s)")
+    args = parser.parse_args(argv)
+    require_flags_at_least(parser, args, 1, "seeds")
+    return args
+
+
+if __name__ == "__main__":
+    refuse_early(PROG, parse_args)
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,11 +42,9 @@ from torch.nn import functional as F
 from synthetic import plots
 from synthetic.plots import Panel
 from tokenizer.provq import Curriculum, ProVQ, VectorQuantizer
-from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_file
 from tokenizer.runtime.distributed import print0
 from tokenizer.runtime.over_seeds import merge
 
-PROG = "synthetic/demo.py"
 POINTS, CODES, DIM = 64, 64, 8
 STEPS, BATCH, LR = 1200, 256, 1e-3
 ARMS = {  # warm-up and transition steps
@@ -96,16 +112,6 @@ def row(name: str, scores: list[Scores]) -> str:
 
     used = cell([float(s.codes_used) for s in scores], 0 if len(scores) == 1 else 1)
     return f"| {name:7} | {cell([s.mse for s in scores], 3):>13} | {used:>11} |"
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser(PROG, __doc__)
-    parser.add_argument("--seeds", type=int, default=1, help="of each arm: 0 .. N-1 (default: 1)")
-    parser.add_argument("--out", type=Path, default=Path("runs/demo.png"), metavar="FILE.png",
-                        help="picture of seed 0 (default: %(default)s)")
-    args = parser.parse_args(argv)
-    require_flags_at_least(parser, args, 1, "seeds")
-    return args
 
 
 def main(argv: list[str] | None = None) -> None:

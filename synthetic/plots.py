@@ -18,7 +18,7 @@ from torch import Tensor
 
 from synthetic.topodisc import Report, Run, mean_interval
 from synthetic.tuning import Cell, error
-from tokenizer.runtime.checkpoint import atomic_write
+from tokenizer.runtime.files import atomic_write
 
 DISK, OUTLINE, CODES = "#5b9bd5", "#e07b39", "#111111"
 COLOURS = ("#7d7d7d", "#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#0072b2", "#d55e00", "#8c6d31")  # by method

@@ -21,12 +21,9 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from synthetic import plots, tuning
-from synthetic.topodisc import METERS, Report, Run, Setting, make_arm, summarise, table, train_jobs
-from tokenizer.runtime.checkpoint import atomic_write_text
-from tokenizer.runtime.command import command, require_out_folder
-from tokenizer.runtime.config import arg, parse, require_at_least, require_positive, to_dict
-from tokenizer.runtime.distributed import print0
+from synthetic.settings import FINAL_SEEDS, FINALISTS, FIRST_SEED, Setting, parse_method
+from tokenizer.runtime.command import command, refuse_early, require_out_folder
+from tokenizer.runtime.config import arg, parse, require_at_least, require_positive
 
 PROG = "synthetic/run_topodisc.py"
 
@@ -47,22 +44,36 @@ class RunConfig(Setting):
     tune_lr: tuple[float, ...] = arg((1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1), "--tuned: learning rates to scan")
     tune_width: tuple[int, ...] = arg((32, 64, 128), "--tuned: widths to scan")
     tune_codes: tuple[int, ...] = arg((), "--tuned: further codebook sizes to scan; the arms stay at --num-codes")
-    tune_seeds: int = arg(8, f"--tuned: seeds of the scan, from {tuning.FIRST_SEED} on; "
-                          f"{tuning.FINAL_SEEDS} times as many decide between the best {tuning.FINALISTS}")
+    tune_seeds: int = arg(8, f"--tuned: seeds of the scan, from {FIRST_SEED} on; "
+                          f"{FINAL_SEEDS} times as many decide between the best {FINALISTS}")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for method in self.methods:
-            make_arm(method, self)
+            parse_method(method)
         if len(set(self.methods)) < len(self.methods):
             raise ValueError(f"--methods names one twice: {' '.join(self.methods)}")
-        if not 2 <= self.seeds <= tuning.FIRST_SEED:
-            raise ValueError(f"--seeds must lie between 2 (an interval) and {tuning.FIRST_SEED}, got {self.seeds}")
+        if not 2 <= self.seeds <= FIRST_SEED:
+            raise ValueError(f"--seeds must lie between 2 (an interval) and {FIRST_SEED}, got {self.seeds}")
         require_at_least(self, 0, "workers")
         require_at_least(self, 1, "log_every tune_width tune_codes tune_seeds")
         require_positive(self, "tune_lr")
         if max(self.tune_codes, default=0) > self.disk_points + self.outline_points:
             raise ValueError(f"--tune-codes {max(self.tune_codes)} is more than there are points")
+
+
+def parse_config(argv: Sequence[str] | None = None) -> RunConfig:
+    return parse(RunConfig, argv, description=__doc__, prog=PROG)
+
+
+if __name__ == "__main__":
+    refuse_early(PROG, parse_config)
+
+from synthetic import plots, tuning
+from synthetic.topodisc import METERS, Report, Run, summarise, table, train_jobs
+from tokenizer.runtime.config import to_dict
+from tokenizer.runtime.distributed import print0
+from tokenizer.runtime.files import atomic_write_text
 
 
 def train_all(settings: Mapping[str, Setting], cfg: RunConfig) -> dict[str, Run]:
@@ -125,7 +136,7 @@ def fair_view(cfg: RunConfig, out: Path) -> None:
     cells = collect("scan", total, tuning.scan(
         cfg.methods, cfg, lrs=cfg.tune_lr, widths=cfg.tune_width, codebooks=list(codebooks), seeds=cfg.tune_seeds,
         workers=processes(cfg)))
-    finalists = min(tuning.FINALISTS, len(cfg.tune_lr) * len(cfg.tune_width))
+    finalists = min(FINALISTS, len(cfg.tune_lr) * len(cfg.tune_width))
     finals = collect("final", finalists * len(cfg.methods), tuning.finals(
         cells, cfg.methods, cfg, seeds=cfg.tune_seeds, workers=processes(cfg)))
     write_json(out / "scan.json", {"scan": cells, "finals": finals})
@@ -147,7 +158,7 @@ def fair_view(cfg: RunConfig, out: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    cfg = parse(RunConfig, argv, description=__doc__, prog=PROG)
+    cfg = parse_config(argv)
     with command(PROG, one_process=True):
         out = Path(cfg.out)
         require_out_folder(out)

@@ -11,7 +11,6 @@ the S networks of S seeds are one stack of matrix products, which are nearly all
 Sizes: S seeds, N = disk_points + outline_points points, D = 2, K codes, L logged epochs.
 """
 
-import dataclasses
 import itertools
 import math
 import multiprocessing
@@ -25,65 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from synthetic import meters
+from synthetic.settings import CURRICULA, FOLLOW, Setting, parse_method
 from tokenizer import code_meter, provq
 from tokenizer.provq_codes import FollowingVectorQuantizer
-from tokenizer.runtime.config import arg, require_at_least, require_positive, to_dict
+from tokenizer.runtime.config import to_dict
 
 DIM = 2  # data and latents are both points of the plane
 EDGE_POINTS = 50  # points per edge of the noise-free outline whose latent image is metered and drawn
 QuantizerFactory = Callable[[int, int], nn.Module]  # (num_codes, dim) -> module with VectorQuantizer's methods
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """What all arms share. The defaults are the paper's view; synthetic/README.md says how they were chosen.
-
-    One epoch is one optimizer step on all points. ValueError: sizes below 1, negative lengths, a curriculum that does
-    not end before training does.
-    """
-
-    disk_points: int = arg(400, "points of the filled disk (paper: 400)")
-    outline_points: int = arg(275, "points of the polygon's outline (paper: 275)")
-    disk_radius: float = arg(1.0, "radius of the disk")
-    outline_radius: float = arg(2.0, "distance of the polygon's corners from the centre of the disk")
-    sides: int = arg(3, "sides of the polygon; 3: the paper's triangle")
-    noise: float = arg(0.0, "standard deviation of Gaussian noise added to every coordinate")
-    num_codes: int = arg(64, "codes in the codebook, K")
-    width: int = arg(128, "hidden units per layer of the MLPs: 2-H-H-2 encoder, 2-H-H-2 decoder, ReLU")
-    lr: float = arg(2e-3, "learning rate of Adam, constant, for networks and codebook")
-    epochs: int = arg(500, "epochs of full-batch training (paper: 500)")
-    warmup_epochs: int = arg(100, "manifold warm-up of the arms that have one")
-    transition_epochs: int = arg(200, "soft transition of the arms that have one")
-    loss_floor: float = arg(0.5, "lambda of Eq. 4")
-    beta: float = arg(0.25, "weight of the commitment loss")
-
-    def __post_init__(self) -> None:
-        require_at_least(self, 1, "disk_points outline_points num_codes width epochs")
-        require_at_least(self, 3, "sides")
-        require_at_least(self, 0, "warmup_epochs transition_epochs noise beta")
-        require_positive(self, "disk_radius outline_radius lr")
-        if self.num_codes > self.disk_points + self.outline_points:
-            raise ValueError(f"--num-codes {self.num_codes} is more than there are points "
-                             f"({self.disk_points + self.outline_points})")
-        self.curriculum("provq")  # validates lengths and floor
-        if self.warmup_epochs + self.transition_epochs >= self.epochs:
-            raise ValueError(f"--warmup-epochs {self.warmup_epochs} + --transition-epochs {self.transition_epochs} "
-                             f"must be less than --epochs {self.epochs}: the curriculum ends in discrete training")
-
-    def curriculum(self, name: str) -> provq.Curriculum:
-        """One of CURRICULA with this setting's lengths."""
-        warm, soft = CURRICULA[name]
-        return provq.Curriculum(self.warmup_epochs * warm, self.transition_epochs * soft, loss_floor=self.loss_floor)
-
-
-# name -> (manifold warm-up?, soft transition?): the rows of Table 5
-CURRICULA = {"plain": (False, False), "soft": (False, True), "warmup": (True, False), "provq": (True, True)}
-# The arms of Figure 2 wrap the paper's vanilla VQ and go by the name of their curriculum alone.
-ALIASES = {"vanilla": "vq", "soft": "vq+soft", "warmup": "vq+warmup", "provq": "vq+provq"}
-
-
-# Ours: codes that follow the latents' mean and spread, and a second k-means where the transition ends.
-FOLLOW, RECLUSTER = "follow", "+recluster"
 
 
 class Arm(NamedTuple):
@@ -94,22 +42,24 @@ class Arm(NamedTuple):
     recluster: bool = False  # k-means again after warm-up and transition, in a curriculum without them as well
 
 
+def make_curriculum(name: str, setting: Setting) -> provq.Curriculum:
+    """One of CURRICULA with the setting's lengths."""
+    warm, soft = CURRICULA[name]
+    return provq.Curriculum(setting.warmup_epochs * warm, setting.transition_epochs * soft,
+                            loss_floor=setting.loss_floor)
+
+
 def make_arm(method: str, setting: Setting) -> Arm:
     """The arm called QUANTIZER, QUANTIZER+CURRICULUM ("ema", "simvq+provq") or as one of ALIASES, with "+recluster" at
     its end or not. ValueError: none."""
-    base = method.removesuffix(RECLUSTER)
-    quantizer, _, curriculum = ALIASES.get(base, base).partition("+")
-    if quantizer not in (*provq.QUANTIZERS, FOLLOW) or (curriculum or "plain") not in CURRICULA:
-        raise ValueError(f"unknown method {method!r}: choose from {', '.join(ALIASES)}, a quantizer "
-                         f"({', '.join(provq.QUANTIZERS)}, {FOLLOW}), or one on a curriculum such as simvq+provq "
-                         f"({', '.join(CURRICULA)}); {RECLUSTER} may come last")
+    quantizer, curriculum, recluster = parse_method(method)
 
     def make(num_codes: int, dim: int) -> nn.Module:
         if quantizer == FOLLOW:
             return FollowingVectorQuantizer(num_codes, dim, beta=setting.beta)
         return provq.make_quantizer(quantizer, num_codes, dim, beta=setting.beta)
 
-    return Arm(make, curriculum or "plain", method.endswith(RECLUSTER))
+    return Arm(make, curriculum, recluster)
 
 
 # ------------------------------------------------------------------------------------------------------- data
@@ -205,7 +155,7 @@ class _Seeds:
     """The networks, quantizers and data of S seeds, built so that a seed is the same in whatever company."""
 
     def __init__(self, arm: Arm, setting: Setting, seeds: Sequence[int]):
-        curriculum = setting.curriculum(arm.curriculum)
+        curriculum = make_curriculum(arm.curriculum, setting)
         networks, self.quantizers = [], []
         for seed in seeds:
             with torch.random.fork_rng(devices=[]):

@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from synthetic.topodisc import METERS, Setting, train_jobs
+from synthetic.settings import FINAL_SEEDS, FINALISTS, FIRST_SEED, Setting
+from synthetic.topodisc import METERS, train_jobs
 
-FIRST_SEED = 1000  # the scan's seeds: never those of a comparison, which start at 0
 LOG_EVERY = 25
-FINALISTS, FINAL_SEEDS = 3, 4  # cells per method that are trained again; on this many times the scan's seeds
 PAPER_TRIANGLE_PCT, PAPER_DISK_PCT = 33.1, 11.9  # Figure 2 (c): ProVQ's triangle, and the disk figure it gives
 
 Cell = dict[str, Any]

@@ -26,7 +26,8 @@ from training_runs import to_words
 from autoregressive import convert_codes, extract_codes, train_c2i
 from autoregressive import train_config as gpt_config
 from autoregressive.code_shards import open_codes
-from autoregressive.gpt import GPT, GPT_PRESETS
+from autoregressive.gpt import GPT
+from autoregressive.gpt_config import GPT_PRESETS
 from autoregressive.pretrained import load_gpt
 from evaluations import generation, report
 from evaluations.distribution import gaussian_statistics

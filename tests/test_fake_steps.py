@@ -182,7 +182,7 @@ def test_sampling_never_waits():
 def test_validation_waits_for_its_results_only():
     def waits(batches):
         with fake.recorder() as seen:
-            validate(model, ({"image": torch.empty(2, 3, 16, 16, dtype=torch.uint8)} for _ in range(batches)), fake.device)
+            validate(model, ({"image": torch.empty(2, 3, 16, 16).byte()} for _ in range(batches)), fake.device)
         return Counter(seen.syncs)
 
     with fake_cuda() as fake:

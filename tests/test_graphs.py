@@ -18,7 +18,7 @@ from autoregressive.gpt import NextCodeLoss
 from tokenizer import train_provq, vq_model
 from tokenizer.pixels import from_uint8
 from tokenizer.provq import Curriculum
-from tokenizer.quantizer_config import build_restart
+from tokenizer.quantizers import build_restart
 from tokenizer.train_config import PRESETS, TrainConfig
 from tokenizer.vq_model import VQModel, VQModelConfig
 

@@ -14,7 +14,8 @@ root and returns complaints as "file:line: what", so that it can be shown to fai
 """
 
 import ast
-import subprocess
+import functools
+import math
 import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -29,10 +30,12 @@ MAX_LINES = 600
 COPIED = (PROVQ, PROVQ_CODES, PROVQ_ATTACH, PROVQ_HOSTS, PROVQ_PACKAGES) = tuple(
     Path(f"tokenizer/{name}.py")
     for name in ("provq", "provq_codes", "provq_attach", "provq_hosts", "provq_packages"))
-CURRICULUM = Path("tokenizer/curriculum.py")  # and what all tokenizers' trainers share
+CURRICULUM = {Path("tokenizer/curriculum.py"), Path("tokenizer/curriculum_config.py")}  # all tokenizers' trainers share
 # What the entry scripts of evaluations/ share. The rest of that folder are meters.
 EVALUATIONS_SHARED = {Path("evaluations/image_sets.py")}
 LONGER = {PROVQ: 930, PROVQ_ATTACH: 900}  # as few files as can be: they are copied by hand
+# Packages that take seconds to import: not before a command has read its flags.
+SLOW = {"torch", "torchvision", "scipy", "sklearn", "skimage", "matplotlib", "timm", "transformers", "diffusers"}
 GUARD = "if not __package__:\n    sys.path[0] = str(Path(__file__).resolve().parents[{depth}])"
 
 
@@ -162,6 +165,44 @@ def check_entry_guard(root):
             yield f"{path}:{min(ours)}: entry script without this before its project imports: {guard!r}"
 
 
+def imported_at_once(nodes, before=math.inf):
+    """Import statements that run when a module is imported, down to a line: not those of functions or type checkers."""
+    for node in nodes:
+        if node.lineno >= before:
+            return
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield node
+        elif isinstance(node, (ast.If, ast.Try)) and "TYPE_CHECKING" not in ast.unparse(getattr(node, "test", node)):
+            yield from imported_at_once([*node.body, *node.orelse], before)
+
+
+def check_flags_first(root):
+    """What an entry script imports above its first `if __name__ == "__main__":` brings nothing slow, by any way."""
+    files = python_files(root, (*PACKAGES, "scripts"))
+
+    @functools.cache
+    def brings(path):
+        """{slow package: the file that imports it}"""
+        found = {}
+        for node in imported_at_once(files[path].body):
+            found |= of(node, path)
+        return found
+
+    def of(node, path):
+        found = {name.split(".")[0]: path for _, name in imported_names(node) if name.split(".")[0] in SLOW}
+        for _, other in project_imports(node, files):
+            found = brings(other) | found
+        return found
+
+    for path, tree in files.items():
+        if root == ROOT and "refuse_early(" not in ast.unparse(tree):
+            continue
+        first = next((node.lineno for node in tree.body if is_main_block(node)), None)
+        for node in imported_at_once(tree.body, first) if first else ():
+            for package, where in of(node, path).items():
+                yield f"{path}:{node.lineno}: {package} is imported (in {where}) before the flags are read"
+
+
 def check_packages(root):
     for folder in sorted({path.parent for path in python_files(root, PACKAGES)}):
         marker = root / folder / "__init__.py"
@@ -238,7 +279,7 @@ def check_no_dead_flags(root):
     for folder in PACKAGES:
         files = python_files(root, (folder,))
         readers = files | python_files(root, ("tokenizer/runtime",))  # the loop that all trainers share,
-        readers |= {path: tree for path, tree in python_files(root, ("tokenizer",)).items() if path == CURRICULUM}
+        readers |= {path: tree for path, tree in python_files(root, ("tokenizer",)).items() if path in CURRICULUM}
         read = {name for tree in readers.values() for name in attributes_read(tree)}
         for path, tree in files.items():
             for line, field in config_fields(tree):
@@ -274,6 +315,10 @@ CHECKS = [
     (check_entry_guard, {"protein/train.py": "import sys\nimport protein.a\n" + MAIN}, None, 2),
     (check_entry_guard, {"protein/a/b.py": GUARD.format(depth=1) + "\nimport protein.c\n" + MAIN}, None, 3),
     (check_entry_guard, {"protein/a.py": "import protein.c\n" + GUARD.format(depth=1) + "\n" + MAIN}, None, 1),
+    (check_flags_first, {"protein/a.py": "import sys\nimport torch\n" + MAIN}, None, 2),
+    (check_flags_first, {"scripts/a.py": "from protein import b\n" + MAIN + "import torch",
+                         "protein/b.py": "from protein.c import d",
+                         "protein/c.py": "def d():\n  import scipy\nimport torch.nn"}, None, 1),
     (check_packages, {"protein/benchmarks/a.py": ""}, "protein/benchmarks/__init__.py", 1),
     (check_packages, {"protein/__init__.py": "import protein.a", "protein/a.py": ""}, None, 1),
     (check_forbidden, {"tokenizer/a.py": "try:\n  f()\nexcept:\n  g()"}, None, 3),
@@ -327,10 +372,12 @@ def test_allowed_imports_pass(tmp_path):
         "autoregressive/gpt.py": "import tokenizer.model",
         "protein/geometry.py": "import tokenizer.model",
         "protein/benchmark/probe.py": "import protein.geometry",
-        "autoregressive/train.py": GUARD.format(depth=1) + "\nfrom autoregressive import gpt\n" + MAIN,
-        "evaluations/report.py": GUARD.format(depth=1) + "\nimport autoregressive.gpt\nimport evaluations.features\n"
-        + MAIN,
+        "autoregressive/train.py": GUARD.format(depth=1) + "\nimport autoregressive.flags\n" + MAIN
+        + "from autoregressive import gpt\n" + MAIN,
+        "evaluations/report.py": GUARD.format(depth=1) + "\n" + MAIN + "import autoregressive.gpt\n"
+        + "import evaluations.features\n",
         "tests/test_train.py": "from autoregressive import train",
+        "autoregressive/flags.py": "if TYPE_CHECKING:\n  import torch\ndef f():\n  import torch",
         "scripts/convert.py": "import argparse\nzip(a, b, strict=False)\n" + MAIN,
     }
     for name, content in tree.items():
@@ -338,13 +385,3 @@ def test_allowed_imports_pass(tmp_path):
         (tmp_path / name).parent.joinpath("__init__.py").touch()
         (tmp_path / name).write_text(content)
     assert [complaint for check, *_ in CHECKS for complaint in check(tmp_path)] == []
-
-
-def test_trainers_start_with_torch_alone():
-    """A wrong flag is refused after the imports. sympy and Triton, which some parts of torch bring, take a second."""
-    def loaded(modules):
-        code = f"import sys, {modules}; print(*{{'sympy', 'triton'}} & sys.modules.keys())"
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-        return set(done.stdout.split())
-
-    assert loaded("tokenizer.train_provq, protein.train_provq") <= loaded("torch")

@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from tokenizer.choices import AUGMENTATIONS
 from tokenizer.image_classes import describe_classes
 from tokenizer.image_names import to_line
 from tokenizer.image_readers import ImageSource, UnreadableImage
@@ -32,7 +33,6 @@ from tokenizer.runtime.command import CannotContinue
 from tokenizer.runtime.seeding import fold
 
 __all__ = [
-    "AUGMENTATIONS",
     "BadImageCounter",
     "ImageDataset",
     "ImageSource",
@@ -51,11 +51,6 @@ __all__ = [
     "spread",
 ]
 
-AUGMENTATIONS = {
-    "crop-flip": "random crop of 0.8 to 1.0 of the shorter side, random mirror (ImageNet, as LlamaGen trains)",
-    "flip": "center crop, random mirror (pictures that are no larger than the image size, such as CIFAR-10)",
-    "none": "center crop (evaluation; digits, whose mirror image is no digit)",
-}
 _MAX_RESIZED_PIXELS = 2**27  # a 1 x 20,000 picture at 256 would grow to 1.3 gigapixels before it is cropped
 _MAX_BAD_IN_A_ROW = 1000  # then the disk is gone, not the picture
 _PROBED = 16  # images whose range of values is looked at

@@ -8,7 +8,6 @@ arXiv 2310.05737.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -16,23 +15,7 @@ from torch import Tensor, nn
 
 from tokenizer.provq import Quantized, VectorQuantizer
 from tokenizer.provq_packages import FSQAdapter, LFQAdapter
-
-GRIDS = ("fsq", "lfq")
-
-
-def fsq_levels(num_codes: int) -> list[int]:
-    """Levels of FSQ with exactly num_codes codes: eights, and fours for what remains. ValueError: not 2^n >= 4."""
-    bits = int(math.log2(num_codes))
-    if bits < 2 or 2**bits != num_codes:
-        raise ValueError(f"FSQ and LFQ at equal bits need a codebook size 2^n >= 4, got {num_codes}")
-    fours = -bits % 3  # 3 a + 2 b = bits with the fewest fours
-    return [8] * ((bits - 2 * fours) // 3) + [4] * fours
-
-
-def grid_channels(name: str, num_codes: int) -> int:
-    """Channels of a code, which the number of codes decides. ValueError: see fsq_levels."""
-    levels = fsq_levels(num_codes)  # LFQ has the same sizes
-    return len(levels) if name == "fsq" else int(math.log2(num_codes))
+from tokenizer.quantizer_config import fsq_levels, grid_channels
 
 
 class GridQuantizer(VectorQuantizer):

@@ -24,7 +24,7 @@ from huggingface_hub import ModelHubMixin, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from tokenizer.runtime import checkpoint, config
-from tokenizer.runtime.checkpoint import atomic_write_text
+from tokenizer.runtime.files import atomic_write_text
 from tokenizer.runtime.parsing import parsing, read_text, require_file
 from tokenizer.weights import CARD_FILE, CHECKPOINT_FOLDER, CONFIG_FILE, RELEASED, WEIGHTS_FILE, read_checkpoint
 

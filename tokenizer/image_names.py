@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizer.runtime.checkpoint import atomic_write_text
+from tokenizer.runtime.files import atomic_write_text
 
 # What ends a line somewhere, moves a cursor, or is half of a character.
 _SPECIAL = r"\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff"

@@ -15,8 +15,6 @@ from tokenizer.weights import check_state_dict
 
 Model = TypeVar("Model")
 
-HELP = ("weights to begin with, of a run, an export or {}: under a new optimizer, from step 0; codes stay where "
-        "nothing places them; none: drawn by --global-seed")
 _CODES = "quantize.quantizer."
 # Settings that weights fit whatever they are: of training, or of the size of pictures.
 _FREE = frozenset({"dropout_p", "image_size", "rotation", "commit_loss_beta", "codebook_ema_decay",

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tokenizer.choices import ADVERSARIAL_LOSSES, RECONSTRUCTION_LOSSES
 from tokenizer.discriminator import NLayerDiscriminator
 
 
@@ -39,13 +40,10 @@ def _non_saturating_g(fake: Tensor) -> Tensor:
     return F.softplus(-fake).mean()  # -log sigmoid(fake)
 
 
-RECONSTRUCTION_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l1": F.l1_loss, "l2": F.mse_loss}
-DISCRIMINATOR_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "hinge": _hinge_d, "vanilla": _cross_entropy_d, "non-saturating": _cross_entropy_d,
-}
-GENERATOR_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
-    "hinge": _hinge_g, "vanilla": _hinge_g, "non-saturating": _non_saturating_g,  # VQGAN pairs vanilla D with -mean(D)
-}
+_RECONSTRUCTION = dict(zip(RECONSTRUCTION_LOSSES, (F.l1_loss, F.mse_loss), strict=True))
+_DISCRIMINATOR = dict(zip(ADVERSARIAL_LOSSES, (_hinge_d, _cross_entropy_d, _cross_entropy_d), strict=True))
+# VQGAN pairs the vanilla discriminator with -mean(D).
+_GENERATOR = dict(zip(ADVERSARIAL_LOSSES, (_hinge_g, _hinge_g, _non_saturating_g), strict=True))
 
 
 def disc_active(step: int, start: int) -> bool:
@@ -60,17 +58,17 @@ def disc_active(step: int, start: int) -> bool:
 
 def reconstruction_loss(x: Tensor, x_hat: Tensor, kind: str = "l2") -> Tensor:
     """Mean squared ("l2") or mean absolute ("l1") error over all elements -> float32 []; ValueError: unknown kind."""
-    return _pick(RECONSTRUCTION_LOSSES, kind, "reconstruction")(x_hat.float(), x.float())
+    return _pick(_RECONSTRUCTION, kind, "reconstruction")(x_hat.float(), x.float())
 
 
 def generator_adversarial_loss(logits_fake: Tensor, kind: str = "hinge") -> Tensor:
     """How far the discriminator is from calling reconstructions real, any shape -> float32 []; ValueError: kind."""
-    return _pick(GENERATOR_LOSSES, kind, "generator")(logits_fake.float())
+    return _pick(_GENERATOR, kind, "generator")(logits_fake.float())
 
 
 def discriminator_adversarial_loss(logits_real: Tensor, logits_fake: Tensor, kind: str = "hinge") -> Tensor:
     """Half the sum of the real and the fake term, any shapes -> float32 []; ValueError: unknown kind."""
-    return _pick(DISCRIMINATOR_LOSSES, kind, "discriminator")(logits_real.float(), logits_fake.float())
+    return _pick(_DISCRIMINATOR, kind, "discriminator")(logits_real.float(), logits_fake.float())
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenizer.choices import GRIDS
 from tokenizer.export_probe import (
     evaluating,
     is_table,
@@ -26,7 +27,6 @@ from tokenizer.export_probe import (
     require_same_codes,
     require_table_shape,
 )
-from tokenizer.grid_quantizers import GRIDS
 from tokenizer.quantizer_config import Config
 from tokenizer.vq_model import ARCHITECTURES, VQModel, VQModelConfig
 from tokenizer.weights import (

@@ -1,4 +1,7 @@
-"""The settings of a quantizer and what makes no sense among them: one owner for every model and every trainer."""
+"""The settings of a quantizer and what makes no sense among them: one owner for every model and every trainer.
+
+No torch, see runtime/command.py: quantizers.py builds what the settings describe.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, TypeVar
 
-from tokenizer.grid_quantizers import GRIDS, GridQuantizer, grid_channels
-from tokenizer.provq import QUANTIZERS, VectorQuantizer, make_quantizer
-from tokenizer.provq_codes import DeadCodeRestart, FollowingVectorQuantizer
+from tokenizer.choices import GRIDS, QUANTIZERS
 from tokenizer.runtime import config
 from tokenizer.runtime.config import arg, flag_name
 
@@ -98,6 +99,21 @@ def check_quantizer(cfg: QuantizerConfig, *, flags: bool = False) -> None:
         raise ValueError(f"{said('codebook_restart_below')} must be below 1: it is a fraction of the mean use")
 
 
+def fsq_levels(num_codes: int) -> list[int]:
+    """Levels of FSQ with exactly num_codes codes: eights, and fours for what remains. ValueError: not 2^n >= 4."""
+    bits = int(math.log2(num_codes))
+    if bits < 2 or 2**bits != num_codes:
+        raise ValueError(f"FSQ and LFQ at equal bits need a codebook size 2^n >= 4, got {num_codes}")
+    fours = -bits % 3  # 3 a + 2 b = bits with the fewest fours
+    return [8] * ((bits - 2 * fours) // 3) + [4] * fours
+
+
+def grid_channels(name: str, num_codes: int) -> int:
+    """Channels of a code, which the number of codes decides. ValueError: see fsq_levels."""
+    levels = fsq_levels(num_codes)  # LFQ has the same sizes
+    return len(levels) if name == "fsq" else int(math.log2(num_codes))
+
+
 def _check_grid(cfg: QuantizerConfig, said: Callable[[str], str]) -> None:
     try:
         channels = grid_channels(cfg.quantizer, cfg.codebook_size)
@@ -110,25 +126,3 @@ def _check_grid(cfg: QuantizerConfig, said: Callable[[str], str]) -> None:
     for name in (*idle, "commit_loss_beta") if cfg.quantizer == "fsq" else idle:
         if getattr(cfg, name) != getattr(QuantizerConfig, name):
             raise ValueError(f"{said(name)} has no effect on the fixed grid of {cfg.quantizer}; leave it out")
-
-
-def build_quantizer(cfg: QuantizerConfig) -> VectorQuantizer:
-    """The module that the settings describe."""
-    options: dict[str, float | bool] = {
-        "l2_norm": cfg.codebook_l2_norm, "beta": cfg.commit_loss_beta, "rotation": cfg.rotation,
-    }
-    if cfg.quantizer in GRIDS:
-        return GridQuantizer(cfg.quantizer, cfg.codebook_size, beta=cfg.commit_loss_beta)
-    if cfg.codebook_follow:
-        return FollowingVectorQuantizer(cfg.codebook_size, cfg.codebook_embed_dim, beta=cfg.commit_loss_beta,
-                                        rotation=cfg.rotation)
-    if cfg.quantizer == "ema":
-        options |= {"decay": cfg.codebook_ema_decay, "restart_below": cfg.codebook_restart_below}
-    return make_quantizer(cfg.quantizer, cfg.codebook_size, cfg.codebook_embed_dim, **options)
-
-
-def build_restart(cfg: QuantizerConfig, quantizer: VectorQuantizer) -> DeadCodeRestart | None:
-    """What restarts the codes that nothing uses, from outside; None: nothing does, or the quantizer by itself (ema)."""
-    if cfg.quantizer == "ema" or not cfg.codebook_restart_below:
-        return None
-    return DeadCodeRestart(quantizer, cfg.codebook_restart_below)

@@ -22,26 +22,17 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import numpy as np
-import torch
-
-from tokenizer import pretrained
-from tokenizer.data import BadImageCounter, consecutive, describe_source
-from tokenizer.image_names import to_line, write_names
-from tokenizer.image_readers import ImageOptions
-from tokenizer.image_sources import add_image_flags, open_images_or_one, require_image_flags
-from tokenizer.perceptual import LPIPS
-from tokenizer.runtime import config, distributed
-from tokenizer.runtime.checkpoint import atomic_write, atomic_write_json
-from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_file, require_out_folder
-from tokenizer.validation import ReconstructionMeter, reconstructions
-from tokenizer.vq_model import VQModel
-from tokenizer.weights import CONFIG_FILE, WEIGHTS_FILE
+from tokenizer.image_sources import add_image_flags, require_image_flags
+from tokenizer.runtime.command import (
+    command,
+    make_parser,
+    refuse_early,
+    require_flags_at_least,
+    require_out_file,
+    require_out_folder,
+)
 
 PROG = "tokenizer/reconstruct.py"
-PICTURES, SETTINGS = "pictures", "settings.json"
-OUTPUTS = {PICTURES, SETTINGS, "codes.npy", "names.txt", "metrics.json"}
-MAX_NAME = 240  # bytes of a file's name; file systems take 255, of which a temporary name needs some
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -74,6 +65,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     require_flags_at_least(parser, args, 1, "batch_size image_size max_images")
     require_flags_at_least(parser, args, 0, "max_pictures max_bad_images num_workers")
     return args
+
+
+if __name__ == "__main__":
+    refuse_early(PROG, parse_args)
+
+import numpy as np
+import torch
+
+from tokenizer import pretrained
+from tokenizer.data import BadImageCounter, consecutive, describe_source
+from tokenizer.image_names import to_line, write_names
+from tokenizer.image_readers import ImageOptions
+from tokenizer.image_sources import open_images_or_one
+from tokenizer.perceptual import LPIPS
+from tokenizer.runtime import config, distributed
+from tokenizer.runtime.files import atomic_write, atomic_write_json
+from tokenizer.validation import ReconstructionMeter, reconstructions
+from tokenizer.vq_model import VQModel
+from tokenizer.weights import CONFIG_FILE, WEIGHTS_FILE
+
+PICTURES, SETTINGS = "pictures", "settings.json"
+OUTPUTS = {PICTURES, SETTINGS, "codes.npy", "names.txt", "metrics.json"}
+MAX_NAME = 240  # bytes of a file's name; file systems take 255, of which a temporary name needs some
 
 
 def export(model: VQModel, args: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tokenizer.data import spread
 from tokenizer.provq import ProVQ, nearest_code
-from tokenizer.runtime.checkpoint import atomic_write
+from tokenizer.runtime.files import atomic_write
 
 MAX_LATENTS, MAX_CODES = 2048, 1024  # rows in a file, evenly spaced: enough for a picture
 

@@ -18,12 +18,22 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from tokenizer.runtime.command import refuse_early
+from tokenizer.runtime.ranks import started_together
+from tokenizer.train_config import RESUMABLE, TrainConfig, check, parse_config, tokens_per_batch
+
+PROG = "train_provq.py"
+
+if __name__ == "__main__":
+    refuse_early(PROG, lambda: check(parse_config(description=__doc__), started_together()))
+
 import torch
 from torch import Tensor, nn
 
 from tokenizer import losses
 from tokenizer.code_meter import PaceMeter, count_
-from tokenizer.curriculum import CurriculumTrainer, build_curriculum, code_usage, kmeans_batches, with_length
+from tokenizer.curriculum import CurriculumTrainer, build_curriculum, code_usage
+from tokenizer.curriculum_config import kmeans_batches, with_length
 from tokenizer.data import (
     BadImageCounter,
     ImageDataset,
@@ -33,22 +43,22 @@ from tokenizer.data import (
     make_loader,
     spread,
 )
+from tokenizer.data_split import open_split
 from tokenizer.discriminator import NLayerDiscriminator
 from tokenizer.image_names import to_line
 from tokenizer.init_from import opened
 from tokenizer.perceptual import LPIPS
 from tokenizer.pixels import from_uint8
 from tokenizer.pretrained import EXPORT_FORMAT, load_tokenizer
-from tokenizer.quantizer_config import build_restart
+from tokenizer.quantizers import build_restart
 from tokenizer.runtime import config, distributed
-from tokenizer.runtime.checkpoint import atomic_write
 from tokenizer.runtime.config import flag_name
 from tokenizer.runtime.ema import EMA
+from tokenizer.runtime.files import atomic_write
 from tokenizer.runtime.optim import accumulating, replicate, scale_learning_rate, update
 from tokenizer.runtime.precision import set_tf32
 from tokenizer.runtime.run import Run, launch
 from tokenizer.runtime.throughput import Throughput
-from tokenizer.train_config import RESUMABLE, TrainConfig, check, open_split, parse_config, tokens_per_batch
 from tokenizer.validation import channels_last, validate
 from tokenizer.vq_model import VQModel, VQModelConfig
 from tokenizer.weights import read_weights
@@ -315,7 +325,7 @@ def main(argv: list[str] | None = None) -> None:
         check(cfg, distributed.world_size())
         return Trainer(cfg, device)
 
-    launch("train_provq.py", lambda: parse_config(argv, __doc__), build)
+    launch(PROG, lambda: parse_config(argv, __doc__), build)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tokenizer.runtime import checkpoint, config
+from tokenizer.runtime import checkpoint, config, files
 from tokenizer.runtime.parsing import brief, from_json, parsing, require_file
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"  # an exported folder
@@ -326,6 +326,6 @@ def write_export(folder: Path, description: Mapping[str, Any], state: Mapping[st
     metadata = {"format": "pt", _DESCRIPTION: json.dumps(description)}
     weights = safetensors.torch.save(dict(state), metadata=metadata)
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.atomic_write(folder / WEIGHTS_FILE, lambda file: file.write(weights))
-    checkpoint.atomic_write_text(folder / CONFIG_FILE, json.dumps(description, indent=2) + "\n")
+    files.atomic_write(folder / WEIGHTS_FILE, lambda file: file.write(weights))
+    files.atomic_write_text(folder / CONFIG_FILE, json.dumps(description, indent=2) + "\n")
     return folder

@@ -20,16 +20,9 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-
-from evaluations.benchmarks import bare_and_attached
-from tokenizer.pixels import psnr
-from tokenizer.provq import code_statistics
-from tokenizer.provq_attach import Curriculum
-from tokenizer.runtime.command import command, make_parser, require_out_file
-from tokenizer.vq_model import Architecture, Decoder, Encoder
+from evaluations.benchmarks import host_flags
+from tokenizer.runtime.command import command, make_parser, refuse_early, require_out_file
+from tokenizer.vq_config import Architecture
 
 PROG = "evaluations/benchmarks/any_quantizer.py"
 DIM = 8  # channels of a code
@@ -62,6 +55,34 @@ QUANTIZERS: dict[str, Callable[[], nn.Module]] = {  # about 256 codes each
     "lfq": _lucidrains("LFQ", codebook_size=256),
     "diveq": _diveq,
 }
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(PROG, __doc__)
+    parser.add_argument("data_path", nargs="?", help="images, as for train_provq.py; none = scikit-learn's digits")
+    parser.add_argument("--quantizers", nargs="+", default=list(QUANTIZERS), choices=QUANTIZERS, metavar="NAME",
+                        help=f"of {', '.join(QUANTIZERS)}; default all")
+    host_flags.add_flags(parser)
+    parser.add_argument("--out", type=Path, help="also write every run as a line of JSON there")
+    args = parser.parse_args(argv)
+    host_flags.check_flags(parser, args, ARCHITECTURE.downsample)
+    if args.out and args.out.exists():
+        parser.error(f"--out {args.out} exists: name another file, or remove it")
+    return args
+
+
+if __name__ == "__main__":
+    refuse_early(PROG, parse_args)
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from evaluations.benchmarks import bare_and_attached
+from tokenizer.pixels import psnr
+from tokenizer.provq import code_statistics
+from tokenizer.provq_attach import Curriculum
+from tokenizer.vq_model import Decoder, Encoder
 
 
 class Autoencoder(nn.Module):
@@ -104,20 +125,6 @@ def score(model: Autoencoder, images: Tensor) -> dict[str, float]:
         counts += torch.bincount(adapter.countable(indices).flatten().long(), minlength=len(counts))
     return {"psnr": torch.cat(quality).mean().item(), "codes": int((counts > 0).sum()),
             "perplexity": code_statistics(counts)["perplexity"]}
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser(PROG, __doc__)
-    parser.add_argument("data_path", nargs="?", help="images, as for train_provq.py; none = scikit-learn's digits")
-    parser.add_argument("--quantizers", nargs="+", default=list(QUANTIZERS), choices=QUANTIZERS, metavar="NAME",
-                        help=f"of {', '.join(QUANTIZERS)}; default all")
-    bare_and_attached.add_flags(parser)
-    parser.add_argument("--out", type=Path, help="also write every run as a line of JSON there")
-    args = parser.parse_args(argv)
-    bare_and_attached.check_flags(parser, args, ARCHITECTURE.downsample)
-    if args.out and args.out.exists():
-        parser.error(f"--out {args.out} exists: name another file, or remove it")
-    return args
 
 
 def compare(args: argparse.Namespace) -> None:

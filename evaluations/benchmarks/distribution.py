@@ -17,13 +17,31 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from tokenizer.runtime.command import command, make_parser, refuse_early, require_flags_at_least
+
+PROG = "evaluations/benchmarks/distribution.py"
+LEAST = 1000  # KID_SUBSET_SIZE of evaluations/distribution.py, which imports torch
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(PROG, __doc__)
+    for name, default in (("samples", 10_000), ("threads", 2)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    args = parser.parse_args(argv)
+    require_flags_at_least(parser, args, LEAST, "samples")
+    require_flags_at_least(parser, args, 1, "threads")
+    return args
+
+
+if __name__ == "__main__":
+    refuse_early(PROG, parse_args)
+
 import torch
 from torch import Tensor
 
 from evaluations import distribution
-from tokenizer.runtime.command import command, make_parser, require_flags_at_least
 
-PROG = "evaluations/benchmarks/distribution.py"
+assert LEAST == distribution.KID_SUBSET_SIZE
 POOLED, SPATIAL, CLASSES = 2048, 2023, 1008  # of Inception-v3
 
 
@@ -58,12 +76,7 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser(PROG, __doc__)
-    for name, default in (("samples", 10_000), ("threads", 2)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    args = parser.parse_args(argv)
-    require_flags_at_least(parser, args, distribution.KID_SUBSET_SIZE, "samples")
-    require_flags_at_least(parser, args, 1, "threads")
+    args = parse_args(argv)
     with command(PROG):
         measure(args)
 

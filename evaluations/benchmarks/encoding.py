@@ -24,12 +24,16 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from protein.structure_sources import find_structures, structure_name
-from tokenizer.runtime.command import CannotContinue, command, make_parser, require_flags_at_least, require_out_folder
-from tokenizer.runtime.distributed import print0
+from tokenizer.runtime.command import (
+    CannotContinue,
+    command,
+    make_parser,
+    refuse_early,
+    require_flags_at_least,
+    require_out_folder,
+)
 
 PROG = "evaluations/benchmarks/encoding.py"
-ENCODE = Path(__file__).resolve().parents[2] / "protein" / "encode.py"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -46,6 +50,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     require_flags_at_least(parser, args, 1, "chains every")
     require_flags_at_least(parser, args, 0, "kill_at num_workers")
     return args
+
+
+if __name__ == "__main__":
+    refuse_early(PROG, parse_args)
+
+from protein.structure_sources import find_structures, structure_name
+from tokenizer.runtime.distributed import print0
+
+ENCODE = Path(__file__).resolve().parents[2] / "protein" / "encode.py"
 
 
 def link(folder: Path, count: int, out: Path) -> None:

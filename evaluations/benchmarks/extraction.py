@@ -21,6 +21,26 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from tokenizer.runtime.command import command, make_parser, refuse_early, require_flags_at_least
+
+PROG = "evaluations/benchmarks/extraction.py"
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(PROG, __doc__)
+    parser.add_argument("--peer", type=Path, help="checkout of LlamaGen, for 256 x 256")
+    for name, default in (("images", 512), ("images-256", 8), ("num-workers", 0), ("threads", 2), ("repeats", 3)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--batch-size", type=int, help="(default: extract_codes.py's)")
+    args = parser.parse_args(argv)
+    require_flags_at_least(parser, args, 1, "images images_256 threads repeats batch_size")
+    require_flags_at_least(parser, args, 0, "num_workers")
+    return args
+
+
+if __name__ == "__main__":
+    refuse_early(PROG, parse_args)
+
 import numpy as np
 import torch
 from PIL import Image
@@ -34,10 +54,7 @@ from tokenizer.data import BadImageCounter, ImageDataset, consecutive, make_load
 from tokenizer.image_sources import open_images
 from tokenizer.pixels import from_uint8
 from tokenizer.pretrained import to_llamagen_state_dict
-from tokenizer.runtime.command import command, make_parser, require_flags_at_least
 from tokenizer.vq_model import VQModel, VQModelConfig
-
-PROG = "evaluations/benchmarks/extraction.py"
 
 
 def measure(title: str, model: VQModel, encode: Callable[[Tensor], Tensor], size: int, args: argparse.Namespace,
@@ -107,14 +124,7 @@ def measure_all(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser(PROG, __doc__)
-    parser.add_argument("--peer", type=Path, help="checkout of LlamaGen, for 256 x 256")
-    for name, default in (("images", 512), ("images-256", 8), ("num-workers", 0), ("threads", 2), ("repeats", 3)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--batch-size", type=int, help="(default: extract_codes.py's)")
-    args = parser.parse_args(argv)
-    require_flags_at_least(parser, args, 1, "images images_256 threads repeats batch_size")
-    require_flags_at_least(parser, args, 0, "num_workers")
+    args = parse_args(argv)
     with command(PROG):
         measure_all(args)
 

@@ -12,14 +12,30 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from tokenizer.runtime.command import command, make_parser, refuse_early, require_flags_at_least
+
+PROG = "evaluations/benchmarks/gpt_training.py"
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(PROG, __doc__)
+    parser.add_argument("--peer", type=Path, required=True, help="checkout of LlamaGen")
+    for name, default in (("batch-size", 2), ("threads", 2), ("repeats", 5)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    args = parser.parse_args(argv)
+    require_flags_at_least(parser, args, 1, "batch_size threads repeats")
+    return args
+
+
+if __name__ == "__main__":
+    refuse_early(PROG, parse_args)
+
 import torch
 import torch.nn.functional as F
 
-from autoregressive.gpt import GPT, GPT_PRESETS
+from autoregressive.gpt import GPT
+from autoregressive.gpt_config import GPT_PRESETS
 from evaluations.benchmarks import peer
-from tokenizer.runtime.command import command, make_parser, require_flags_at_least
-
-PROG = "evaluations/benchmarks/gpt_training.py"
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -56,12 +72,7 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser(PROG, __doc__)
-    parser.add_argument("--peer", type=Path, required=True, help="checkout of LlamaGen")
-    for name, default in (("batch-size", 2), ("threads", 2), ("repeats", 5)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    args = parser.parse_args(argv)
-    require_flags_at_least(parser, args, 1, "batch_size threads repeats")
+    args = parse_args(argv)
     with command(PROG):
         measure(args)
 

@@ -26,6 +26,32 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from evaluations.benchmarks import host_flags
+from tokenizer.runtime.command import command, make_parser, refuse_early, require_flags_at_least, require_out_file
+
+PROG = "evaluations/benchmarks/hosts_end_to_end.py"
+NAMES = ("image", "codec", "protein")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(PROG, __doc__)
+    parser.add_argument("--hosts", nargs="+", default=NAMES, choices=NAMES, metavar="NAME",
+                        help=f"of {', '.join(NAMES)}; default all")
+    parser.add_argument("--images", help="as for train_provq.py; none = scikit-learn's digits")
+    parser.add_argument("--structures", help="as for protein/train_provq.py; none = generated backbones")
+    parser.add_argument("--stretches", type=int, default=8, help="of each chain")
+    parser.add_argument("--sounds", type=int, default=4096, help="to train on")
+    host_flags.add_flags(parser)
+    parser.add_argument("--out", type=Path, help="a JSON file of every run; see above")
+    args = parser.parse_args(argv)
+    host_flags.check_flags(parser, args, 2)
+    require_flags_at_least(parser, args, 1, "stretches sounds")
+    return args
+
+
+if __name__ == "__main__":
+    refuse_early(PROG, parse_args)
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -42,10 +68,7 @@ from synthetic.topodisc import mean_interval
 from tokenizer.pixels import psnr
 from tokenizer.provq import code_statistics
 from tokenizer.provq_attach import Adapter, Curriculum
-from tokenizer.runtime.checkpoint import atomic_write_json
-from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_file
-
-PROG = "evaluations/benchmarks/hosts_end_to_end.py"
+from tokenizer.runtime.files import atomic_write_json
 
 
 class Host(nn.Module):
@@ -216,7 +239,7 @@ class ProteinHost(Host):
         return {"rmsd": backbone_rmsd(y, x, mask), "lddt": lddt(y[:, :, 1:2], x[:, :, 1:2], mask)}
 
 
-HOSTS: dict[str, type[Host]] = {"image": ImageHost, "codec": CodecHost, "protein": ProteinHost}
+HOSTS: dict[str, type[Host]] = dict(zip(NAMES, (ImageHost, CodecHost, ProteinHost), strict=True))
 
 
 def train(args: argparse.Namespace, name: str, curriculum: Curriculum, seed: int, data: Tensor) -> Host:
@@ -242,22 +265,6 @@ def score(host: Host, data: Tensor) -> dict[str, Any]:
     return {**{key: torch.cat([part[key] for part in parts]).mean().item() for key in host.errors},
             "codes": [int((table > 0).sum()) for table in tables],
             "perplexity": [code_statistics(table)["perplexity"] for table in tables]}
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser(PROG, __doc__)
-    parser.add_argument("--hosts", nargs="+", default=list(HOSTS), choices=HOSTS, metavar="NAME",
-                        help=f"of {', '.join(HOSTS)}; default all")
-    parser.add_argument("--images", help="as for train_provq.py; none = scikit-learn's digits")
-    parser.add_argument("--structures", help="as for protein/train_provq.py; none = generated backbones")
-    parser.add_argument("--stretches", type=int, default=8, help="of each chain")
-    parser.add_argument("--sounds", type=int, default=4096, help="to train on")
-    bare_and_attached.add_flags(parser)
-    parser.add_argument("--out", type=Path, help="a JSON file of every run; see above")
-    args = parser.parse_args(argv)
-    bare_and_attached.check_flags(parser, args, 2)
-    require_flags_at_least(parser, args, 1, "stretches sounds")
-    return args
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:

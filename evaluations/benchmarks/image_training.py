@@ -18,17 +18,33 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from tokenizer.runtime.command import command, make_parser, refuse_early, require_flags_at_least
+
+PROG = "evaluations/benchmarks/image_training.py"
+CASES = {"256": ("VQ-16", 256, 1), "32": ("VQ-8", 32, 16)}  # model, side of the images, batch
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(PROG, __doc__)
+    parser.add_argument("--peer", type=Path, required=True, help="checkout of LlamaGen")
+    parser.add_argument("--only", choices=CASES, help="the size of the images (default: all)")
+    for name, default in (("threads", 1), ("repeats", 5)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    args = parser.parse_args(argv)
+    require_flags_at_least(parser, args, 1, "threads repeats")
+    return args
+
+
+if __name__ == "__main__":
+    refuse_early(PROG, parse_args)
+
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from evaluations.benchmarks import peer
 from tokenizer.pretrained import to_llamagen_state_dict
-from tokenizer.runtime.command import command, make_parser, require_flags_at_least
 from tokenizer.vq_model import VQModel, VQModelConfig
-
-PROG = "evaluations/benchmarks/image_training.py"
-CASES = {"256": ("VQ-16", 256, 1), "32": ("VQ-8", 32, 16)}  # model, side of the images, batch
 
 
 class Theirs(nn.Module):
@@ -89,13 +105,7 @@ def measure(name: str, args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser(PROG, __doc__)
-    parser.add_argument("--peer", type=Path, required=True, help="checkout of LlamaGen")
-    parser.add_argument("--only", choices=CASES, help="the size of the images (default: all)")
-    for name, default in (("threads", 1), ("repeats", 5)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    args = parser.parse_args(argv)
-    require_flags_at_least(parser, args, 1, "threads repeats")
+    args = parse_args(argv)
     with command(PROG):
         torch.set_num_threads(args.threads)
         for name in CASES if args.only is None else [args.only]:

@@ -23,15 +23,31 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from tokenizer.runtime.command import command, make_parser, refuse_early, require_flags_at_least
+
+PROG = "evaluations/benchmarks/input_pipeline.py"
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(PROG, __doc__)
+    parser.add_argument("archive", type=Path, help="a .tar of CLASS/NAME.JPEG")
+    for name, default in (("images", 256), ("repeats", 5)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    args = parser.parse_args(argv)
+    require_flags_at_least(parser, args, 1, "images repeats")
+    return args
+
+
+if __name__ == "__main__":
+    refuse_early(PROG, parse_args)
+
 import torch
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from tokenizer.data import ImageDataset, consecutive, make_loader, open_images
-from tokenizer.runtime.command import command, make_parser, require_flags_at_least
 
-PROG = "evaluations/benchmarks/input_pipeline.py"
 SIZE, BATCH = 256, 32
 
 
@@ -97,12 +113,7 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser(PROG, __doc__)
-    parser.add_argument("archive", type=Path, help="a .tar of CLASS/NAME.JPEG")
-    for name, default in (("images", 256), ("repeats", 5)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    args = parser.parse_args(argv)
-    require_flags_at_least(parser, args, 1, "images repeats")
+    args = parse_args(argv)
     with command(PROG):
         measure(args)
 

@@ -33,22 +33,49 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-import torch
-from torch import Tensor
-
-from evaluations.benchmarks import peer
-from tokenizer import provq
-from tokenizer.runtime.checkpoint import atomic_write_json, atomic_write_text
 from tokenizer.runtime.command import (
     CannotContinue,
     command,
     make_parser,
+    refuse_early,
     require_flags_at_least,
     require_flags_positive,
     require_out_file,
 )
 
 PROG = "evaluations/benchmarks/run_all.py"
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(PROG, __doc__)
+    parser.add_argument("--peers", type=Path, help="folder of packages, after those of the environment")
+    parser.add_argument("--llamagen", type=Path, help="checkout of LlamaGen")
+    parser.add_argument("--only", help="cases whose names begin so")
+    parser.add_argument("--out", type=Path, help="JSON of all numbers")
+    parser.add_argument("--document", type=Path, help="Markdown file with the two markers")
+    parser.add_argument("--against", type=Path, help="JSON of an earlier run on the same machine")
+    parser.add_argument("--tolerance", type=float, default=1.3, help="times the earlier run's")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--scale", type=float, default=1.0, help="of N and K, to try the command")
+    parser.add_argument("--measure-memory", nargs=2, metavar=("CASE", "WAY"), help="print one peak in MiB, no table")
+    args = parser.parse_args(argv)
+    require_flags_at_least(parser, args, 1, "threads repeats tolerance")
+    require_flags_positive(parser, args, "scale")
+    return args
+
+
+if __name__ == "__main__":
+    refuse_early(PROG, parse_args)
+
+import torch
+from torch import Tensor
+
+from evaluations.benchmarks import peer
+from tokenizer import provq
+from tokenizer.runtime.files import atomic_write_json, atomic_write_text
+
 OURS = "here"
 MARKERS = "<!-- run_all.py: begin -->", "<!-- run_all.py: end -->"
 Way = Callable[[], object]
@@ -287,22 +314,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser(PROG, __doc__)
-    parser.add_argument("--peers", type=Path, help="folder of packages, after those of the environment")
-    parser.add_argument("--llamagen", type=Path, help="checkout of LlamaGen")
-    parser.add_argument("--only", help="cases whose names begin so")
-    parser.add_argument("--out", type=Path, help="JSON of all numbers")
-    parser.add_argument("--document", type=Path, help="Markdown file with the two markers")
-    parser.add_argument("--against", type=Path, help="JSON of an earlier run on the same machine")
-    parser.add_argument("--tolerance", type=float, default=1.3, help="times the earlier run's")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--scale", type=float, default=1.0, help="of N and K, to try the command")
-    parser.add_argument("--measure-memory", nargs=2, metavar=("CASE", "WAY"), help="print one peak in MiB, no table")
-    args = parser.parse_args(argv)
-    require_flags_at_least(parser, args, 1, "threads repeats tolerance")
-    require_flags_positive(parser, args, "scale")
+    args = parse_args(argv)
     warnings.filterwarnings("ignore", category=Warning, module="sklearn")  # of the iterations, which are the point
     with command(PROG):
         run(args)

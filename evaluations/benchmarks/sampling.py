@@ -19,15 +19,39 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-import torch
-
-from autoregressive.gpt import GPT, GPT_PRESETS
-from autoregressive.sampling import CompiledDecoding, SamplingConfig, generate
-from evaluations.benchmarks import peer
-from tokenizer.runtime.command import as_flag_errors, command, make_parser, require_flags_at_least
+from autoregressive.sampling_config import SamplingConfig
+from tokenizer.runtime.command import as_flag_errors, command, make_parser, refuse_early, require_flags_at_least
 
 PROG = "evaluations/benchmarks/sampling.py"
 CODES = 256  # of an image, of both models
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(PROG, __doc__)
+    parser.add_argument("--peer", type=Path, required=True, help="checkout of LlamaGen")
+    for name, default in (("batch-size", 8), ("codes", CODES), ("threads", 2), ("repeats", 3)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--cfg-scale", type=float, default=2.0)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--compile", action="store_true", help="compile our decoding step")
+    args = parser.parse_args(argv)
+    require_flags_at_least(parser, args, 1, "batch_size codes threads repeats")
+    if args.codes > CODES:
+        parser.error(f"--codes is {args.codes}; both draw at most {CODES}, those of an image of 256 x 256 pixels")
+    with as_flag_errors(parser):
+        args.sampling = SamplingConfig(cfg_scale=args.cfg_scale)
+    return args
+
+
+if __name__ == "__main__":
+    refuse_early(PROG, parse_args)
+
+import torch
+
+from autoregressive.gpt import GPT
+from autoregressive.gpt_config import GPT_PRESETS
+from autoregressive.sampling import CompiledDecoding, generate
+from evaluations.benchmarks import peer
 
 
 def bandwidth(device: torch.device, clock: Callable[[], float]) -> float:
@@ -74,19 +98,7 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser(PROG, __doc__)
-    parser.add_argument("--peer", type=Path, required=True, help="checkout of LlamaGen")
-    for name, default in (("batch-size", 8), ("codes", CODES), ("threads", 2), ("repeats", 3)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--cfg-scale", type=float, default=2.0)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--compile", action="store_true", help="compile our decoding step")
-    args = parser.parse_args(argv)
-    require_flags_at_least(parser, args, 1, "batch_size codes threads repeats")
-    if args.codes > CODES:
-        parser.error(f"--codes is {args.codes}; both draw at most {CODES}, those of an image of 256 x 256 pixels")
-    with as_flag_errors(parser):
-        args.sampling = SamplingConfig(cfg_scale=args.cfg_scale)
+    args = parse_args(argv)
     with command(PROG):
         measure(args)
 

@@ -22,16 +22,41 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from protein.structure_config import PRESETS
+from tokenizer.runtime.command import command, make_parser, refuse_early, require_flags_at_least
+
+PROG = "evaluations/benchmarks/structure_model.py"
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(PROG, __doc__)
+    parser.add_argument("--peer-stb", type=Path, help="checkout of StructTokenBench")
+    parser.add_argument("--peer-esm", type=Path, help="checkout of esm, which StructTokenBench imports")
+    parser.add_argument("--preset", choices=PRESETS, help="default: small for training, paper for --extract")
+    parser.add_argument("--quantizer", choices=("vq", "aminoaseed"), default="vq")
+    parser.add_argument("--extract", type=int, default=0, help="time the tokens of this many chains instead")
+    parser.add_argument("--bf16", action="store_true", help="training steps under bfloat16 autocast")
+    for name, default in (("batch-size", 4), ("length", 256), ("threads", 2), ("repeats", 5)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    args = parser.parse_args(argv)
+    require_flags_at_least(parser, args, 1, "batch_size length threads repeats")
+    require_flags_at_least(parser, args, 0, "extract")
+    if not args.extract and (args.peer_stb is None or args.peer_esm is None):
+        parser.error("a training step is compared with a peer: give --peer-stb and --peer-esm, or --extract")
+    return args
+
+
+if __name__ == "__main__":
+    refuse_early(PROG, parse_args)
+
 import torch
 from torch import Tensor, nn
 
 from evaluations.benchmarks import peer
 from protein.geometry import place_atom
 from protein.losses import structure_losses
-from protein.structure_model import PRESETS, StructureModelConfig, StructureVQModel, to_structtokenbench
-from tokenizer.runtime.command import command, make_parser, require_flags_at_least
+from protein.structure_model import StructureModelConfig, StructureVQModel, to_structtokenbench
 
-PROG = "evaluations/benchmarks/structure_model.py"
 # What the peer's model file imports for its trainer and its data; none of it takes part in a step of the model.
 UNUSED = ("hydra", "pytorch_lightning", "transformers", "deepspeed", "zstd", "cloudpathlib",
           "modeling_util", "util", "protein_chain")
@@ -166,20 +191,7 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser(PROG, __doc__)
-    parser.add_argument("--peer-stb", type=Path, help="checkout of StructTokenBench")
-    parser.add_argument("--peer-esm", type=Path, help="checkout of esm, which StructTokenBench imports")
-    parser.add_argument("--preset", choices=PRESETS, help="default: small for training, paper for --extract")
-    parser.add_argument("--quantizer", choices=("vq", "aminoaseed"), default="vq")
-    parser.add_argument("--extract", type=int, default=0, help="time the tokens of this many chains instead")
-    parser.add_argument("--bf16", action="store_true", help="training steps under bfloat16 autocast")
-    for name, default in (("batch-size", 4), ("length", 256), ("threads", 2), ("repeats", 5)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    args = parser.parse_args(argv)
-    require_flags_at_least(parser, args, 1, "batch_size length threads repeats")
-    require_flags_at_least(parser, args, 0, "extract")
-    if not args.extract and (args.peer_stb is None or args.peer_esm is None):
-        parser.error("a training step is compared with a peer: give --peer-stb and --peer-esm, or --extract")
+    args = parse_args(argv)
     with command(PROG):
         measure(args)
 

@@ -33,7 +33,8 @@ from tokenizer.losses import disc_active, discriminator_loss, generator_loss
 from tokenizer.pixels import from_uint8, mse, psnr, ssim, to_uint8
 from tokenizer.provq import VectorQuantizer, code_statistics
 from tokenizer.provq_codes import RESTART_EVERY, DeadCodeRestart
-from tokenizer.runtime.checkpoint import atomic_write, load_file
+from tokenizer.runtime.checkpoint import load_file
+from tokenizer.runtime.files import atomic_write
 from tokenizer.runtime.seeding import fold
 from tokenizer.vq_model import ARCHITECTURES, Architecture, Decoder, Encoder
 

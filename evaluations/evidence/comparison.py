@@ -15,7 +15,7 @@ from evaluations.evidence.arms import ARMS, Arm
 from evaluations.evidence.bed import Setting
 from evaluations.evidence.store import Result
 from synthetic.topodisc import mean_interval
-from tokenizer.runtime.checkpoint import atomic_write
+from tokenizer.runtime.files import atomic_write
 from tokenizer.runtime.over_seeds import Merged, merge
 
 METRICS = {  # heading and digits of what a table shows

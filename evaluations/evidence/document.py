@@ -20,9 +20,9 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from evaluations.evidence import pace, selection, trained
-from tokenizer.runtime.checkpoint import atomic_write_text
 from tokenizer.runtime.command import CannotContinue, command, make_parser
 from tokenizer.runtime.distributed import print0
+from tokenizer.runtime.files import atomic_write_text
 from tokenizer.runtime.parsing import read_text
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"

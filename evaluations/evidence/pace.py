@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from evaluations.evidence import comparison, store
-from tokenizer.runtime.checkpoint import atomic_write
+from tokenizer.runtime.files import atomic_write
 
 METRICS = ("psnr", "codes_used")
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizer.grid_quantizers import fsq_levels
 from tokenizer.provq import Quantized, VectorQuantizer, nearest_code
+from tokenizer.quantizer_config import fsq_levels
 
 
 class SoftToHardVectorQuantizer(VectorQuantizer):

@@ -15,9 +15,9 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from evaluations.evidence import comparison, selection
-from tokenizer.runtime.checkpoint import atomic_write_text
 from tokenizer.runtime.command import command, make_parser, require_out_file
 from tokenizer.runtime.distributed import print0
+from tokenizer.runtime.files import atomic_write_text
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

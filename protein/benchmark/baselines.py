@@ -27,8 +27,9 @@ from protein import token_files
 from protein.benchmark import inert_pickle
 from protein.benchmark.tasks import align_ids, residue_ids
 from protein.inference import encode_chains, padded_chains
+from protein.structure_config import PRESETS
 from protein.structure_io import Chain
-from protein.structure_model import PRESETS, StructureModelConfig, StructureVQModel
+from protein.structure_model import StructureModelConfig, StructureVQModel
 from tokenizer.runtime.parsing import parsing, require_file
 from tokenizer.runtime.seeding import fold, seed_step
 

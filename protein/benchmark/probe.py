@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from protein.benchmark.tasks import Example
 from tokenizer.runtime.seeding import StepSampler, seed_step
 
-LEARNING_RATES = (0.1, 0.01, 1e-3, 1e-4, 5e-5, 1e-5, 5e-6, 1e-6)  # StructTokenBench's sweep
 POSITIONS = 700  # rows of its table of positions
 PROTOCOLS = {
     "pooled": "one number over all residues (or chains) of the split; chosen by the same number on validation",

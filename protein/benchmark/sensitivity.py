@@ -29,6 +29,37 @@ from typing import Any, NamedTuple
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from protein.benchmark.tasks import MAX_LENGTH
+from tokenizer.runtime.command import command, make_parser, refuse_early, require_flags_at_least, require_out_file
+
+PROG = "protein/benchmark/sensitivity.py"
+CONFORMATIONS = {"fold_switching": "codnas.csv", "apo_holo": "apo.csv"}  # in the archive's sensitivity/conformational
+UTILITY = ("casp14", "cameo")      # in the archive's utility
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(PROG, __doc__)
+    add = parser.add_argument
+    add("--tokenizer", nargs="+", required=True, help="see baselines.py; LABEL=... names it in tables")
+    add("--pairs", nargs="+", default=[], metavar="FILE", help=f"JSONL files, or {', '.join(CONFORMATIONS)}")
+    add("--chains", nargs="+", default=[], metavar="FOLDER", help=f"folders of structures, or {', '.join(UTILITY)}")
+    add("--data", help="StructTokenBench's archive, unpacked")
+    add("--pdb-data", help="PDB structures: the folder with mmcif_files")
+    add("--max-length", type=int, default=MAX_LENGTH, help=f"leave out longer chains (default: {MAX_LENGTH})")
+    add("--out", type=Path, required=True, help="where to write: OUT.json and OUT.md, over those of an earlier call")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of the tokenizers (default: auto)")
+    args = parser.parse_args(argv)
+    require_flags_at_least(parser, args, 1, "max_length")
+    if not args.pairs and not args.chains:
+        parser.error("give --pairs or --chains")
+    if args.data is None and {*args.pairs, *args.chains} & {*CONFORMATIONS, *UTILITY}:
+        parser.error("StructTokenBench's sets need --data, the folder struct_token_bench_release_data")
+    return args
+
+
+if __name__ == "__main__":
+    refuse_early(PROG, parse_args)
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -40,23 +71,18 @@ from protein.benchmark.archive_files import read_table
 from protein.benchmark.baselines import ChainTokenizer, Tokens, open_tokenizer
 from protein.benchmark.information import mutual_information
 from protein.benchmark.task_archives import Archive, read_chains
-from protein.benchmark.tasks import MAX_LENGTH
 from protein.structure_io import Chain, read_structure
 from protein.structure_sources import read_folder
 from tokenizer.code_meter import mean_pairwise_distance
 from tokenizer.provq import code_statistics
 from tokenizer.runtime import distributed
-from tokenizer.runtime.checkpoint import atomic_write_json, atomic_write_text
-from tokenizer.runtime.command import command, make_parser, require_flags_at_least, require_out_file
 from tokenizer.runtime.config import parse_object
+from tokenizer.runtime.files import atomic_write_json, atomic_write_text
 from tokenizer.runtime.page import Cell, Table, markdown_table
 from tokenizer.runtime.parsing import brief, from_json, read_json, read_text
 
-PROG = "protein/benchmark/sensitivity.py"
 GAP = -10
-CONFORMATIONS = {"fold_switching": "codnas.csv", "apo_holo": "apo.csv"}  # in the archive's sensitivity/conformational
 SKIPPED = {("fold_switching", 2)}  # a pair that StructTokenBench leaves out, by its place in the file
-UTILITY = ("casp14", "cameo")      # in the archive's utility
 MIN_ATOMS = 3  # CA atoms that TM-align needs of a chain
 
 
@@ -293,26 +319,6 @@ def tables(report: dict[str, Any]) -> list[Table]:
 
 def _percent(value: float | None) -> Cell:
     return Cell("—", missing=True) if value is None else Cell(f"{100 * value:.2f}")
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser(PROG, __doc__)
-    add = parser.add_argument
-    add("--tokenizer", nargs="+", required=True, help="see baselines.py; LABEL=... names it in tables")
-    add("--pairs", nargs="+", default=[], metavar="FILE", help=f"JSONL files, or {', '.join(CONFORMATIONS)}")
-    add("--chains", nargs="+", default=[], metavar="FOLDER", help=f"folders of structures, or {', '.join(UTILITY)}")
-    add("--data", help="StructTokenBench's archive, unpacked")
-    add("--pdb-data", help="PDB structures: the folder with mmcif_files")
-    add("--max-length", type=int, default=MAX_LENGTH, help=f"leave out longer chains (default: {MAX_LENGTH})")
-    add("--out", type=Path, required=True, help="where to write: OUT.json and OUT.md, over those of an earlier call")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of the tokenizers (default: auto)")
-    args = parser.parse_args(argv)
-    require_flags_at_least(parser, args, 1, "max_length")
-    if not args.pairs and not args.chains:
-        parser.error("give --pairs or --chains")
-    if args.data is None and {*args.pairs, *args.chains} & {*CONFORMATIONS, *UTILITY}:
-        parser.error("StructTokenBench's sets need --data, the folder struct_token_bench_release_data")
-    return args
 
 
 def _open_pairs(args: argparse.Namespace, archive: Archive | None) -> dict[str, tuple[list[Pair], list[float]]]:

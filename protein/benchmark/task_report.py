@@ -14,8 +14,8 @@ from typing import Any
 from protein.benchmark.probe import PROTOCOLS
 from protein.benchmark.tasks import METRICS, STRUCTTOKENBENCH
 from tokenizer.runtime import page
-from tokenizer.runtime.checkpoint import atomic_write_text
 from tokenizer.runtime.config import parse_object
+from tokenizer.runtime.files import atomic_write_text
 from tokenizer.runtime.over_seeds import Merged, clear_best
 from tokenizer.runtime.page import Cell, Table
 from tokenizer.runtime.parsing import brief, parsing, read_text

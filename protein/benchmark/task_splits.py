@@ -17,7 +17,6 @@ from sklearn.model_selection import train_test_split
 
 from tokenizer.runtime.parsing import brief, text_lines
 
-MODES = ("released", "strict")
 SPLITS = ("train", "valid", "Fold", "SupFam")
 _SEED = 42
 _COLUMNS = 12  # of cath-domain-list.txt

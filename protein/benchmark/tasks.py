@@ -35,8 +35,8 @@ import numpy.typing as npt
 
 from protein.atom_files import PLDDT_SOURCES
 from protein.structure_io import Chain, read_structure
-from tokenizer.runtime.checkpoint import atomic_write
 from tokenizer.runtime.config import parse_object
+from tokenizer.runtime.files import atomic_write
 from tokenizer.runtime.parsing import brief, parsing, read_text, require_file
 
 KINDS = ("binary", "regression", "classification")

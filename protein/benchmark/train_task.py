@@ -31,33 +31,13 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-import numpy as np
-import torch
-
-from protein.benchmark import released_tasks
-from protein.benchmark.baselines import ChainTokenizer, Tokens, open_tokenizer
-from protein.benchmark.probe import LEARNING_RATES, ProbeConfig, ProbeData, probe_data, train_probe
-from protein.benchmark.task_archives import Archive, read_raw
-from protein.benchmark.task_report import read_result, write_report
-from protein.benchmark.task_splits import MODES
-from protein.benchmark.tasks import (
-    MAX_LENGTH,
-    STRUCTTOKENBENCH,
-    Task,
-    load_prepared,
-    read_task,
-    save_prepared,
-    task_identity,
-)
-from protein.structure_io import Chain
-from tokenizer.runtime import config, distributed, lock
-from tokenizer.runtime.checkpoint import atomic_write, atomic_write_json
-from tokenizer.runtime.command import command, require_out_folder
+from protein.benchmark.choices import LEARNING_RATES, MODES
+from protein.benchmark.tasks import MAX_LENGTH, STRUCTTOKENBENCH
+from tokenizer.runtime import config
+from tokenizer.runtime.command import command, refuse_early, require_out_folder
 from tokenizer.runtime.config import REQUIRED, arg
-from tokenizer.runtime.parsing import parsing
 
 PROG = "protein/benchmark/train_task.py"
-CHAINS_PER_FILE = 256  # of tokens: what is lost when a run is killed
 PRESETS: dict[str, dict[str, Any]] = {
     "structtokenbench": {},                            # the defaults
     "small": {"max_steps": 600, "warmup_steps": 50},   # a few hundred chains on a CPU
@@ -108,6 +88,26 @@ class TaskConfig:
 def parse_config(argv: list[str] | None = None) -> TaskConfig:
     return config.parse(TaskConfig, argv, presets=PRESETS, prog=PROG,
                         description=__doc__ or "", pick_preset=lambda given: given.get("preset", "structtokenbench"))
+
+
+if __name__ == "__main__":
+    refuse_early(PROG, parse_config)
+
+import numpy as np
+import torch
+
+from protein.benchmark import released_tasks
+from protein.benchmark.baselines import ChainTokenizer, Tokens, open_tokenizer
+from protein.benchmark.probe import ProbeConfig, ProbeData, probe_data, train_probe
+from protein.benchmark.task_archives import Archive, read_raw
+from protein.benchmark.task_report import read_result, write_report
+from protein.benchmark.tasks import Task, load_prepared, read_task, save_prepared, task_identity
+from protein.structure_io import Chain
+from tokenizer.runtime import distributed, lock
+from tokenizer.runtime.files import atomic_write, atomic_write_json
+from tokenizer.runtime.parsing import parsing
+
+CHAINS_PER_FILE = 256  # of tokens: what is lost when a run is killed
 
 
 # ------------------------------------------------------------------------------------------------- tasks and tokens

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from golden_fill import fill_values, load_arrays, load_shapes, sums
 from gpt_models import TINY, tiny
 
-from autoregressive.gpt import GPT, GPT_PRESETS, GPTConfig, KVCache, apply_rope, rope_table
+from autoregressive.gpt import GPT, GPTConfig, KVCache, apply_rope, rope_table
+from autoregressive.gpt_config import GPT_PRESETS
 from autoregressive.pretrained import LoadedGPT, export_gpt, infer_llamagen_config, load_gpt
 from autoregressive.sampling import SamplingConfig, generate
 

@@ -7,7 +7,8 @@ import torch
 from golden_fill import load_arrays
 from gpt_models import tiny
 
-from autoregressive.sampling import SCHEDULES, CompiledDecoding, SamplingConfig, draw, filter_logits, generate, uniforms
+from autoregressive.sampling import CompiledDecoding, SamplingConfig, draw, filter_logits, generate, uniforms
+from autoregressive.sampling_config import SCHEDULES
 
 PLAIN = SamplingConfig(cfg_scale=1)
 

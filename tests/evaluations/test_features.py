@@ -1,5 +1,7 @@
 """Feature extractors: Inception against torch-fidelity's own run of the same file, TorchScript, and wrong files."""
 
+import argparse
+
 import pytest
 import timm
 import torch
@@ -7,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+from evaluations.extractor_flags import add_extractor_flags
 from evaluations.features import INCEPTION_FILE, find_inception_weights, open_extractor
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit")
@@ -193,3 +196,9 @@ def test_weights_of_another_model_are_refused(timm_file):
     other = "test_vit" if name == "test_resnet" else "test_resnet"
     with pytest.raises(ValueError, match="not the weights of that model"):
         open_extractor(f"timm:{other}:{path}")
+
+
+def test_help_names_the_file_of_weights():
+    parser = argparse.ArgumentParser()
+    add_extractor_flags(parser)
+    assert INCEPTION_FILE in next(action.help for action in parser._actions if action.dest == "inception_weights")

@@ -23,9 +23,9 @@ from training_runs import to_words
 
 from autoregressive import extract_codes
 from tokenizer import data, image_readers, reconstruct, train_provq
+from tokenizer.data_split import open_run_split
 from tokenizer.image_readers import ImageOptions, UnreadableImage, decode_image
 from tokenizer.image_sources import expand_braces
-from tokenizer.train_config import open_run_split
 
 QUICK = {"preset": "cifar10", "image_size": 16, "codebook_size": 4, "global_batch_size": 2, "warmup_steps": 0,
          "transition_steps": 0, "kmeans_batches": 2, "max_steps": 1, "val_size": 1, "device": "cpu"}

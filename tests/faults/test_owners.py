@@ -22,9 +22,9 @@ from protein.backbones import generate_backbones
 from protein.benchmark import train_task
 from protein.structure_cache import read_cache, write_cache
 from tokenizer import train_provq
-from tokenizer.runtime import checkpoint, lock
-from tokenizer.runtime.checkpoint import atomic_write, atomic_write_text
-from tokenizer.train_config import open_run_split
+from tokenizer.data_split import open_run_split
+from tokenizer.runtime import files, lock
+from tokenizer.runtime.files import atomic_write, atomic_write_text
 
 TINY = {"image_size": 16, "codebook_size": 16, "global_batch_size": 8, "max_steps": 6, "warmup_steps": 2,
         "transition_steps": 2, "log_every": 1, "val_every": 4, "val_size": 16, "ckpt_every": 1, "kmeans_batches": 2,
@@ -192,7 +192,7 @@ def test_what_killed_writers_leave_is_removed_by_the_next_owner(tmp_path):
     (tmp_path / "part").mkdir()
     (tmp_path / "codes").mkdir()
     (tmp_path / "codes" / lock.LOCK_FILE).write_text("")  # may have an owner of its own
-    here = checkpoint._HOST
+    here = files._HOST
     left = {f".a.json.{here}-{dead.pid}-0123abcd.tmp": False, f"part/.b.png.{here}-{dead.pid}-0123abcd.tmp": False,
             f".a.json.{here}-{os.getpid()}-0123abcd.tmp": True, f"codes/.c.{here}-{dead.pid}-0123abcd.tmp": True,
             ".a.json.elsewhere-7-0123abcd.tmp": True, ".old.json.elsewhere-7-0123abcd.tmp": False, ".my.tmp": True}
@@ -208,7 +208,7 @@ def test_a_folder_that_was_killed_before_its_first_file_can_be_used(trained, tmp
     out = tmp_path / "codes"
     out.mkdir()
     (out / lock.LOCK_FILE).write_text("")
-    (out / f".extraction.json.{checkpoint._HOST}-1-0123abcd.tmp").write_text("")
+    (out / f".extraction.json.{files._HOST}-1-0123abcd.tmp").write_text("")
     extract_codes.main(["--vq-ckpt", str(trained / "vq"), "--code-path", str(out), "--device", "cpu"])
     assert (out / "manifest.json").exists()
 

@@ -11,13 +11,8 @@ from golden_fill import GOLDEN, load_arrays, load_shapes
 from structure_models import SMALL, build
 
 from protein.losses import structure_losses
-from protein.structure_model import (
-    PRESETS,
-    StructureModelConfig,
-    StructureVQModel,
-    load_structtokenbench,
-    to_structtokenbench,
-)
+from protein.structure_config import PRESETS
+from protein.structure_model import StructureModelConfig, StructureVQModel, load_structtokenbench, to_structtokenbench
 from tokenizer.provq import Curriculum, nearest_code
 
 QUANTIZERS = ("vq", "aminoaseed", "ema")

@@ -11,17 +11,17 @@ from PIL import Image
 from torch import nn
 
 from synthetic import meters, run_topodisc, tuning
+from synthetic.settings import CURRICULA, FINAL_SEEDS, Setting
 from synthetic.topodisc import (
-    CURRICULA,
     EDGE_POINTS,
     METERS,
     Run,
-    Setting,
     StackedMLP,
     corners,
     diagnose,
     improvement,
     make_arm,
+    make_curriculum,
     make_edges,
     make_mlp,
     make_points,
@@ -100,7 +100,7 @@ def test_edges_run_in_order_from_corner_to_corner():
 
 @pytest.mark.parametrize(("wrong", "message"), [
     ({"sides": 2}, "--sides"), ({"lr": 0.0}, "--lr"), ({"noise": -1.0}, "--noise"), ({"width": 0}, "--width"),
-    ({"num_codes": 676}, "--num-codes 676"), ({"epochs": 300}, "--epochs 300"), ({"loss_floor": 2.0}, "loss_floor"),
+    ({"num_codes": 676}, "--num-codes 676"), ({"epochs": 300}, "--epochs 300"), ({"loss_floor": 2.0}, "--loss-floor"),
     ({"warmup_epochs": -1}, "--warmup-epochs is -1"),
 ])
 def test_settings_that_cannot_be_are_refused_by_name(wrong, message):
@@ -198,7 +198,7 @@ def train_one_plainly(method, setting, seed):
     points, arm = make_points(setting, seed), make_arm(method, setting)
     torch.manual_seed(seed)
     encoder, decoder = make_mlp(setting.width), make_mlp(setting.width)
-    quantizer = provq.ProVQ(arm.quantizer(setting.num_codes, 2), setting.curriculum(arm.curriculum))
+    quantizer = provq.ProVQ(arm.quantizer(setting.num_codes, 2), make_curriculum(arm.curriculum, setting))
     optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters(), *quantizer.parameters()], setting.lr)
     for epoch in range(setting.epochs):
         quantizer.set_step(epoch)
@@ -447,7 +447,7 @@ def test_the_command_writes_numbers_and_pictures(tmp_path, capsys):
     cells = json.loads((tmp_path / "scan.json").read_text())
     assert len(cells["scan"]) == 2 * 2 * 4
     assert len(cells["finals"]) == 2 * 4
-    assert {len(cell["disk_mse"]) for cell in cells["finals"]} == {tuning.FINAL_SEEDS * 2}
+    assert {len(cell["disk_mse"]) for cell in cells["finals"]} == {FINAL_SEEDS * 2}
     assert {cell["num_codes"] for cell in cells["finals"]} == {8}
     best = tuning.best(cells["finals"], "provq")
     assert tuned["config"]["tuned"]["provq"] == {"lr": best["lr"], "width": 16}

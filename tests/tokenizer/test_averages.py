@@ -11,7 +11,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_a
 from workers import provq_codecs, provq_hosts
 from workers.provq_hosts import VectorQuantizer2
 
-from tokenizer.grid_quantizers import GRIDS, GridQuantizer
+from tokenizer.choices import GRIDS
+from tokenizer.grid_quantizers import GridQuantizer
 from tokenizer.provq import QUANTIZERS, AdaptiveWarmup, Curriculum, ProVQ, make_quantizer
 from tokenizer.provq_attach import Attached, adapt, attach
 from tokenizer.provq_codes import DeadCodeRestart, FollowingVectorQuantizer

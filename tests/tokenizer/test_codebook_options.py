@@ -11,7 +11,7 @@ from training_runs import Killed, assert_same_run, kill_at_step, rows
 
 from tokenizer import train_provq
 from tokenizer.code_meter import PaceMeter
-from tokenizer.curriculum import CurriculumConfig
+from tokenizer.curriculum_config import CurriculumConfig
 from tokenizer.pretrained import load_tokenizer, save_pretrained, to_llamagen_state_dict, tokenizer_hash
 from tokenizer.provq_codes import DeadCodeRestart
 from tokenizer.runtime.checkpoint import load_file

@@ -9,10 +9,12 @@ from digit_runs import train_on_digits
 from training_runs import assert_same_run, rows
 
 from tokenizer import provq
+from tokenizer.choices import GRIDS
 from tokenizer.export_probe import is_table
-from tokenizer.grid_quantizers import GRIDS, GridQuantizer, grid_channels
+from tokenizer.grid_quantizers import GridQuantizer
 from tokenizer.pretrained import load_tokenizer, save_pretrained, to_llamagen_state_dict, tokenizer_hash
 from tokenizer.provq import Curriculum, ProVQ
+from tokenizer.quantizer_config import grid_channels
 
 CHANNELS = {"fsq": "2", "lfq": "6"}  # of 64 codes
 

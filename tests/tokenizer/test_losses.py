@@ -9,10 +9,9 @@ import torch
 from golden_fill import fill_values, load_arrays, load_shapes, sums
 from torch.nn import functional as F
 
+from tokenizer.choices import ADVERSARIAL_LOSSES
 from tokenizer.discriminator import NLayerDiscriminator
 from tokenizer.losses import (
-    DISCRIMINATOR_LOSSES,
-    GENERATOR_LOSSES,
     adaptive_weight,
     disc_active,
     discriminator_adversarial_loss,
@@ -277,13 +276,13 @@ def test_non_saturating_has_its_arguments_the_right_way_round(arrays):
     assert abs(generator - arrays["nonsat_g_as_written"]) > 0.1
 
 
-@pytest.mark.parametrize("kind", GENERATOR_LOSSES)
+@pytest.mark.parametrize("kind", ADVERSARIAL_LOSSES)
 def test_generator_losses_push_fake_logits_up(kind):
     fake = torch.tensor([-2.0, 0.0, 2.0], requires_grad=True)
     assert (torch.autograd.grad(generator_adversarial_loss(fake, kind), fake)[0] < 0).all()
 
 
-@pytest.mark.parametrize("kind", DISCRIMINATOR_LOSSES)
+@pytest.mark.parametrize("kind", ADVERSARIAL_LOSSES)
 def test_discriminator_losses_separate_and_saturate_only_when_won(kind):
     real, fake = torch.tensor([0.3], requires_grad=True), torch.tensor([0.2], requires_grad=True)
     grads = torch.autograd.grad(discriminator_adversarial_loss(real, fake, kind), (real, fake))

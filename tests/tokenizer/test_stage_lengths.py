@@ -9,7 +9,7 @@ from training_runs import rows
 from protein.train_config import check as check_structures
 from protein.train_config import parse_config as parse_structures
 from tokenizer import train_provq
-from tokenizer.curriculum import with_length
+from tokenizer.curriculum_config import with_length
 from tokenizer.runtime.config import from_dict
 from tokenizer.train_config import TrainConfig, check, parse_config
 

@@ -14,10 +14,11 @@ from places import IMAGES, ROOT, needs_images
 from training_runs import Killed, rows, to_words
 
 from tokenizer import train_provq, vq_model
+from tokenizer.data_split import open_run_split
 from tokenizer.provq import Curriculum
 from tokenizer.runtime import distributed
 from tokenizer.runtime.checkpoint import load_file
-from tokenizer.train_config import PRESETS, TrainConfig, check, open_run_split, parse_config
+from tokenizer.train_config import PRESETS, TrainConfig, check, parse_config
 
 SCRIPT = ROOT / "tokenizer" / "train_provq.py"
 ROW_KEYS = {"step", "stage", "alpha", "omega", "loss", "recon_loss", "commit_loss", "perplexity", "usage",

@@ -1,15 +1,39 @@
-"""How the commands of this project begin and end: mistakes of users are one line, outputs are tried first."""
+"""How the commands of this project begin and end: mistakes of users are one line, outputs are tried first.
+
+An entry script reads its flags before it imports what is slow: torch alone takes seconds, and whoever asks for --help
+or mistypes a flag need not wait for it. So its imports are two blocks, and what is between them imports no torch:
+
+    from tokenizer.runtime.command import command, make_parser, refuse_early
+
+    PROG = "folder/script.py"
+
+
+    def parse_args(argv=None): ...
+
+
+    if __name__ == "__main__":
+        refuse_early(PROG, parse_args)
+
+    import torch
+    ...
+
+    def main(argv=None):
+        args = parse_args(argv)
+        with command(PROG): ...
+
+The modules that flags are made of and checked by are free of torch as well; tests/test_layering.py says which.
+"""
 
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tokenizer.runtime import config, distributed, lock
-from tokenizer.runtime.checkpoint import require_writable
-from tokenizer.runtime.precision import set_tf32
+from tokenizer.runtime import config
+from tokenizer.runtime.files import require_writable
+from tokenizer.runtime.ranks import is_main, started_together
 
 
 class CannotContinue(RuntimeError):
@@ -20,6 +44,20 @@ class CannotContinue(RuntimeError):
 USER_ERRORS = (ValueError, OSError, ImportError, CannotContinue, FloatingPointError)
 
 
+def refuse_early(prog: str, check: Callable[[], object]) -> None:
+    """Run a check of the command line, parse_args at least, before slow imports: what it refuses ends the program here.
+
+    So do USER_ERRORS, in the line that `command` and `launch` make of them. `main` checks once more, for those who call
+    it. Of the processes that torchrun starts on a machine one checks: it ends the others, which need not repeat it.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    try:
+        check()
+    except USER_ERRORS as error:
+        raise SystemExit(f"{prog}: error: {error}" if os.environ.get("RANK", "0") == "0" else 2) from error
+
+
 @contextmanager
 def command(prog: str, *, one_process: bool = False) -> Iterator[None]:
     """The body of a script's main: USER_ERRORS end it in the line "PROG: error: ..." and status 1, without a traceback.
@@ -28,6 +66,9 @@ def command(prog: str, *, one_process: bool = False) -> Iterator[None]:
     it leaves the process group; after an error torchrun ends the other ranks. Folders that the command has owned are
     free afterwards. What it computes in float32 is exact: no TF32.
     """
+    from tokenizer.runtime import distributed, lock  # here because they import torch
+    from tokenizer.runtime.precision import set_tf32
+
     set_tf32(convolutions=False, matmul=False)
     try:
         if one_process:
@@ -59,13 +100,13 @@ def make_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
 
 def require_one_process() -> None:
     """ValueError under torchrun with several processes, also before they have joined in a group."""
-    if max(distributed.world_size(), int(os.environ.get("WORLD_SIZE", 1))) > 1:
+    if started_together() > 1:
         raise ValueError("runs on one process; start it with python, not torchrun")
 
 
 def require_out_file(path: Path, flag: str = "--out") -> None:
     """Before any work, on the process that writes: ValueError unless `path` can become a file."""
-    if not distributed.is_main():
+    if not is_main():
         return
     if path.is_dir():
         raise ValueError(f"{flag} {path} is a folder; name a file in it")
@@ -76,7 +117,7 @@ def require_out_file(path: Path, flag: str = "--out") -> None:
 
 def require_out_folder(path: Path, flag: str = "--out") -> None:
     """The same for a folder of files."""
-    if distributed.is_main():
+    if is_main():
         require_writable(path, flag)
 
 

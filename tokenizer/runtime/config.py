@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from tokenizer.runtime.checkpoint import atomic_write_text
+from tokenizer.runtime.files import atomic_write_text
 from tokenizer.runtime.parsing import brief, from_json, read_json
 
 if TYPE_CHECKING:

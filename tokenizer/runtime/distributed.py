@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,12 +27,14 @@ import torch.distributed as dist
 import torch.distributed.nn.functional
 from torch import Tensor
 
+# All of it is asked by this module's name as well.
+from tokenizer.runtime.ranks import TORCHRUN_VARIABLES, is_main, launched, print0, rank, world_size  # noqa: F401
+
 # Of a collective, which ranks reach together: short enough to notice a lost node the same hour.
 TIMEOUT = timedelta(minutes=10)
 
 T = TypeVar("T")
 _REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
-_TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
 class OtherRankFailed(RuntimeError):
@@ -49,17 +51,17 @@ def init(device: str = "auto") -> torch.device:
     processes of srun that know nothing of one another.
     """
     _refuse_bare_srun()
-    launched = [name for name in _TORCHRUN_VARIABLES if name in os.environ]
-    if launched and len(launched) < len(_TORCHRUN_VARIABLES):
-        missing = [name for name in _TORCHRUN_VARIABLES if name not in launched]
+    found = [name for name in TORCHRUN_VARIABLES if name in os.environ]
+    if found and len(found) < len(TORCHRUN_VARIABLES):
+        missing = [name for name in TORCHRUN_VARIABLES if name not in found]
         raise ValueError(
-            f"the environment sets {', '.join(launched)} but not {', '.join(missing)}: "
+            f"the environment sets {', '.join(found)} but not {', '.join(missing)}: "
             "launch with torchrun, which sets all of them, or unset them to run on one process"
         )
-    chosen = _resolve_device(device, int(os.environ["LOCAL_RANK"]) if launched else None)
+    chosen = _resolve_device(device, int(os.environ["LOCAL_RANK"]) if found else None)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    if launched and not dist.is_initialized():
+    if found and not dist.is_initialized():
         # CUDA runs get gloo beside nccl: agreeing on a host flag every step must not wait for the GPU's queue.
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=TIMEOUT)
@@ -69,7 +71,7 @@ def init(device: str = "auto") -> torch.device:
 def _refuse_bare_srun() -> None:
     """ValueError says what to type: every process that srun starts would be a run of its own, in the same folder."""
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")  # of srun; sbatch alone does not set it
-    if tasks in ("", "1") or any(name in os.environ for name in _TORCHRUN_VARIABLES):
+    if tasks in ("", "1") or any(name in os.environ for name in TORCHRUN_VARIABLES):
         return
     nodes = os.environ.get("SLURM_STEP_NUM_NODES") or "1"
     each = re.match(r"\d*", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))  # such as 8(x2)
@@ -110,11 +112,6 @@ def _resolve_device(device: str, local_rank: int | None) -> torch.device:
     return torch.device("cuda", index)
 
 
-def launched() -> bool:
-    """Whether torchrun started this process."""
-    return all(name in os.environ for name in _TORCHRUN_VARIABLES)
-
-
 def finalize() -> None:
     """Leave the process group. For the normal end of a program; after an exception just let the process exit."""
     if dist.is_initialized():
@@ -130,28 +127,6 @@ def _gloo_threads() -> bool:
     """Whether this process has threads of gloo. Linux says it; elsewhere False."""
     names = Path("/proc/self/task").glob("*/comm")
     return any(name.read_text(errors="replace").startswith(("pt_gloo", "gloo")) for name in names)
-
-
-def _grouped() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-def rank() -> int:
-    return dist.get_rank() if _grouped() else 0
-
-
-def world_size() -> int:
-    return dist.get_world_size() if _grouped() else 1
-
-
-def is_main() -> bool:
-    return rank() == 0
-
-
-def print0(*args: Any, **kwargs: Any) -> None:
-    """`print` on rank 0 only, flushed so that lines of a redirected log appear when they happen."""
-    if is_main():
-        print(*args, **{"flush": True, **kwargs})
 
 
 def barrier() -> None:

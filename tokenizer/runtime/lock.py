@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizer.runtime import distributed
-from tokenizer.runtime.checkpoint import is_temporary, located, remove_temporaries
+from tokenizer.runtime.files import is_temporary, located, remove_temporaries
 
 LOCK_FILE = ".lock"
 _PATIENCE = 2.0  # seconds for another process to write down who it is, or to remove what it has just created

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from tokenizer.runtime import distributed
-from tokenizer.runtime.checkpoint import atomic_write, located, sync_folder
+from tokenizer.runtime.files import atomic_write, located, sync_folder
 from tokenizer.runtime.parsing import reason
 from tokenizer.runtime.throughput import Throughput
 

@@ -10,21 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tokenizer.runtime import config, distributed
+from tokenizer.runtime import distributed
 
 DTYPES = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of --mixed-precision
 # torch 2.14 has another name for it, and warns at the old one.
 _NEWER = "forward_sync_buffers" in signature(DistributedDataParallel).parameters
 _BUFFERS_EVERY_FORWARD = "forward_sync_buffers" if _NEWER else "broadcast_buffers"
-LR_SCHEDULES = ("constant", "cosine", "linear")
-
-
-def check_optimizer(cfg: Any) -> None:
-    """ValueError, naming flag, value and fix, for settings of `build_adamw` and `learning_rate` that cannot work."""
-    config.require_at_least(cfg, 0, "lr_warmup_steps min_lr weight_decay")
-    config.require_fraction(cfg, "beta1 beta2")
-    if cfg.lr <= 0 or cfg.min_lr > cfg.lr:
-        raise ValueError(f"--lr is {cfg.lr} with --min-lr {cfg.min_lr}; lr must be positive and not below min_lr")
 
 
 def build_adamw(

@@ -13,8 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
-from dataclasses import MISSING, asdict, dataclass, fields, replace
-from importlib.util import find_spec
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, Protocol
@@ -23,75 +22,15 @@ import torch
 from torch import Tensor
 
 from tokenizer.runtime import config, distributed, lock
-from tokenizer.runtime.checkpoint import Checkpointer, atomic_write_text, load_file, require_writable
+from tokenizer.runtime.checkpoint import Checkpointer, load_file
 from tokenizer.runtime.command import USER_ERRORS, CannotContinue
-from tokenizer.runtime.config import arg
+from tokenizer.runtime.files import atomic_write_text
 from tokenizer.runtime.metrics import JsonlFile, MetricLogger, short
 from tokenizer.runtime.parsing import brief, parsing
 from tokenizer.runtime.seeding import StepSampler, seed_step
 from tokenizer.runtime.throughput import Throughput
 
 _INTERRUPTED = 128 + signal.SIGINT  # the exit status of shells
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Settings that every run has. A run's own settings subclass it, and may give a field another default."""
-
-    # run
-    results_dir: str = arg("", "the run's folder, resumed if it holds a run; empty: a folder in runs/, named by what "
-                               "is trained")
-    global_seed: int = arg(0, "seed of weights, data order, and all that is drawn")
-    device: str = arg("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
-    log_every: int = arg(100, "steps between rows of metrics.jsonl")
-    ckpt_every: int = arg(5000, "steps between checkpoints")
-    val_every: int = arg(5000, "steps between validations")
-    keep_checkpoints: int = arg(2, "numbered checkpoints that stay on disk, besides best.pt")
-    dry_run: bool = arg(False, "check everything, print the configuration, stop")
-    wandb: str | None = arg(None, "project of Weights & Biases that gets all that TensorBoard does; needs wandb")
-    max_steps: int | None = arg(None, "optimizer steps; excludes --epochs")
-    epochs: int | None = arg(None, "passes over the training data; excludes --max-steps")
-    gradient_accumulation_steps: int = arg(1, "micro-batches that a global batch is computed in")
-    max_grad_norm: float = arg(1.0, "clip the gradient norm of a network; 0: off; LlamaGen, StructTokenBench: 1")
-    ema: bool = arg(False, "keep, validate and export an exponential moving average of the weights; LlamaGen: no")
-    ema_decay: float = arg(0.9999, "decay of that average per step; LlamaGen: 0.9999")
-    tf32: bool = arg(True, "on GPUs, float32 convolutions, and matrix products of GPTs and protein models, in TF32; "
-                           "distances to codes and geometry stay exact; LlamaGen: yes")
-
-
-# What may differ when a run is resumed: its length, its cadence, its machine. Else it would be another experiment.
-RESUMABLE_RUN = frozenset({"results_dir", "device", "log_every", "ckpt_every", "val_every", "keep_checkpoints",
-                           "dry_run", "wandb", "max_steps", "epochs", "gradient_accumulation_steps"})
-
-
-def check_run(cfg: Any, world_size: int) -> None:
-    """Raise ValueError, naming flag, value and fix, for settings of RunConfig that cannot work, and for a
-    global_batch_size that does not split evenly.
-    """
-    config.require_at_least(cfg, 1, "log_every ckpt_every val_every keep_checkpoints gradient_accumulation_steps "
-                            "max_steps epochs global_batch_size")
-    config.require_at_least(cfg, 0, "global_seed max_grad_norm")
-    config.require_at_most(cfg, 2**20, "gradient_accumulation_steps global_batch_size")
-    config.require_fraction(cfg, "ema_decay")
-    if cfg.wandb and find_spec("wandb") is None:
-        raise ValueError(f"--wandb {cfg.wandb} needs a package: pip install wandb")
-    if (cfg.max_steps is None) == (cfg.epochs is None):
-        raise ValueError(f"give one of --max-steps and --epochs; got {cfg.max_steps} and {cfg.epochs}")
-    if Path(cfg.results_dir).exists() and not Path(cfg.results_dir).is_dir():
-        raise ValueError(f"--results-dir {cfg.results_dir} is a file; name a folder")
-    if distributed.is_main():  # the one that writes
-        require_writable(cfg.results_dir, "--results-dir")
-    parts = world_size * cfg.gradient_accumulation_steps
-    if cfg.global_batch_size % parts:
-        raise ValueError(f"--global-batch-size {cfg.global_batch_size} must be a multiple of {parts}: {world_size} "
-                         f"processes x --gradient-accumulation-steps {cfg.gradient_accumulation_steps}")
-
-
-def with_max_steps(cfg: Any, samples: int) -> Any:
-    """cfg with max_steps decided, of --epochs over so many training samples if that is what it says."""
-    if cfg.max_steps is not None:
-        return cfg
-    return replace(cfg, max_steps=math.ceil(cfg.epochs * samples / cfg.global_batch_size))
 
 
 class Stateful(Protocol):

@@ -12,8 +12,8 @@ from evaluations.evidence.rivals import (
     make_fsq,
     make_lfq,
 )
-from tokenizer.grid_quantizers import fsq_levels
 from tokenizer.provq import Curriculum, ProVQ, nearest_code
+from tokenizer.quantizer_config import fsq_levels
 
 K, D = 64, 4
 MAKE = {

@@ -64,7 +64,7 @@ def test_wandb_that_cannot_start_ends_in_one_line(tmp_path, monkeypatch):
 
 
 def test_wandb_that_is_not_installed_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("tokenizer.runtime.run.find_spec", {}.get)
+    monkeypatch.setattr("tokenizer.runtime.run_config.find_spec", {}.get)
     with pytest.raises(SystemExit, match="--wandb codes needs a package: pip install wandb"):
         train_provq.main(to_words(SETTINGS | {"results_dir": tmp_path / "mine", "wandb": "codes"}))
     assert not (tmp_path / "mine").exists()

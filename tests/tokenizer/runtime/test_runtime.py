@@ -19,8 +19,9 @@ from workers.runtime_worker import logger, rows_of, two_process_worker
 
 from autoregressive import sharding
 from tokenizer.runtime import checkpoint, distributed
-from tokenizer.runtime.checkpoint import Checkpointer, atomic_write_text, load_file
+from tokenizer.runtime.checkpoint import Checkpointer, load_file
 from tokenizer.runtime.ema import EMA
+from tokenizer.runtime.files import atomic_write_text
 from tokenizer.runtime.metrics import JsonlFile
 from tokenizer.runtime.seeding import StepSampler, fold, seed_step
 

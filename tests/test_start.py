@@ -1,0 +1,54 @@
+"""Whoever asks for --help or mistypes a flag does not wait for torch: flags are read before it is imported."""
+
+import ast
+import json
+import subprocess
+import sys
+
+import pytest
+from places import ROOT
+from test_layering import PACKAGES, is_entry, python_files
+
+from tokenizer import choices, provq
+
+SCRIPTS = [str(path) for path, tree in python_files(ROOT, (*PACKAGES, "scripts")).items()
+           if is_entry(tree) and "refuse_early(" in ast.unparse(tree)]
+# What flags mean together, and what only a check before the work finds: the line, and how the command ends.
+REFUSED = {
+    "tokenizer/train_provq.py --global-batch-size 0":
+        "train_provq.py: error: --global-batch-size is 0; it must be at least 1",
+    "autoregressive/train_c2i.py --max-steps 3 --epochs 2":
+        "train_c2i.py: error: give one of --max-steps and --epochs; got 3 and 2",
+    "protein/train_provq.py --decoder-width 6":
+        "protein/train_provq.py: error: --decoder-width 6 must be an even multiple of --decoder-heads 4",
+}
+
+
+@pytest.fixture(scope="module")
+def started():
+    """{line of words: (status, what it said, slow packages)}, of one process for all."""
+    lines = [[script, *words] for script in SCRIPTS for words in (["--help"], ["--no-such-flag"])]
+    lines += [line.split() for line in REFUSED]
+    done = subprocess.run([sys.executable, ROOT / "tests" / "workers" / "start.py"], cwd=ROOT, input=json.dumps(lines),
+                          capture_output=True, text=True, check=True)
+    return dict(zip(map(" ".join, lines), json.loads(done.stdout), strict=True))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_and_unknown_flags_come_without_torch(started, script):
+    status, said, slow = started[f"{script} --help"]
+    assert (status, slow) == (0, [])
+    assert said.startswith("usage: ")
+    status, said, slow = started[f"{script} --no-such-flag"]
+    assert (status, slow) == (2, [])
+    assert "error: " in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("line", "error"), REFUSED.items())
+def test_so_does_what_a_check_of_the_flags_refuses(started, line, error):
+    assert started[line] == [error, "", []]
+
+
+def test_names_in_flags_are_those_of_the_method():
+    assert choices.QUANTIZERS == list(provq.QUANTIZERS)
+    assert choices.TRANSITIONS == list(provq.SCHEDULES)

@@ -1,0 +1,82 @@
+"""Settings that every training run has, and what makes no sense among them. No torch: see command.py."""
+
+import math
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from tokenizer.runtime import config
+from tokenizer.runtime.config import arg
+from tokenizer.runtime.files import require_writable
+from tokenizer.runtime.ranks import is_main
+
+LR_SCHEDULES = ("constant", "cosine", "linear")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Settings that every run has. A run's own settings subclass it, and may give a field another default."""
+
+    # run
+    results_dir: str = arg("", "the run's folder, resumed if it holds a run; empty: a folder in runs/, named by what "
+                               "is trained")
+    global_seed: int = arg(0, "seed of weights, data order, and all that is drawn")
+    device: str = arg("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
+    log_every: int = arg(100, "steps between rows of metrics.jsonl")
+    ckpt_every: int = arg(5000, "steps between checkpoints")
+    val_every: int = arg(5000, "steps between validations")
+    keep_checkpoints: int = arg(2, "numbered checkpoints that stay on disk, besides best.pt")
+    dry_run: bool = arg(False, "check everything, print the configuration, stop")
+    wandb: str | None = arg(None, "project of Weights & Biases that gets all that TensorBoard does; needs wandb")
+    max_steps: int | None = arg(None, "optimizer steps; excludes --epochs")
+    epochs: int | None = arg(None, "passes over the training data; excludes --max-steps")
+    gradient_accumulation_steps: int = arg(1, "micro-batches that a global batch is computed in")
+    max_grad_norm: float = arg(1.0, "clip the gradient norm of a network; 0: off; LlamaGen, StructTokenBench: 1")
+    ema: bool = arg(False, "keep, validate and export an exponential moving average of the weights; LlamaGen: no")
+    ema_decay: float = arg(0.9999, "decay of that average per step; LlamaGen: 0.9999")
+    tf32: bool = arg(True, "on GPUs, float32 convolutions, and matrix products of GPTs and protein models, in TF32; "
+                           "distances to codes and geometry stay exact; LlamaGen: yes")
+
+
+# What may differ when a run is resumed: its length, its cadence, its machine. Else it would be another experiment.
+RESUMABLE_RUN = frozenset({"results_dir", "device", "log_every", "ckpt_every", "val_every", "keep_checkpoints",
+                           "dry_run", "wandb", "max_steps", "epochs", "gradient_accumulation_steps"})
+
+
+def check_run(cfg: Any, world_size: int) -> None:
+    """Raise ValueError, naming flag, value and fix, for settings of RunConfig that cannot work, and for a
+    global_batch_size that does not split evenly.
+    """
+    config.require_at_least(cfg, 1, "log_every ckpt_every val_every keep_checkpoints gradient_accumulation_steps "
+                            "max_steps epochs global_batch_size")
+    config.require_at_least(cfg, 0, "global_seed max_grad_norm")
+    config.require_at_most(cfg, 2**20, "gradient_accumulation_steps global_batch_size")
+    config.require_fraction(cfg, "ema_decay")
+    if cfg.wandb and find_spec("wandb") is None:
+        raise ValueError(f"--wandb {cfg.wandb} needs a package: pip install wandb")
+    if (cfg.max_steps is None) == (cfg.epochs is None):
+        raise ValueError(f"give one of --max-steps and --epochs; got {cfg.max_steps} and {cfg.epochs}")
+    if Path(cfg.results_dir).exists() and not Path(cfg.results_dir).is_dir():
+        raise ValueError(f"--results-dir {cfg.results_dir} is a file; name a folder")
+    if is_main():  # the one that writes
+        require_writable(cfg.results_dir, "--results-dir")
+    parts = world_size * cfg.gradient_accumulation_steps
+    if cfg.global_batch_size % parts:
+        raise ValueError(f"--global-batch-size {cfg.global_batch_size} must be a multiple of {parts}: {world_size} "
+                         f"processes x --gradient-accumulation-steps {cfg.gradient_accumulation_steps}")
+
+
+def with_max_steps(cfg: Any, samples: int) -> Any:
+    """cfg with max_steps decided, of --epochs over so many training samples if that is what it says."""
+    if cfg.max_steps is not None:
+        return cfg
+    return replace(cfg, max_steps=math.ceil(cfg.epochs * samples / cfg.global_batch_size))
+
+
+def check_optimizer(cfg: Any) -> None:
+    """ValueError, naming flag, value and fix, for settings of `build_adamw` and `learning_rate` that cannot work."""
+    config.require_at_least(cfg, 0, "lr_warmup_steps min_lr weight_decay")
+    config.require_fraction(cfg, "beta1 beta2")
+    if cfg.lr <= 0 or cfg.min_lr > cfg.lr:
+        raise ValueError(f"--lr is {cfg.lr} with --min-lr {cfg.min_lr}; lr must be positive and not below min_lr")
