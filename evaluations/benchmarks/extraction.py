@@ -15,8 +15,10 @@ import argparse
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -32,6 +34,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name, default in (("images", 512), ("images-256", 8), ("num-workers", 0), ("threads", 2), ("repeats", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--batch-size", type=int, help="(default: extract_codes.py's)")
+    parser.add_argument("--out", type=Path, help="JSON of what was measured")
     args = parser.parse_args(argv)
     require_flags_at_least(parser, args, 1, "images images_256 threads repeats batch_size")
     require_flags_at_least(parser, args, 0, "num_workers")
@@ -58,7 +61,8 @@ from tokenizer.vq_model import VQModel, VQModelConfig
 
 
 def measure(title: str, model: VQModel, encode: Callable[[Tensor], Tensor], size: int, args: argparse.Namespace,
-            images: int, folder: Path, precision: str = "none", compiled: bool = False) -> None:
+            images: int, folder: Path, precision: str = "none",
+            compiled: bool = False) -> dict[str, Any]:
     """encode: images (2, C, S, S) -> codes, any shape, as the peer computes them."""
     encoder = torch.compile(model.encode_latents) if compiled else None
     random = np.random.default_rng(0)
@@ -91,8 +95,9 @@ def measure(title: str, model: VQModel, encode: Callable[[Tensor], Tensor], size
     title += f", ours {precision}{' compiled' * compiled}"
     print(f"{title}, {images} images, batch {batch_size} against 1, {args.threads} threads, "  # noqa: T201
           f"torch {torch.__version__}")
-    mine, others = peer.compare(ours, theirs, args.repeats)
-    peer.report("images", images, mine, others)
+    clock = time.perf_counter if args.num_workers else peer.clock_of(device)  # workers' CPU time is not this process's
+    mine, others = peer.compare(ours, theirs, args.repeats, clock)
+    row = peer.report(f"extraction, {title}", "images", images, mine, others)
     codes = np.concatenate([np.load(folder / "theirs" / f"codes{i}.npy")[0] for i in range(images)])
     differ = (np.load(folder / "codes.npy").reshape(codes.shape) != codes).mean()
     print(f"codes  {100 * differ:10.2f} % differ")  # noqa: T201
@@ -100,18 +105,21 @@ def measure(title: str, model: VQModel, encode: Callable[[Tensor], Tensor], size
         model.encode_latents(torch.zeros(1, 3, size, size))
     flops = counter.get_total_flops() / 1e9  # of one view
     print(f"arithmetic: {flops:.3f} GFLOP per view, {2 * flops * images / min(mine):.0f} GFLOP/s in ours, "  # noqa: T201
-          f"{peer.matmul_gflops(device):.0f} in float32 matrix products")
+          f"{peer.matmul_gflops(device, clock):.0f} in float32 matrix products")
+    return row | {"differ": float(differ)}
 
 
-def measure_all(args: argparse.Namespace) -> None:
+def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
     """ValueError: --peer is no checkout of LlamaGen."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    rows = []
     with tempfile.TemporaryDirectory() as name:
         small = VQModel(VQModelConfig(vq_model="VQ-4", image_size=32, codebook_size=512)).eval()
         for precision, compiled in (("none", False), ("none", True), ("bf16", False), ("bf16", True)):
-            measure("32 x 32, VQ-4 for both", small, lambda x: small.quantize.encode(small.encode_latents(x)), 32, args,
-                    args.images, Path(name), precision, compiled)
+            rows.append(measure("32 x 32, VQ-4 for both", small,
+                                lambda x: small.quantize.encode(small.encode_latents(x)), 32, args, args.images,
+                                Path(name), precision, compiled))
         if args.peer:
             large = VQModel(VQModelConfig(codebook_l2_norm=True)).eval()
             module = peer.load_module(args.peer, "tokenizer/tokenizer_image/vq_model.py")
@@ -119,14 +127,15 @@ def measure_all(args: argparse.Namespace) -> None:
             theirs.load_state_dict(to_llamagen_state_dict(large))
             theirs.eval()
             for precision in ("none", "bf16"):
-                measure("256 x 256, VQ-16", large, lambda x: theirs.encode(x)[2][2], 256, args,
-                        args.images_256, Path(name), precision)
+                rows.append(measure("256 x 256, VQ-16", large, lambda x: theirs.encode(x)[2][2], 256, args,
+                                    args.images_256, Path(name), precision))
+    return rows
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with command(PROG):
-        measure_all(args)
+        peer.keep(args.out, measure_all(args))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -22,6 +23,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peer", type=Path, required=True, help="checkout of LlamaGen")
     for name, default in (("batch-size", 2), ("threads", 2), ("repeats", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--out", type=Path, help="JSON of what was measured")
     args = parser.parse_args(argv)
     require_flags_at_least(parser, args, 1, "batch_size threads repeats")
     return args
@@ -38,7 +40,7 @@ from autoregressive.gpt_config import GPT_PRESETS
 from evaluations.benchmarks import peer
 
 
-def measure(args: argparse.Namespace) -> None:
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """ValueError: --peer is no checkout of LlamaGen."""
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -68,13 +70,14 @@ def measure(args: argparse.Namespace) -> None:
         optimizers[1].zero_grad(set_to_none=True)
 
     print(f"GPT-B, batch {args.batch_size} x 256 codes on {device}, {args.threads} threads, torch {torch.__version__}")  # noqa: T201
-    peer.report("codes", 256 * args.batch_size, *peer.compare(run_ours, run_theirs, args.repeats))
+    times = peer.compare(run_ours, run_theirs, args.repeats, peer.clock_of(device))
+    return [peer.report("training step of GPT-B", "codes", 256 * args.batch_size, *times)]
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with command(PROG):
-        measure(args)
+        peer.keep(args.out, measure(args))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from pathlib import Path
+from typing import Any
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -30,6 +30,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", choices=CASES, help="the size of the images (default: all)")
     for name, default in (("threads", 1), ("repeats", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--out", type=Path, help="JSON of what was measured")
     args = parser.parse_args(argv)
     require_flags_at_least(parser, args, 1, "threads repeats")
     return args
@@ -69,11 +70,11 @@ class Ours(nn.Module):
         return x_hat, out.loss
 
 
-def measure(name: str, args: argparse.Namespace) -> None:
+def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """ValueError: --peer is no checkout of LlamaGen, or its model computes something else."""
     vq_model, size, batch = CASES[name]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    clock = peer.clock_of(device)
     torch.manual_seed(0)
     ours = Ours(VQModel(VQModelConfig(vq_model, image_size=size, codebook_l2_norm=True)).to(device).train())
     module = peer.load_module(args.peer, "tokenizer/tokenizer_image/vq_model.py")
@@ -99,17 +100,18 @@ def measure(name: str, args: argparse.Namespace) -> None:
         raise ValueError(f"--peer {args.peer}: its loss of {vq_model} is {other:.5f}, ours {first:.5f}")
     print(f"{vq_model}, {batch} x {size} x {size} on {device}, {args.threads} threads, torch {torch.__version__}")  # noqa: T201
     times = peer.compare(lambda: step(ours, adams[0]), lambda: step(theirs, adams[1]), args.repeats, clock)
-    peer.report("images", batch, *times)
+    row = peer.report(f"training step of {vq_model}, {size} x {size}", "images", batch, *times)
     rate = counter.get_total_flops() / 1e9 / statistics.median(times[0])
-    print(f"arithmetic: {rate:.0f} GFLOP/s in ours, {peer.matmul_gflops(device, clock):.0f} in float32 matrix products")  # noqa: T201
+    most = peer.matmul_gflops(device, clock)
+    print(f"arithmetic: {rate:.0f} GFLOP/s in ours, {most:.0f} in float32 matrix products")  # noqa: T201
+    return row | {"gflops": rate, "gflops_of_products": most}
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with command(PROG):
         torch.set_num_threads(args.threads)
-        for name in CASES if args.only is None else [args.only]:
-            measure(name, args)
+        peer.keep(args.out, [measure(name, args) for name in (CASES if args.only is None else [args.only])])
 
 
 if __name__ == "__main__":

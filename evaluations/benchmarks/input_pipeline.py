@@ -33,6 +33,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("archive", type=Path, help="a .tar of CLASS/NAME.JPEG")
     for name, default in (("images", 256), ("repeats", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--out", type=Path, help="JSON of what was measured")
     args = parser.parse_args(argv)
     require_flags_at_least(parser, args, 1, "images repeats")
     return args
@@ -46,9 +47,11 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+from evaluations.benchmarks import peer
 from tokenizer.data import ImageDataset, consecutive, make_loader, open_images
 
 SIZE, BATCH = 256, 32
+PEER = "ImageFolder"
 
 
 def unpack(archive: Path, count: int, folder: Path) -> int:
@@ -87,11 +90,11 @@ def loaders(folder: Path, count: int) -> dict[str, Iterable[Any]]:
         found[name] = make_loader(dataset, consecutive(count, BATCH))
     steps = [transforms.Resize(SIZE), transforms.RandomCrop(SIZE), transforms.RandomHorizontalFlip(),
              transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]
-    found["ImageFolder"] = DataLoader(ImageFolder(str(folder / "tree"), transforms.Compose(steps)), BATCH)
+    found[PEER] = DataLoader(ImageFolder(str(folder / "tree"), transforms.Compose(steps)), BATCH)
     return found
 
 
-def measure(args: argparse.Namespace) -> None:
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """ValueError: an archive without images."""
     torch.set_num_threads(1)  # as in a worker
     with tempfile.TemporaryDirectory() as name:
@@ -106,16 +109,22 @@ def measure(args: argparse.Namespace) -> None:
                 if turn:  # the first reads the files into the system's cache
                     rates[way].append(count / (time.process_time() - began))
     print(f"{count} images at {SIZE} x {SIZE}, one process, torch {torch.__version__}")  # noqa: T201
+    peers, rows = rates[PEER], []
     for way, found in rates.items():
-        ratio = statistics.median(a / b for a, b in zip(found, rates["ImageFolder"], strict=True))
+        ratios = sorted(a / b for a, b in zip(found, peers, strict=True))
         print(f"{way:12s} {statistics.median(found):8.1f} images per CPU second "  # noqa: T201
-              f"({min(found):.1f} to {max(found):.1f}), {ratio:.2f} times ImageFolder's")
+              f"({min(found):.1f} to {max(found):.1f}), {statistics.median(ratios):.2f} times ImageFolder's")
+        if way != PEER:
+            rows.append({"what": f"reading images, {way}", "unit": "images", "ours": statistics.median(found),
+                         "peer": statistics.median(peers), "ratio": statistics.median(ratios),
+                         "ratio_least": ratios[0], "ratio_most": ratios[-1]})
+    return rows
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with command(PROG):
-        measure(args)
+        peer.keep(args.out, measure(args))
 
 
 if __name__ == "__main__":

@@ -9,8 +9,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
+
+from tokenizer.runtime.files import atomic_write_json
 
 
 def load_module(checkout: Path, file: str) -> ModuleType:
@@ -33,8 +36,12 @@ def load_module(checkout: Path, file: str) -> ModuleType:
     return module
 
 
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """On a CPU the seconds of the process's threads together: other work on the machine counts for little."""
+    return time.perf_counter if device.type == "cuda" else time.process_time
+
+
 def seconds(function: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
-    """clock: time.process_time for what a CPU's threads have spent, whatever else the machine does."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     began = clock()
@@ -63,10 +70,19 @@ def compare(ours: Callable[[], object], theirs: Callable[[], object], repeats: i
     return times
 
 
-def report(unit: str, amount: float, ours: list[float], theirs: list[float]) -> None:
-    """A line each, in `unit` per second of `amount` units per call, and the ratio: medians, and the range."""
-    for name, times in (("ours", ours), ("peer", theirs)):
-        rates = sorted(amount / t for t in times)
-        print(f"{name:6s} {statistics.median(rates):10.2f} {unit}/s   ({rates[0]:.2f} to {rates[-1]:.2f})")  # noqa: T201
+def report(what: str, unit: str, amount: float, ours: list[float], theirs: list[float]) -> dict[str, Any]:
+    """A line each, in `unit` per second of `amount` units per call, and the ratio: medians, and the range. Returns the
+    row of it for --out.
+    """
+    rates = [sorted(amount / t for t in times) for times in (ours, theirs)]
+    for name, found in zip(("ours", "peer"), rates, strict=True):
+        print(f"{name:6s} {statistics.median(found):10.2f} {unit}/s   ({found[0]:.2f} to {found[-1]:.2f})")  # noqa: T201
     ratios = sorted(b / a for a, b in zip(ours, theirs, strict=True))
     print(f"ratio  {statistics.median(ratios):10.2f}   ({ratios[0]:.2f} to {ratios[-1]:.2f})")  # noqa: T201
+    return {"what": what, "unit": unit, "ours": statistics.median(rates[0]), "peer": statistics.median(rates[1]),
+            "ratio": statistics.median(ratios), "ratio_least": ratios[0], "ratio_most": ratios[-1]}
+
+
+def keep(out: Path | None, rows: list[dict[str, Any]]) -> None:
+    if out is not None:
+        atomic_write_json(out, rows)

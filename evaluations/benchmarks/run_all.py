@@ -1,14 +1,15 @@
-"""Times nearest codes, k-means, its start and a quantizer's step against other packages, and says what became slower.
+"""Runs all benchmarks against other packages and repositories, and says what became slower.
 
     python evaluations/benchmarks/run_all.py [--peers FOLDER] [--llamagen CHECKOUT] [--out speed.json]
     python evaluations/benchmarks/run_all.py --against speed.json --document PERFORMANCE.md
 
 Peers are packages, of the environment or of --peers (pip install --target FOLDER faiss-cpu scikit-learn
-vector-quantize-pytorch), and a checkout of LlamaGen; one that is missing is named and left out. All ways of a case take
-turns in one process. Shown are medians of seconds (on a CPU of the process's CPU time too: machines are shared), the
-median and range of each peer's time over ours within a turn, and how much a process of its own grew at most, in MiB.
---document replaces the table between that file's markers. --against ends with status 1 if a case became more than
---tolerance times as slow, measured by CPU time on a CPU.
+vector-quantize-pytorch), and checkouts; what is missing is named and left out. First nearest codes, k-means, its start
+and a quantizer's step: all ways of a case take turns in one process. Shown are medians of seconds (on a CPU of the
+process's CPU time too: machines are shared), the median and range of each peer's time over ours within a turn, and how
+much a process of its own grew at most, in MiB. Then sampling, training, extraction and reading, each its own program
+(see programs.py). --document replaces the tables between that file's markers. --against ends with status 1 if something
+became more than --tolerance times as slow, measured by CPU time on a CPU.
 """
 
 from __future__ import annotations
@@ -50,6 +51,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(PROG, __doc__)
     parser.add_argument("--peers", type=Path, help="folder of packages, after those of the environment")
     parser.add_argument("--llamagen", type=Path, help="checkout of LlamaGen")
+    parser.add_argument("--stb", type=Path, help="checkout of StructTokenBench")
+    parser.add_argument("--esm", type=Path, help="checkout of esm, which StructTokenBench imports")
+    parser.add_argument("--images", type=Path, help="a .tar of CLASS/NAME.JPEG, to read")
     parser.add_argument("--only", help="cases whose names begin so")
     parser.add_argument("--out", type=Path, help="JSON of all numbers")
     parser.add_argument("--document", type=Path, help="Markdown file with the two markers")
@@ -72,7 +76,7 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
-from evaluations.benchmarks import peer
+from evaluations.benchmarks import peer, programs
 from tokenizer import provq
 from tokenizer.runtime.files import atomic_write_json, atomic_write_text
 
@@ -248,12 +252,15 @@ def table(result: dict[str, Any]) -> str:
     of = result["machine"]
     lines = [f"{of['device']}, {of['cores']} cores, {of['threads']} threads, load {of['load']:.1f}, "
              f"torch {of['torch']}; medians of {of['repeats']}, {of['date']}.", "",
-             "| case | N | K | D | way | s | CPU s | its time / ours (range) | MiB |", "|" + "---|" * 9]
+             *(["| case | N | K | D | way | s | CPU s | its time / ours (range) | MiB |", "|" + "---|" * 9]
+               if result["rows"] else [])]
     for row in result["rows"]:
         ratio = f"{row['ratio']:.2f} ({row['ratio_least']:.2f} to {row['ratio_most']:.2f})"
         ratio = "" if row["way"] == OURS else ratio
         lines.append(f"| {row['case']} | {row['tokens']} | {row['codes']} | {row['dim']} | {row['way']} "
                      f"| {row['seconds']:.4f} | {row['cpu_seconds']:.4f} | {ratio} | {row['peak_mib']:.0f} |")
+    if result["programs"]:
+        lines += [*([""] if result["rows"] else []), programs.table(result["programs"])]
     return "\n".join(lines)
 
 
@@ -280,7 +287,7 @@ def regressions(new: dict[str, Any], old: dict[str, Any], tolerance: float) -> l
         if row["way"] == OURS and was is not None and row[clock] > tolerance * was[clock]:
             lines.append(f"slower: {row['case']} N={row['tokens']} K={row['codes']} D={row['dim']}: "
                          f"{row[clock]:.4f} s, was {was[clock]:.4f} s")
-    return lines
+    return lines + programs.regressions(new["programs"], old["programs"], tolerance)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -300,10 +307,12 @@ def run(args: argparse.Namespace) -> None:
     if args.document is not None:
         put_table(args.document.read_text(encoding="utf-8"), "")  # before any work
     cases = [case for case in scaled(args.scale) if args.only is None or case[0].startswith(args.only)]
-    if not cases:
-        raise ValueError(f"--only {args.only!r} begins none of {', '.join(dict.fromkeys(c[0] for c in CASES))}")
-    rows = [row for case in cases for row in measure(case, args)]
-    result = {"machine": machine(args), "clock": "cpu" if args.device == "cpu" else "wall", "rows": rows}
+    names = [*dict.fromkeys(case[0] for case in CASES), *(program[0] for program in programs.PROGRAMS)]
+    if args.only is not None and not any(name.startswith(args.only) for name in names):
+        raise ValueError(f"--only {args.only!r} begins none of {', '.join(names)}")
+    result = {"machine": machine(args), "clock": "cpu" if args.device == "cpu" else "wall",
+              "rows": [row for case in cases for row in measure(case, args)],
+              "programs": programs.run_programs(args)}
     print(table(result))  # noqa: T201
     if args.out is not None:
         atomic_write_json(args.out, result)

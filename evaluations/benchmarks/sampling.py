@@ -12,9 +12,9 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -34,6 +34,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cfg-scale", type=float, default=2.0)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--compile", action="store_true", help="compile our decoding step")
+    parser.add_argument("--out", type=Path, help="JSON of what was measured")
     args = parser.parse_args(argv)
     require_flags_at_least(parser, args, 1, "batch_size codes threads repeats")
     if args.codes > CODES:
@@ -61,11 +62,11 @@ def bandwidth(device: torch.device, clock: Callable[[], float]) -> float:
     return 2 * source.numel() / min(peer.seconds(lambda: target.copy_(source), clock) for _ in range(10))
 
 
-def measure(args: argparse.Namespace) -> None:
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """ValueError: --peer is no checkout of LlamaGen."""
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    clock = peer.clock_of(device)
     dtype = getattr(torch, args.dtype)
     torch.manual_seed(0)
     ours = GPT(GPT_PRESETS["GPT-B"])
@@ -91,16 +92,17 @@ def measure(args: argparse.Namespace) -> None:
     print(f"GPT-B, {args.codes} codes, batch {args.batch_size}, guidance {args.cfg_scale}, {args.dtype} on {device}, "  # noqa: T201
           f"{args.threads} threads, torch {torch.__version__}")
     times = peer.compare(run_ours, run_theirs, args.repeats, clock)
-    peer.report("codes", args.batch_size * args.codes, *times)
+    row = peer.report("sampling from GPT-B", "codes", args.batch_size * args.codes, *times)
     read = ours.config.num_parameters * torch.finfo(dtype).bits / 8 * args.codes
     share = read / statistics.median(times[0]) / bandwidth(device, clock)
     print(f"share of the memory bandwidth: {share:.1%}")  # noqa: T201
+    return [row | {"share_of_bandwidth": share}]
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with command(PROG):
-        measure(args)
+        peer.keep(args.out, measure(args))
 
 
 if __name__ == "__main__":

@@ -38,9 +38,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--bf16", action="store_true", help="training steps under bfloat16 autocast")
     for name, default in (("batch-size", 4), ("length", 256), ("threads", 2), ("repeats", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--out", type=Path, help="JSON of what was measured")
     args = parser.parse_args(argv)
     require_flags_at_least(parser, args, 1, "batch_size length threads repeats")
     require_flags_at_least(parser, args, 0, "extract")
+    if args.extract and args.out is not None:
+        parser.error("--out holds comparisons with a peer, of which --extract makes none; leave one of them out")
     if not args.extract and (args.peer_stb is None or args.peer_esm is None):
         parser.error("a training step is compared with a peer: give --peer-stb and --peer-esm, or --extract")
     return args
@@ -122,7 +125,9 @@ def backbones(batch: int, length: int) -> Tensor:
     return torch.stack(atoms, dim=1).view(batch, length, 3, 3)
 
 
-def compare_training(args: argparse.Namespace, config: StructureModelConfig, device: torch.device) -> None:
+def compare_training(
+    args: argparse.Namespace, config: StructureModelConfig, device: torch.device
+) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     ours = StructureVQModel(config).to(device).train()
     theirs = load_peer(args.peer_stb, args.peer_esm, config)
@@ -163,8 +168,9 @@ def compare_training(args: argparse.Namespace, config: StructureModelConfig, dev
         loss.backward()
         model.zero_grad(set_to_none=True)
 
-    times = peer.compare(lambda: run(ours, our_terms), lambda: run(theirs, their_terms), args.repeats)
-    peer.report("chains", args.batch_size, *times)
+    times = peer.compare(lambda: run(ours, our_terms), lambda: run(theirs, their_terms), args.repeats,
+                         peer.clock_of(device))
+    return [peer.report("training step of structures", "chains", args.batch_size, *times)]
 
 
 def time_extraction(args: argparse.Namespace, config: StructureModelConfig, device: torch.device) -> None:
@@ -176,7 +182,7 @@ def time_extraction(args: argparse.Namespace, config: StructureModelConfig, devi
     print(f"{args.extract} chains of {args.length} residues to tokens, one by one: {taken:.1f} s")  # noqa: T201
 
 
-def measure(args: argparse.Namespace) -> None:
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """ValueError: a checkout that lacks files."""
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -185,15 +191,15 @@ def measure(args: argparse.Namespace) -> None:
     print(f"{preset} model on {device}, {args.threads} threads, torch {torch.__version__}")  # noqa: T201
     if args.extract:
         time_extraction(args, config, device)
-        return
+        return []
     print(f"training step of {args.batch_size} chains of {args.length} residues")  # noqa: T201
-    compare_training(args, config, device)
+    return compare_training(args, config, device)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with command(PROG):
-        measure(args)
+        peer.keep(args.out, measure(args))
 
 
 if __name__ == "__main__":

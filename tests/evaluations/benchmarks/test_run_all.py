@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from image_files import encoded, picture, write_tar
 
 from evaluations.benchmarks import run_all
 
@@ -37,6 +38,21 @@ def test_a_small_run_fills_the_table_and_names_missing_peers(tmp_path, capsys, m
     assert "missing: faiss (not here)" in capsys.readouterr().err
 
 
+def test_programs_are_run_and_read_back(tmp_path, capfd):
+    archive = write_tar(tmp_path / "images.tar", {f"{i}/{i}.jpg": encoded(picture(i, 80, 60), "JPEG") for i in range(3)})
+    document = tmp_path / "speed.md"
+    document.write_text(DOCUMENT)
+    run_all.main(["--only", "reading", "--images", str(archive), "--repeats", "1", "--document", str(document)])
+    text = document.read_text()
+    assert text.count("| reading images, ") == 3
+    assert "| case |" not in text
+    run_all.main(["--only", "sampling"])
+    assert "sampling: left out, missing: --llamagen" in capfd.readouterr().err
+    with pytest.raises(SystemExit, match="1"):
+        run_all.main(["--only", "reading", "--images", str(tmp_path / "none.tar"), "--repeats", "1"])
+    assert "none.tar" in capfd.readouterr().err
+
+
 def test_memory_is_that_of_a_process_of_its_own():
     """As `measure` asks for it: this process has freed memory, which would be taken first."""
     words = [sys.executable, run_all.__file__, "--scale", "0.5", "--measure-memory", "1", "whole matrix"]
@@ -48,11 +64,14 @@ def test_what_became_slower_is_named():
     row = {"case": "k-means", "tokens": 9, "codes": 3, "dim": 2, "way": run_all.OURS, "cpu_seconds": 1.0}
     row["seconds"] = 9.0
     machine = {"device": "a", "threads": 1, "scale": 1.0}
-    old = {"machine": machine, "clock": "cpu", "rows": [row, row | {"way": "faiss", "cpu_seconds": 0.1}]}
-    slower = {"machine": machine, "clock": "cpu", "rows": [row | {"cpu_seconds": 1.4}, row | {"way": "faiss"}]}
+    old = {"machine": machine, "clock": "cpu", "rows": [row, row | {"way": "faiss", "cpu_seconds": 0.1}],
+           "programs": [{"what": "sampling", "unit": "codes", "ours": 9.0}]}
+    slower = {"machine": machine, "clock": "cpu", "rows": [row | {"cpu_seconds": 1.4}, row | {"way": "faiss"}],
+              "programs": [{"what": "sampling", "unit": "codes", "ours": 6.5}]}
     assert run_all.regressions(slower, old, 1.5) == []
-    assert run_all.regressions(slower, old, 1.3) == ["slower: k-means N=9 K=3 D=2: 1.4000 s, was 1.0000 s"]
-    assert run_all.regressions(slower | {"clock": "wall"}, old, 1.3) == [], "there the clock's seconds count"
+    assert run_all.regressions(slower, old, 1.3) == ["slower: k-means N=9 K=3 D=2: 1.4000 s, was 1.0000 s",
+                                                     "slower: sampling: 6.50 codes/s, was 9.00"]
+    assert run_all.regressions(slower | {"clock": "wall", "programs": []}, old, 1.3) == [], "there the clock counts"
     with pytest.raises(ValueError, match="threads 2"):
         run_all.regressions(slower, old | {"machine": machine | {"threads": 2}}, 1.3)
 
