@@ -39,7 +39,8 @@ def test_a_small_run_fills_the_table_and_names_missing_peers(tmp_path, capsys, m
 
 
 def test_programs_are_run_and_read_back(tmp_path, capfd):
-    archive = write_tar(tmp_path / "images.tar", {f"{i}/{i}.jpg": encoded(picture(i, 80, 60), "JPEG") for i in range(3)})
+    files = {f"{i}/{i}.jpg": encoded(picture(i, 80, 60), "JPEG") for i in range(3)}
+    archive = write_tar(tmp_path / "images.tar", files)
     document = tmp_path / "speed.md"
     document.write_text(DOCUMENT)
     run_all.main(["--only", "reading", "--images", str(archive), "--repeats", "1", "--document", str(document)])
