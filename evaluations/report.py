@@ -45,7 +45,7 @@ from evaluations import report_figures as figures
 from evaluations.protocol import differences, protocol_id
 from evaluations.report_health import Scored, complaints, health, verdict
 from evaluations.report_runs import Run, Setting, differing, flatten, group_settings, missing_reason, number, read_runs
-from tokenizer.runtime import config, distributed, page
+from tokenizer.runtime import config, page, ranks
 from tokenizer.runtime.files import atomic_write_text
 from tokenizer.runtime.over_seeds import clear_best, merge
 from tokenizer.runtime.page import Cell, Table
@@ -591,8 +591,8 @@ def main(argv: list[str] | None = None) -> None:
         atomic_write_text(tables, "\n".join([header, *report.markdown]))
         for run in runs:
             for note in run.notes:
-                distributed.print0(f"note: {run.name}: {note}")
-        distributed.print0(f"wrote {args.out} and {tables}")
+                ranks.print0(f"note: {run.name}: {note}")
+        ranks.print0(f"wrote {args.out} and {tables}")
 
 
 if __name__ == "__main__":

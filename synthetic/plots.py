@@ -16,9 +16,10 @@ from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from PIL import Image
 from torch import Tensor
 
-from synthetic.topodisc import Report, Run, mean_interval
+from synthetic.topodisc import Report, Run
 from synthetic.tuning import Cell, error
 from tokenizer.runtime.files import atomic_write
+from tokenizer.runtime.over_seeds import mean_interval
 
 DISK, OUTLINE, CODES = "#5b9bd5", "#e07b39", "#111111"
 COLOURS = ("#7d7d7d", "#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#0072b2", "#d55e00", "#8c6d31")  # by method

@@ -28,6 +28,7 @@ from synthetic.settings import CURRICULA, FOLLOW, Setting, parse_method
 from tokenizer import code_meter, provq
 from tokenizer.provq_codes import FollowingVectorQuantizer
 from tokenizer.runtime.config import to_dict
+from tokenizer.runtime.over_seeds import mean_interval
 
 DIM = 2  # data and latents are both points of the plane
 EDGE_POINTS = 50  # points per edge of the noise-free outline whose latent image is metered and drawn
@@ -297,15 +298,6 @@ class Report(NamedTuple):
 
     summary: dict[str, Any]  # what summary.json holds; see `summarise`
     runs: dict[str, Run]
-
-
-def mean_interval(values: np.ndarray) -> dict[str, Any]:
-    """Mean, standard deviation (n - 1) and 95 % Student t interval of the mean of values (S >= 2,)."""
-    from scipy import stats  # a second that training processes need not spend
-
-    mean, std = float(values.mean()), float(values.std(ddof=1))
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * std / math.sqrt(len(values))
-    return {"mean": mean, "std": std, "ci95": [mean - half, mean + half]}
 
 
 def improvement(baseline: np.ndarray, arm: np.ndarray) -> tuple[float, list[float]]:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from image_files import encoded, picture, write_zip
 
-from evaluations.evidence.bed import PROBE, Images, Setting, prepare
+from evaluations.evidence.bed import PROBE, Images, prepare
+from evaluations.evidence.setting import Setting
 
 HELD_OUT = 20
 SETTING = Setting("pictures.zip", num_codes=16, image_size=8, steps=12, batch_size=4, warmup_steps=4,

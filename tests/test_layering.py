@@ -195,8 +195,6 @@ def check_flags_first(root):
         return found
 
     for path, tree in files.items():
-        if root == ROOT and "refuse_early(" not in ast.unparse(tree):
-            continue
         first = next((node.lineno for node in tree.body if is_main_block(node)), None)
         for node in imported_at_once(tree.body, first) if first else ():
             for package, where in of(node, path).items():

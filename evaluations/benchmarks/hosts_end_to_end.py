@@ -64,11 +64,11 @@ from protein.losses import direction_loss, distance_loss
 from protein.structure_data import StructureDataset, hold_out_entries, open_structures, usable_chains
 from protein.structure_decoder import VectorDecoder
 from protein.structure_encoder import StructureEncoder
-from synthetic.topodisc import mean_interval
 from tokenizer.pixels import psnr
 from tokenizer.provq import code_statistics
 from tokenizer.provq_attach import Adapter, Curriculum
 from tokenizer.runtime.files import atomic_write_json
+from tokenizer.runtime.over_seeds import mean_interval
 
 
 class Host(nn.Module):

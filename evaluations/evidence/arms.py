@@ -1,39 +1,22 @@
 """What is compared: an arm is a quantizer, a curriculum and options; a plan is a list of arms that belong together.
 
-The paper's own arms have no options. Everything in `Arm` below `schedule` is ours.
+The paper's own arms have no options. Everything in `Arm` below `schedule` is ours. No torch, see runtime/command.py:
+arm_quantizers.py builds what an arm describes.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
-
-from torch import nn
-
-from evaluations.evidence.options import TokenMixProVQ
-from evaluations.evidence.rivals import DiVeQ, NoiseSubstitution, SoftToHardVectorQuantizer, make_fsq, make_lfq
-from tokenizer.provq import (
-    AdaptiveWarmup,
-    Curriculum,
-    EMAVectorQuantizer,
-    LinearVectorQuantizer,
-    ProVQ,
-    VectorQuantizer,
-)
-from tokenizer.provq_codes import FollowingVectorQuantizer
 
 CURRICULA = ("vanilla", "soft", "warmup", "provq", "adaptive")  # adaptive: a warm-up that ends by itself, hard
 RESTART_BELOW = 0.1  # of the mean use of a code; less is dead
-ADAPTIVE = AdaptiveWarmup(patience=3, mode="max")  # of the probe images' PSNR
 ADAPTIVE_CHECKS = 20  # in the longest warm-up that it may choose
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A quantizer: make(arm, num_codes, dim, anneal_steps), and what of the tunable numbers and options it has."""
+    """What of the tunable numbers and options a quantizer has; arm_quantizers.MAKERS makes it."""
 
-    make: Callable[[Arm, int, int, int], nn.Module]
     trained: bool = True  # an optimizer trains its codes, so their learning rate matters
     beta: bool = True  # it has a commitment loss
     table: bool = True  # codes are points among the latents, which k-means can set and whose spread says something
@@ -84,55 +67,21 @@ class Arm:
         return self.recluster or bool(self.recluster_at)
 
 
-def _vq(**options: Any) -> Callable[[Arm, int, int, int], nn.Module]:
-    def make(arm: Arm, num_codes: int, dim: int, anneal_steps: int) -> nn.Module:  # noqa: ARG001
-        if arm.follow:
-            return FollowingVectorQuantizer(num_codes, dim, beta=arm.beta, decay=arm.follow_decay, **options)
-        return VectorQuantizer(num_codes, dim, beta=arm.beta, **options)
-    return make
-
-
-def _class(cls: type[VectorQuantizer], **options: Any) -> Callable[[Arm, int, int, int], nn.Module]:
-    return lambda arm, num_codes, dim, _: cls(num_codes, dim, beta=arm.beta, **options)
-
-
-def _annealed(gumbel: bool) -> Callable[[Arm, int, int, int], nn.Module]:
-    return lambda arm, num_codes, dim, steps: SoftToHardVectorQuantizer(
-        num_codes, dim, beta=arm.beta, anneal_steps=steps, gumbel=gumbel)
-
-
 KINDS: dict[str, Kind] = {
-    "vq": Kind(_vq()),
-    "l2": Kind(_vq(l2_norm=True)),  # LlamaGen
-    "rotation": Kind(_vq(rotation=True)),
-    "ema": Kind(_class(EMAVectorQuantizer), trained=False, restarts=False),
-    "ema-restart": Kind(_class(EMAVectorQuantizer, restart_below=RESTART_BELOW), trained=False, restarts=False),
-    "simvq": Kind(_class(LinearVectorQuantizer)),
-    "aminoaseed": Kind(_class(LinearVectorQuantizer), from_latents=True),
-    "soft-to-hard": Kind(_annealed(gumbel=False), from_latents=True),
-    "gumbel": Kind(_annealed(gumbel=True), from_latents=True),
-    "nsvq": Kind(_class(NoiseSubstitution), beta=False),
-    "diveq": Kind(lambda arm, num_codes, dim, _: DiVeQ(num_codes, dim),  # noqa: ARG005
-                  beta=False, restarts=False),
-    "fsq": Kind(lambda arm, num_codes, dim, _: make_fsq(num_codes, dim),  # noqa: ARG005
-                trained=False, beta=False, table=False, restarts=False),
-    "lfq": Kind(lambda arm, num_codes, dim, _: make_lfq(num_codes, dim, arm.beta),
-                trained=False, table=False, restarts=False),
+    "vq": Kind(),
+    "l2": Kind(),  # LlamaGen
+    "rotation": Kind(),
+    "ema": Kind(trained=False, restarts=False),
+    "ema-restart": Kind(trained=False, restarts=False),
+    "simvq": Kind(),
+    "aminoaseed": Kind(from_latents=True),
+    "soft-to-hard": Kind(from_latents=True),
+    "gumbel": Kind(from_latents=True),
+    "nsvq": Kind(beta=False),
+    "diveq": Kind(beta=False, restarts=False),
+    "fsq": Kind(trained=False, beta=False, table=False, restarts=False),
+    "lfq": Kind(trained=False, table=False, restarts=False),
 }
-
-
-def make_provq(arm: Arm, num_codes: int, dim: int, warmup_steps: int, transition_steps: int) -> ProVQ:
-    """The arm's quantizer on its curriculum. The setting's stages: lengths in optimizer steps."""
-    both = warmup_steps + transition_steps
-    warmup, transition = {
-        "vanilla": (0, 0), "soft": (0, transition_steps), "warmup": (warmup_steps, 0),
-        "provq": (warmup_steps, transition_steps), "adaptive": (both, 0),
-    }[arm.curriculum]
-    quantizer = KINDS[arm.quantizer].make(arm, num_codes, dim, max(1, both))
-    cls = TokenMixProVQ if arm.token_mix else ProVQ
-    return cls(quantizer, Curriculum(warmup, transition, arm.schedule, arm.loss_floor),
-               adaptive=ADAPTIVE if arm.curriculum == "adaptive" else None)
-
 
 ARMS: dict[str, Arm] = {
     # the paper's (Tables 5 and 6)

@@ -8,15 +8,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from evaluations.evidence.arms import ARMS, Arm
-from evaluations.evidence.bed import Setting
+from evaluations.evidence.setting import Setting
 from evaluations.evidence.store import Result
-from synthetic.topodisc import mean_interval
 from tokenizer.runtime.files import atomic_write
-from tokenizer.runtime.over_seeds import Merged, merge
+from tokenizer.runtime.over_seeds import Merged, mean_interval, merge
 
 METRICS = {  # heading and digits of what a table shows
     "psnr": ("PSNR (dB)", 2), "ssim": ("SSIM", 3), "mse": ("MSE", 4), "rfid": ("rFID", 2),
@@ -130,6 +127,9 @@ def _cell(value: Merged | None, digits: int) -> str:
 def figure(table: Sequence[Row], baseline: Row, metrics: Sequence[str], path: Path, compared: str = "psnr") -> None:
     """A panel per metric, each arm's seeds as dots and its mean as a bar; and one of the differences of `compared` from
     the baseline, with their 95 % intervals where there are two seeds."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here because tables and --help need no figure
+    from matplotlib.figure import Figure
+
     drawing = Figure(figsize=(3.0 + 2.2 * (len(metrics) + 1), 0.9 + 0.27 * len(table)), dpi=140, layout="constrained")
     *panels, last = drawing.subplots(1, len(metrics) + 1, sharey=True)
     for axes, metric in zip(panels, metrics, strict=True):

@@ -21,9 +21,9 @@ if not __package__:
 
 from evaluations.evidence import pace, selection, trained
 from tokenizer.runtime.command import CannotContinue, command, make_parser
-from tokenizer.runtime.distributed import print0
 from tokenizer.runtime.files import atomic_write_text
 from tokenizer.runtime.parsing import read_text
+from tokenizer.runtime.ranks import print0
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 _KINDS = {"table": selection, "pace": pace, "runs": trained}

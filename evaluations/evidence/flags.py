@@ -1,4 +1,4 @@
-"""Flags that the commands of this folder share."""
+"""Flags that the commands of this folder share. No torch, see tokenizer/runtime/command.py."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from evaluations.evidence.bed import MODELS, Setting
-from evaluations.features import open_extractor
+from evaluations.evidence.setting import MODELS, Setting
 from tokenizer.runtime.config import flag_name
 
 CONFIRM = {"model": "VQ-4", "image_size": 32, "steps": 3000, "batch_size": 64, "warmup_steps": 1000,
@@ -41,15 +40,16 @@ def add_bed(parser: argparse.ArgumentParser) -> None:
 
 
 def setting(args: argparse.Namespace) -> Setting:
-    """What the flags of `add_bed` say. ValueError: see Setting. FileNotFoundError: no such images or features."""
+    """What the flags of `add_bed` say, but for --features, see bed.with_features.
+
+    ValueError: see Setting. FileNotFoundError: no such images.
+    """
     if args.jobs < 1:
         raise ValueError(f"--jobs is {args.jobs}; it must be at least 1")
     if not args.data_path.exists():
         raise FileNotFoundError(f"{args.data_path}: no such file of images")
     values: dict[str, Any] = dict(CONFIRM) if args.bed == "confirm" else {}
     given = {name: getattr(args, name) for name in ("disc_start", *(field.name for field in _NUMBERS))}
-    if args.features:
-        given["features"] = open_extractor(args.features).sha256
     values |= {name: value for name, value in given.items() if value is not None}
     return Setting(args.data_path.name, **values)
 

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from evaluations.evidence import comparison, store
 from tokenizer.runtime.files import atomic_write
@@ -81,6 +79,9 @@ def markdown(found: Sequence[Point], metric: str = "psnr") -> str:
 
 def figure(found: Sequence[Point], path: Path) -> None:
     """A panel per metric, a dot per run, a colour per length of the transition; lines are means over seeds."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here because tables and --help need no figure
+    from matplotlib.figure import Figure
+
     drawing = Figure(figsize=(4.2 * len(METRICS), 3.2), dpi=140, layout="constrained")
     for axes, metric in zip(drawing.subplots(1, len(METRICS)), METRICS, strict=True):
         for i, length in enumerate(sorted({point.transition_steps for point in found})):

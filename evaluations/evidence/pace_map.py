@@ -14,7 +14,7 @@ if not __package__:
 
 from evaluations.evidence import pace, store
 from tokenizer.runtime.command import command, make_parser, require_out_file
-from tokenizer.runtime.distributed import print0
+from tokenizer.runtime.ranks import print0
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -18,12 +18,11 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from evaluations.evidence import flags
-from evaluations.evidence.arms import ARMS, PLANS, Arm
-from evaluations.evidence.store import Run
-from evaluations.evidence.sweep import sweep
-from tokenizer.runtime.command import command, make_parser
+from evaluations.evidence.arms import ARMS, PLANS
+from tokenizer.runtime.command import command, make_parser, refuse_early
 
 TUNABLE = ("lr", "code_lr_scale", "beta", "loss_floor", "follow_decay")
+PROG = "run.py"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -43,6 +42,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+if __name__ == "__main__":
+    refuse_early(PROG, lambda: flags.setting(parse_args()))
+
+from evaluations.evidence.arms import Arm
+from evaluations.evidence.bed import with_features
+from evaluations.evidence.store import Run
+from evaluations.evidence.sweep import sweep
+
+
 def variants(name: str, args: argparse.Namespace) -> list[Arm]:
     """The arm, with each combination of what the flags put in place of its own numbers."""
     arms = [ARMS[name]]
@@ -57,8 +65,8 @@ def variants(name: str, args: argparse.Namespace) -> list[Arm]:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     flags.end_cleanly_on_sigterm()
-    with command("run.py"):
-        setting = flags.setting(args)
+    with command(PROG):
+        setting = with_features(flags.setting(args), args.features)
         names = dict.fromkeys([*(PLANS[args.plan] if args.plan else ()), *args.arms])
         # Seeds outermost: an interrupted sweep has all arms on fewer seeds.
         arms = [(name, arm) for name in names for arm in variants(name, args)]

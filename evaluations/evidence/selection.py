@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 
 from evaluations.evidence import comparison, store
-from evaluations.evidence.bed import Setting
+from evaluations.evidence.setting import Setting
 from tokenizer.runtime.config import flag_name
 
 FIELDS = [field.name for field in dataclasses.fields(Setting)[1:] if field.name != "model"]

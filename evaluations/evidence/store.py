@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from evaluations.evidence.arms import Arm
-from evaluations.evidence.bed import Setting
+from evaluations.evidence.setting import Setting
 from tokenizer.runtime.parsing import from_json, read_text
 
 ROOT = Path(__file__).resolve().parents[2]

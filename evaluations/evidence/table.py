@@ -16,8 +16,8 @@ if not __package__:
 
 from evaluations.evidence import comparison, selection
 from tokenizer.runtime.command import command, make_parser, require_out_file
-from tokenizer.runtime.distributed import print0
 from tokenizer.runtime.files import atomic_write_text
+from tokenizer.runtime.ranks import print0
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

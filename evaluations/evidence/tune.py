@@ -18,11 +18,9 @@ if not __package__:
 
 from evaluations.evidence import flags, tuning
 from evaluations.evidence.arms import ARMS, PLANS
-from evaluations.evidence.comparison import label
-from evaluations.evidence.store import Run
-from evaluations.evidence.sweep import sweep
-from tokenizer.runtime.command import command, make_parser
-from tokenizer.runtime.distributed import print0
+from tokenizer.runtime.command import command, make_parser, refuse_early
+
+PROG = "tune.py"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -39,11 +37,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+if __name__ == "__main__":
+    refuse_early(PROG, lambda: flags.setting(parse_args()))
+
+from evaluations.evidence.bed import with_features
+from evaluations.evidence.comparison import label
+from evaluations.evidence.store import Run
+from evaluations.evidence.sweep import sweep
+from tokenizer.runtime.distributed import print0
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     flags.end_cleanly_on_sigterm()
-    with command("tune.py"):
-        setting = flags.setting(args)
+    with command(PROG):
+        setting = with_features(flags.setting(args), args.features)
         # Arm by arm: an interrupted search has some arms whole.
         for name in args.arms or PLANS[args.plan]:
             points = tuning.grid(ARMS[name])

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from evaluations.evidence.arms import KINDS, Arm
-from evaluations.evidence.bed import Setting
+from evaluations.evidence.setting import Setting
 from evaluations.evidence.store import Result, Run
 
 GRID: dict[str, tuple[float, ...]] = {  # equal for all arms, in the order of preference between equals

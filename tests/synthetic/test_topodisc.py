@@ -25,7 +25,6 @@ from synthetic.topodisc import (
     make_edges,
     make_mlp,
     make_points,
-    mean_interval,
     summarise,
     table,
     train,
@@ -33,6 +32,7 @@ from synthetic.topodisc import (
 )
 from tokenizer import provq
 from tokenizer.provq_codes import FollowingVectorQuantizer
+from tokenizer.runtime.over_seeds import mean_interval
 
 TINY = Setting(
     disk_points=40, outline_points=30, num_codes=8, width=16, epochs=30, warmup_epochs=8, transition_epochs=12)

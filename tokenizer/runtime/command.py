@@ -66,10 +66,12 @@ def command(prog: str, *, one_process: bool = False) -> Iterator[None]:
     it leaves the process group; after an error torchrun ends the other ranks. Folders that the command has owned are
     free afterwards. What it computes in float32 is exact: no TF32.
     """
-    from tokenizer.runtime import distributed, lock  # here because they import torch
-    from tokenizer.runtime.precision import set_tf32
+    computes = "torch" in sys.modules  # what computes has imported it by now, and what owns a folder has as well
+    if computes:
+        from tokenizer.runtime import distributed, lock
+        from tokenizer.runtime.precision import set_tf32
 
-    set_tf32(convolutions=False, matmul=False)
+        set_tf32(convolutions=False, matmul=False)
     try:
         if one_process:
             require_one_process()
@@ -77,8 +79,10 @@ def command(prog: str, *, one_process: bool = False) -> Iterator[None]:
     except USER_ERRORS as error:
         raise SystemExit(f"{prog}: error: {error}") from error
     finally:
-        lock.release()
-    distributed.finalize()
+        if computes:
+            lock.release()
+    if computes:
+        distributed.finalize()
 
 
 class _Parser(argparse.ArgumentParser):

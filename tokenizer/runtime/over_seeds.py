@@ -1,8 +1,11 @@
 """Numbers over seeds, for tables: mean, spread, and which row is clearly best."""
 
+import math
 import statistics
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy.typing as npt
 
 
 class Merged(NamedTuple):
@@ -19,6 +22,15 @@ def merge(values: Sequence[float | None]) -> Merged | None:
     if not present:
         return None
     return Merged(statistics.fmean(present), statistics.stdev(present) if len(present) > 1 else None, len(present))
+
+
+def mean_interval(values: npt.NDArray[Any]) -> dict[str, Any]:
+    """Mean, standard deviation (n - 1) and 95 % Student t interval of the mean of values (S >= 2,)."""
+    from scipy import stats  # here because it takes a second to import
+
+    mean, std = float(values.mean()), float(values.std(ddof=1))
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * std / math.sqrt(len(values))
+    return {"mean": mean, "std": std, "ci95": [mean - half, mean + half]}
 
 
 def clear_best(column: Sequence[Merged | None], higher_is_better: bool) -> int | None:

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from evaluations.evidence.arms import ARMS, CURRICULA, KINDS, PLANS, Arm, make_provq
+from evaluations.evidence.arm_quantizers import make_provq
+from evaluations.evidence.arms import ARMS, CURRICULA, KINDS, PLANS, Arm
 from tokenizer.provq import Curriculum, ProVQ, VectorQuantizer
 from tokenizer.provq_codes import FollowingVectorQuantizer
 

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from evaluations.evidence import bed
 from evaluations.evidence.arms import ARMS, Arm
-from evaluations.evidence.bed import PROBE, Autoencoder, Diverged, Images, Setting, Trainer, prepare
+from evaluations.evidence.bed import PROBE, Autoencoder, Diverged, Images, Trainer, prepare
+from evaluations.evidence.setting import Setting
 from evaluations.features import Extractor, Features
 from tokenizer.pixels import psnr
 from tokenizer.provq import Curriculum, ProVQ, VectorQuantizer

@@ -6,7 +6,7 @@ import pytest
 
 from evaluations.evidence import document, pace, pace_map, store
 from evaluations.evidence.arms import ARMS
-from evaluations.evidence.bed import Setting
+from evaluations.evidence.setting import Setting
 
 SETTING = Setting("images.zip", steps=800, transition_steps=50)
 
