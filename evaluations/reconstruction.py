@@ -183,7 +183,7 @@ def score(
     everywhere = sorted(pair for part in distributed.gather_objects(hashes) for pair in part.items())
     if len(everywhere) == 0:
         raise ValueError(f"{images.name}: no image can be read")
-    values = meter.result(model.quantize.codebook)
+    values = meter.result(model.quantize.codebook())
     if extractor is not None:
         sides = {name: SetFeatures.join(parts).features.pooled for name, parts in found.items()}
         gaussians = {name: distribution.gaussian_statistics(pooled) for name, pooled in sides.items()}

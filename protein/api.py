@@ -52,7 +52,6 @@ class StructureTokens(Pretrained):
         own = self.tokenizer.model.config.to_dict() if isinstance(self.tokenizer, VQTokenizer) else {}
         return {**own, "codes": self.tokenizer.num_codes, "tokenizer_hash": self.tokenizer.hash()}
 
-    @property
     def codebook(self) -> Tensor:
         """Effective codes (K, D)."""
         return self.tokenizer.codebook().detach()
@@ -74,7 +73,7 @@ class StructureTokens(Pretrained):
                 raise ValueError(f"{item} is a folder: give its files, or use protein/encode.py")
             found += [item] if isinstance(item, Chain) else read_structure(item, chains=chains)
         return [Tokens(*both, chain) for both, chain in zip(
-            embed_chains(self.tokenizer, found, self.codebook.device, embeddings), found, strict=True)]
+            embed_chains(self.tokenizer, found, self.codebook().device, embeddings), found, strict=True)]
 
     def decode(self, tokens: npt.NDArray[Any] | Sequence[npt.NDArray[Any]]) -> Any:
         """Tokens (L,), or several such -> float32 (L, 3, 3) of N, CA, C in Angstrom, or a list; NaN without a token.
@@ -86,5 +85,5 @@ class StructureTokens(Pretrained):
         for row in rows:
             if row.ndim != 1 or not row.size or row.dtype.kind not in "iu":
                 raise ValueError(f"tokens are integers (L,), got {row.dtype} {row.shape}")
-        decoded = decode_tokens(self.tokenizer, [row.astype(np.int64) for row in rows], self.codebook.device)
+        decoded = decode_tokens(self.tokenizer, [row.astype(np.int64) for row in rows], self.codebook().device)
         return decoded[0] if single else decoded

@@ -102,7 +102,7 @@ class VQTokenizer(StructureTokenizer):
         return self.model.decode(tokens, mask)
 
     def codebook(self) -> Tensor:
-        return self.model.quantize.codebook
+        return self.model.quantize.codebook()
 
     def hash(self) -> str:
         """A run and its export have the same."""
@@ -318,7 +318,7 @@ def _exported_state(model: StructureVQModel) -> dict[str, Tensor]:
     if not model.quantize.has_codebook:
         raise ValueError("this tokenizer is still in its continuous warm-up: it has no codebook to export")
     tensors = {key: value for key, value in model.state_dict().items() if not key.startswith("quantize.")}
-    tensors[_CODEBOOK] = model.quantize.codebook
+    tensors[_CODEBOOK] = model.quantize.codebook()
     return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
 
 

@@ -255,7 +255,7 @@ class Trainer(CurriculumTrainer):
             meter.codes.add(quantize.quantizer.latent(z[valid]), out.quantized[valid] if known else None,
                             out.indices[valid] if known else None)
         model.train(was_training)
-        return meter.result(quantize.codebook if quantize.has_codebook else None)
+        return meter.result(quantize.codebook() if quantize.has_codebook else None)
 
     def probe(self, model: StructureVQModel) -> Tensor:
         """Of 16 chains."""

@@ -9,7 +9,8 @@
 #   PYTHON=/path/to/python   use that interpreter as it is, install nothing
 #   otherwise                .venv in the repository root, made on the first call and brought up to date when
 #                            requirements.txt changes; `python3` makes it. pip reads its usual PIP_* variables.
-#   PROVQ_SETUP_DEV=1        also install requirements-dev.txt (what the tests need)
+#   PROVQ_SETUP_DEV=1        also install requirements-dev.txt (what the tests need), and requirements-dev-alone.txt
+#                            without dependencies
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -49,10 +50,19 @@ setup_env_up_to_date() {
     done
 }
 
+# Of the function below, whose log it goes on with.
+setup_env_pip() {
+    if ! "$PYTHON" -m pip install --disable-pip-version-check --progress-bar off "$@" >>"$log" 2>&1; then
+        tail -n 20 "$log" >&2
+        setup_env_fail "pip could not install ${files[*]} (its last lines are above, all of them in $log)." \
+            "Run again once that is fixed, or use a Python that already has them: PYTHON=/path/to/python bash $0"
+    fi
+}
+
 setup_env_make_venv() {
     local venv="$ROOT/.venv" log="$ROOT/.venv/install.log" files=(requirements.txt) file
     local pip_args=()
-    if [ "${PROVQ_SETUP_DEV:-0}" = 1 ]; then files+=(requirements-dev.txt); fi
+    if [ "${PROVQ_SETUP_DEV:-0}" = 1 ]; then files+=(requirements-dev.txt requirements-dev-alone.txt); fi
     PYTHON="$venv/bin/python"
     if setup_env_up_to_date "$venv" "${files[@]}"; then return; fi
 
@@ -70,15 +80,15 @@ setup_env_make_venv() {
     fi
 
     rm -f "$venv"/installed-requirements*.txt  # from here to the end of the install nothing is known about .venv
-    for file in "${files[@]}"; do pip_args+=(-r "$ROOT/$file"); done
+    for file in "${files[@]}"; do [[ $file = *-alone.txt ]] || pip_args+=(-r "$ROOT/$file"); done
+    rm -f "$log"
     echo "setup_env: installing ${files[*]} into $venv (several GB the first time; log: $log)"
     # One pip call, so that torch and torchvision are resolved together.
-    if ! "$PYTHON" -m pip install --disable-pip-version-check --progress-bar off "${pip_args[@]}" >"$log" 2>&1; then
-        tail -n 20 "$log" >&2
-        setup_env_fail "pip could not install ${files[*]} (its last lines are above, all of them in $log)." \
-            "Run again once that is fixed, or use a Python that already has them: PYTHON=/path/to/python bash $0"
-    fi
-    for file in "${files[@]}"; do cp "$ROOT/$file" "$venv/installed-$file"; done
+    setup_env_pip "${pip_args[@]}"
+    for file in "${files[@]}"; do
+        [[ $file != *-alone.txt ]] || setup_env_pip --no-deps -r "$ROOT/$file"
+        cp "$ROOT/$file" "$venv/installed-$file"
+    done
 }
 
 if [ -n "${PYTHON:-}" ]; then

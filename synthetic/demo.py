@@ -100,7 +100,7 @@ def train(name: str, seed: int) -> tuple[Scores, Panel]:
         y = decoder(out.quantized)
         scores = Scores(F.mse_loss(y, x).item(), out.indices.unique().numel())
         title = f"{name}: {scores.codes_used} of {CODES} codes, MSE {scores.mse:.3f}"
-        return scores, Panel(title, x[:3], y[:3], z, provq.codebook.detach().clone())
+        return scores, Panel(title, x[:3], y[:3], z, provq.codebook().detach().clone())
 
 
 def row(name: str, scores: list[Scores]) -> str:

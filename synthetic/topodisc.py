@@ -189,7 +189,7 @@ class _Seeds:
         images = self.encoder(self.edges.flatten(0, 1).expand(len(outs), -1, -1))
         return {
             "latents": comparable(latents),
-            "codes": torch.stack([quantizer.codebook.detach() for quantizer in self.quantizers]),
+            "codes": torch.stack([quantizer.codebook().detach() for quantizer in self.quantizers]),
             "edges": comparable(images).unflatten(1, self.edges.shape[:2]),
             "disk_mse": error[:, : self.disk_points].mean(1),
             "triangle_mse": error[:, self.disk_points :].mean(1),

@@ -64,10 +64,9 @@ class ImageTokenizer(Pretrained):
     def sizes(self) -> Mapping[str, Any]:
         return {**self.model.config.to_dict(), "tokenizer_hash": tokenizer_hash(self.model)}
 
-    @property
     def codebook(self) -> Tensor:
         """Effective codes (K, D)."""
-        return self.model.quantize.codebook.detach()
+        return self.model.quantize.codebook().detach()
 
     @property
     def num_codes(self) -> int:
@@ -103,7 +102,7 @@ class ImageTokenizer(Pretrained):
         if low < 0 or high >= self.num_codes:
             raise ValueError(f"codes span [{low}, {high}]; this tokenizer has 0 to {self.num_codes - 1}")
         single = codes.ndim == 2
-        codes = (codes[None] if single else codes).to(self.codebook.device, torch.int64)
+        codes = (codes[None] if single else codes).to(self.codebook().device, torch.int64)
         pictures = [_to_pil(pixels) for part in codes.split(BATCH) for pixels in to_uint8(self.model.decode_code(part))]
         return pictures[0] if single else pictures
 
@@ -130,7 +129,7 @@ class ImageTokenizer(Pretrained):
             if side < 1 or side % self.model.downsample:
                 raise ValueError(f"size {side} must be a multiple of {self.model.downsample}, the tokenizer's factor")
             x = torch.stack([image_to_tensor(center_crop_arr(_picture(p, channels), side)) for p in pictures])
-        return x.to(self.codebook.device), single
+        return x.to(self.codebook().device), single
 
 
 def _picture(picture: Any, channels: int) -> Image.Image:

@@ -142,7 +142,7 @@ class CurriculumTrainer(ABC):
             except ValueError as error:  # of latents, such as those of a collapsed encoder: flags were looked at before
                 raise CannotContinue(f"step {step}: {error}; lower --lr (it is {cfg.lr}), or mend the data, in another "
                                      "--results-dir") from error
-            self.drift.start(self._probed(), quantize.codebook)
+            self.drift.start(self._probed(), quantize.codebook())
             if self.ema:
                 self.ema.copy_(self.raw, "quantize.")  # an average with codes from before k-means would mean nothing
             distributed.print0(f"codebook {what} at step {step}: {info or 'kept as it was'}")
@@ -213,7 +213,7 @@ class CurriculumTrainer(ABC):
         if not quantize.has_codebook:
             return usage
         with self.run.untimed():
-            pace = self.drift.row(self._probed(), quantize.codebook)
+            pace = self.drift.row(self._probed(), quantize.codebook())
         # The last row may be of fewer steps, and then of fewer codes.
         moves, used = cfg.quantizer not in GRIDS and step % cfg.log_every == 0, usage["usage"]
         why = self.drift.behind(pace, used) if moves and used is not None else None
@@ -232,7 +232,7 @@ class CurriculumTrainer(ABC):
         """Collective. One row of validation.jsonl; reports to the adaptive warm-up, keeps the best discrete model."""
         run, model = self.run, self.evaluated()
         result = self.evaluate(model)
-        result |= self.drift.update(code=self.quantize.codebook, latent=self._in_eval_mode(model, self.probe))
+        result |= self.drift.update(code=self.quantize.codebook(), latent=self._in_eval_mode(model, self.probe))
         run.record(result, shown=self.shown, stage=self.quantize.stage)
         if self.quantize.adaptive and self.quantize.stage == 1 and self.quantize.observe(result[self.warmup_metric]):
             patience = self.cfg.adaptive_warmup_patience

@@ -63,10 +63,10 @@ def require_same(what: str, mine: Tensor, theirs: Tensor) -> None:
 def require_table_shape(quantize: ProVQ) -> None:
     """ValueError: the quantizer's codes are no (K, D) of latents."""
     expected = (quantize.num_codes, quantize.dim)
-    if tuple(quantize.codebook.shape) != expected:
+    if (shape := tuple(quantize.codebook().shape)) != expected:
         raise ValueError(f"not exported: the codes of {type(quantize.quantizer).__name__} are "
-                         f"{tuple(quantize.codebook.shape)}, no table (K, D) of {expected}; keep the checkpoint, which "
-                         "every command here reads")
+                         f"{shape}, no table (K, D) of {expected}; keep the checkpoint, which every command here "
+                         "reads")
 
 
 def require_same_codes(mine: ProVQ, theirs: ProVQ, latents: Tensor) -> None:
@@ -104,7 +104,7 @@ def differing(mine: Any, theirs: Any, tokens: Tensor) -> int:
 def is_table(quantize: ProVQ, l2_norm: bool) -> bool:
     """Whether a plain table of its effective codes encodes as this quantizer does. It must have a codebook."""
     with evaluating(quantize):
-        codes = quantize.codebook
+        codes = quantize.codebook()
         if tuple(codes.shape) != (quantize.num_codes, quantize.dim):
             return False
         table = VectorQuantizer(quantize.num_codes, quantize.dim, l2_norm=l2_norm).to(codes).eval()

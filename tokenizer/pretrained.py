@@ -53,7 +53,7 @@ _USAGE_SIZE = 65536
 def to_llamagen_state_dict(model: VQModel) -> dict[str, Tensor]:
     """LlamaGen's state dict of a tokenizer: its keys and their shapes, on the CPU, not sharing memory with the model.
 
-    The codebook is the effective one, `model.quantize.codebook`: SimVQ, EMA, following codes come out as plain tables
+    The codebook is the effective one, `model.quantize.codebook()`: SimVQ, EMA, following codes come out as plain tables
     (unit rows if codebook_l2_norm; pass the same flag on the other side). LlamaGen itself knows VQ-8 and VQ-16; a VQ-4
     dict has the same layout. ValueError: the codebook is not initialised yet (still in warm-up), or a model of these
     weights would not encode and decode as this one does.
@@ -82,7 +82,7 @@ def _table_state(model: VQModel) -> dict[str, Tensor]:
     if not model.quantize.has_codebook:
         raise ValueError("this tokenizer is still in its continuous warm-up: it has no codebook to export")
     tensors = {key: value for key, value in model.state_dict().items() if not key.startswith("quantize.")}
-    tensors |= {_USAGE: torch.zeros(_USAGE_SIZE), _CODEBOOK: model.quantize.codebook}
+    tensors |= {_USAGE: torch.zeros(_USAGE_SIZE), _CODEBOOK: model.quantize.codebook()}
     return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
 
 

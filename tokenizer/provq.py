@@ -359,11 +359,12 @@ class ProVQ(nn.Module):
         self._initialised = True
         return info
 
-    def recluster(self, latents: Tensor, **options: Any) -> dict[str, float]:
+    def recluster(self, latents: Tensor, *, optimizers: Sequence[optim.Optimizer] = (), **options: Any,
+                  ) -> dict[str, float]:
         """`init_codebook` again, at any later step: ours, not in the paper. RuntimeError: there are no codes yet."""
         if not self.has_codebook:
             raise RuntimeError("recluster() before init_codebook(): there are no codes yet")
-        return self._place(latents, **options)
+        return self._place(latents, optimizers, **options)
 
     @torch.no_grad()
     def _place(self, latents: Tensor | None, optimizers: Any = (), **options: Any) -> dict[str, float]:
@@ -410,7 +411,7 @@ class ProVQ(nn.Module):
         if not self.has_codebook:
             raise RuntimeError("encode() before init_codebook(): the warm-up has not ended, there are no codes yet")
         tokens, shape, places = self._flatten(z, mask)
-        return _unmasked(nearest_code(self.quantizer.latent(tokens), self.codebook), shape, places, -1)
+        return _unmasked(nearest_code(self.quantizer.latent(tokens), self.codebook()), shape, places, -1)
 
     def decode(self, indices: Tensor) -> Tensor:
         """Codes of int64 indices (B, ...) in z's layout; 0 where negative (masked). RuntimeError: no codebook yet."""
@@ -430,7 +431,6 @@ class ProVQ(nn.Module):
         counts = _all_reduce(self.pop_counts().to(self.step.device))
         return {**code_statistics(counts), "counts": counts}
 
-    @property
     def codebook(self) -> Tensor:
         """Effective codes (K, D), differentiable."""
         return self.quantizer.codebook()

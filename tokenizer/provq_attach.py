@@ -646,17 +646,16 @@ class Attached(provq.ProVQ):
         if mask is not None:
             smooth = torch.where(mask[..., None], smooth, 0.0)  # like the host
         smooth = smooth.movedim(-1, dim)
+        wanted = self.training and adapter.settable and not self._initialised if continuous else self._reclusters
+        if wanted and not provq._recomputing():
+            self.collect((tokens if mask is None else tokens[mask]).detach().reshape(-1, self.dim))
         if continuous:
             if self.training:
-                if adapter.settable and not self._initialised and not provq._recomputing():
-                    self._collect_valid(tokens, mask)
                 for parameter in module.parameters():  # then DistributedDataParallel sees the codebook used
                     if parameter.requires_grad:
                         smooth = smooth + 0.0 * parameter.float().sum()
             return adapter.silent(z, smooth, given)
 
-        if self._reclusters and not provq._recomputing():
-            self._collect_valid(tokens, mask)
         out = type(module).forward(module, z, *args, **kwargs)
         self._count_host(out)
         quantized = _get(out, adapter.quantized_at)
@@ -687,10 +686,10 @@ class Attached(provq.ProVQ):
     ) -> dict[str, float] | None:
         """Once, when the warm-up has ended: `init_codebook` from what `collect` kept. Else None. Collective then.
 
-        Call it in every step after set_step. optimizers, iters, start, seed: see `init_codebook`. copies: moving
-        averages of the quantizer (same state-dict keys), which take the new codes over at once; without it, a deep copy
-        that is alive gets a warning, unless copies is None. RuntimeError: `collect` was never called. With
-        attach(..., recluster=True) also once when the transition has ended.
+        Call it in every step after set_step; `needs_init` and `init_codebook`, the lower level, are for latents of your
+        own. optimizers, iters, start, seed: see there. copies: moving averages of the quantizer (same state-dict keys),
+        which take the new codes over at once; without it, a deep copy that is alive gets a warning, unless copies is
+        None. RuntimeError: `collect` was never called. With attach(..., recluster=True) also when the transition ends.
         """
         again = self._reclusters and self.stage == 3 and self.has_codebook and len(self.reservoir) > 0
         if not (self.needs_init or again):
@@ -703,10 +702,14 @@ class Attached(provq.ProVQ):
                           "none)", stacklevel=2)
         if not self.quantizer.settable:
             return self.init_codebook(None, optimizers=optimizers)
-        kept = self.reservoir[: int(self.reservoir_state[0])]
-        if not provq._all_reduce(self.reservoir_state[:1].clone()):  # of all ranks: none may raise while others wait
+        kept, most = self.reservoir[: int(self.reservoir_state[0])], max(t.num_codes for t in self.quantizer.parts())
+        count = int(provq._all_reduce(self.reservoir_state[:1].clone()))  # of all ranks: none may raise while others wait
+        if not count:
             raise RuntimeError("the warm-up has ended, and no latents were collected in it. Were weights loaded without"
                                " the curriculum's state? Then call init_codebook(None): codes stay as they are")
+        if most <= count < 2 * most:
+            warnings.warn(f"k-means of {count} latents for {most} codes makes codes of single latents: let the warm-up "
+                          "see more, or give your own to init_codebook(latents)", stacklevel=2)
         place = self.recluster if again else self.init_codebook
         info = place(kept, optimizers=optimizers, iters=iters, start=start, seed=seed)
         state = self.quantizer.module.state_dict()
@@ -717,6 +720,8 @@ class Attached(provq.ProVQ):
     def _place(self, latents: Tensor | None, optimizers: Any = (), **options: Any) -> dict[str, float]:
         info = super()._place(latents, optimizers, **options)
         self._empty_reservoir()
+        if self._reclusters and self.stage == 2:
+            self._size_reservoir()
         return info
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attached:
@@ -725,27 +730,19 @@ class Attached(provq.ProVQ):
         _DEEP_COPIES.setdefault(self, weakref.WeakSet()).add(twin)
         return twin
 
-    def init_codebook(self, latents: Tensor | None, **options: Any) -> dict[str, float]:
-        info = super().init_codebook(latents, **options)
-        self._make_room()
-        return info
-
     def _fit(self, latents: Tensor, **options: Any) -> dict[str, float]:
         # Running means of a foreign quantizer count tokens of one rank's batches, not those of the whole sample; alike
         # on all ranks, or their codebooks would drift apart.
         batch = provq._all_reduce(self.reservoir_state[1].double()) / provq._world()
         return self.quantizer.fit_codebook_(latents, batch=batch, **options)
 
-    def _collect_valid(self, tokens: Tensor, mask: Tensor | None) -> None:
-        self.collect((tokens if mask is None else tokens[mask]).detach().reshape(-1, self.dim))
-
     @torch.no_grad()
     def collect(self, latents: Tensor) -> None:
         """Keep a sample of latents (N, D), this rank's valid tokens, for `maybe_init_codebook`. Done by the warm-up.
 
-        Bounded: RESERVOIR_TOKENS_PER_CODE x K tokens over all ranks, the latest, and of no call more than a 16th of
-        that: the encoder moves, so old latents are dropped, and one batch alone would be too uniform. After a single
-        call each token is a code. Draws no random numbers and does not synchronise. ValueError: latents are not (N, D).
+        Bounded: RESERVOIR_TOKENS_PER_CODE x K tokens over all ranks. The first calls fill it; each that follows puts its
+        own in place of the oldest 16th: the encoder moves, and one batch alone would be too uniform. Draws no random
+        numbers and does not synchronise. ValueError: latents are not (N, D).
         """
         self._checked(latents)
         if not len(latents):
@@ -754,15 +751,16 @@ class Attached(provq.ProVQ):
             self._size_reservoir()
         size, n = len(self.reservoir), len(latents)
         take = min(n, -(-size // RESERVOIR_CALLS))  # rounded up: one call of all ranks may have to do
-        # One row of each of `take` equal parts of the batch. Where in its part is a hash (Knuth's) of a running number,
-        # in whole numbers: a fixed stride would see the same places of every image.
-        i = torch.arange(take, device=latents.device)
-        taken = self.reservoir_state[0]
-        within = (taken + i) * 2654435769 % 2**32
-        rows = (i * n + (within * n >> 32)) // take
-        self.reservoir[(taken + i) % size] = latents[rows].float()
-        self.reservoir_state[0] += take
-        self.reservoir_state[1] = n
+        # One row of each of equal parts of the batch, of which each `take` in turn are spread over all of it. Where in
+        # its part is a hash (Knuth's) of a running number: a fixed stride would see the same places of every image.
+        rounds, taken = min(n, size) // take, self.reservoir_state[0]
+        i = torch.arange(rounds * take, device=latents.device)
+        part, place = i % take * rounds + (i + taken) // take % rounds, (taken + i) % size
+        start, end = part * n // len(i), (part + 1) * n // len(i)
+        rows = start + ((taken + i) * 2654435769 % 2**32 * (end - start) >> 32)
+        keep = (i < take) | (taken + i < size)  # known to the device alone
+        self.reservoir[place] = torch.where(keep[:, None], latents[rows].float(), self.reservoir[place])
+        self.reservoir_state.copy_(torch.stack([taken + keep.sum(), torch.full_like(taken, n)]))
 
     def _empty_reservoir(self) -> None:
         # Plain tensors, not buffers: DistributedDataParallel would overwrite other ranks' latents with rank 0's.

@@ -175,7 +175,7 @@ def reconstruct(model: VQModel, args: argparse.Namespace, device: torch.device) 
     for left in pictures.glob("*.png"):  # of an earlier run, when other images could be read
         if re.match(r"\d{6,}_", left.name) and left.name not in written:
             left.unlink()
-    metrics = meter.result(model.quantize.codebook) | {"image_size": size, "unreadable_images": len(bad.names)}
+    metrics = meter.result(model.quantize.codebook()) | {"image_size": size, "unreadable_images": len(bad.names)}
     smallest = np.min_scalar_type(model.quantize.num_codes - 1)
     atomic_write(args.out / "codes.npy", lambda file: np.save(file, np.concatenate(codes).astype(smallest)))
     write_names(args.out / "names.txt", names)

@@ -38,8 +38,8 @@ def save_snapshot(
     codes, rows, indices = points[:0], nothing, nothing
     if counts is not None:
         rows = torch.tensor(spread(quantize.num_codes, MAX_CODES))
-        codes = quantize.codebook.float()[rows.to(points.device)]
-        indices = nearest_code(points, quantize.codebook)
+        codes = quantize.codebook().float()[rows.to(points.device)]
+        indices = nearest_code(points, quantize.codebook())
     arrays = {"latents": points, "codes": codes, "code_rows": rows, "indices": indices,
               "counts": nothing if counts is None else counts}
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -79,7 +79,7 @@ def validate(
         codes = None if out.indices is None else channels_last(out.quantized)
         meter.add(x, model.decode_latents(out.quantized), latents, codes, out.indices)
     model.train(was_training)
-    return meter.result(model.quantize.codebook if model.quantize.has_codebook else None)
+    return meter.result(model.quantize.codebook() if model.quantize.has_codebook else None)
 
 
 class Reconstruction(NamedTuple):

@@ -290,7 +290,7 @@ class Trainer:
         return {"psnr": torch.cat(quality).mean().item(), "latents": torch.cat(latents), "counts": counts}
 
     def _codes(self) -> Tensor:
-        return self.provq.codebook.detach().clone()
+        return self.provq.codebook().detach().clone()
 
     def _refer(self) -> None:
         """From now on, traces say how far latents and codes moved since now."""

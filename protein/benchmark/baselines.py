@@ -220,7 +220,7 @@ class Untrained(ChainTokenizer):
         return encode_chains(self._fitted(), chains, self._device)
 
     def codebook(self) -> Tensor:
-        return self._fitted().quantize.codebook.detach().float().cpu()
+        return self._fitted().quantize.codebook().detach().float().cpu()
 
     def identity(self) -> str:
         return f"untrained {self._seed} {json.dumps(self._config.to_dict())}"

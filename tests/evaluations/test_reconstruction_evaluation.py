@@ -76,7 +76,7 @@ def compute(base, size, size_eval):
     ca, cb = np.cov(a.T), np.cov(b.T)
     counts = torch.cat(codes).bincount(minlength=64).double()
     p = counts[counts > 0] / counts.sum()
-    codebook = model.quantize.codebook.detach().double()
+    codebook = model.quantize.codebook().detach().double()
     return {
         "rfid": ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(ca + cb - 2 * sqrtm(ca @ cb).real),
         "psnr": np.mean(psnr), "ssim": np.mean(ssim), "perplexity": float((-(p * p.log()).sum()).exp()),

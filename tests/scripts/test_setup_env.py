@@ -19,6 +19,7 @@ def root(tmp_path):
     shutil.copy(SETUP, root / "scripts")
     (root / "requirements.txt").write_text("# nothing\n")
     (root / "requirements-dev.txt").write_text("-r requirements.txt\n")
+    (root / "requirements-dev-alone.txt").write_text("# nothing\n")
     (root / "scripts" / "caller.sh").write_text(
         'set -euo pipefail\nsource "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"\necho "python=$PYTHON root=$ROOT $*"\n'
     )
@@ -68,7 +69,8 @@ def test_venv_is_made_once_and_follows_the_requirements(root):
     # The tests' requirements are a second stamp; one run for both leaves the plain call up to date.
     dev = call(root, PROVQ_SETUP_DEV="1")
     assert dev.returncode == 0, dev.stderr
-    assert (root / ".venv" / "installed-requirements-dev.txt").exists()
+    assert {path.name for path in (root / ".venv").glob("installed-*")} == {
+        "installed-requirements.txt", "installed-requirements-dev.txt", "installed-requirements-dev-alone.txt"}
     log.unlink()
     assert call(root).returncode == 0
     assert not log.exists()

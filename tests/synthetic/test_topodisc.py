@@ -211,7 +211,7 @@ def train_one_plainly(method, setting, seed):
         loss.backward()
         optimizer.step()
     quantizer.set_step(setting.epochs)
-    return encoder(points).detach(), quantizer.codebook.detach()
+    return encoder(points).detach(), quantizer.codebook().detach()
 
 
 METHODS = ["vanilla", "soft", "warmup", "provq", "ema+provq", "simvq+soft"]

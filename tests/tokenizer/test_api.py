@@ -138,8 +138,8 @@ def test_one_picture_in_every_form_gives_the_same_codes(tokenizer, base):
     for batch in (array[None], tensor[None], [picture], (tensor / 255)[None]):
         assert torch.equal(tokenizer.encode(batch), codes[None])
     assert tokenizer.latents(picture).shape == (4, 4, 4)
-    assert tokenizer.codebook.shape == (CODES, 4)
-    assert not tokenizer.codebook.requires_grad
+    assert tokenizer.codebook().shape == (CODES, 4)
+    assert not tokenizer.codebook().requires_grad
 
 
 def test_files_are_cropped_as_in_training(base):
@@ -300,7 +300,7 @@ def test_structures_to_tokens_and_back(base, tmp_path):
     (found,) = tokenizer.encode(tmp_path / "1abc.cif")
     expected = encode_chains(tokenizer.tokenizer, read_structure(tmp_path / "1abc.cif"), torch.device("cpu"))
     np.testing.assert_array_equal(found.tokens, expected[0])
-    np.testing.assert_array_equal(found.embeddings, tokenizer.codebook.numpy()[found.tokens])
+    np.testing.assert_array_equal(found.embeddings, tokenizer.codebook().numpy()[found.tokens])
     assert found.chain.name == "1abc"
     latents = tokenizer.encode(str(tmp_path / "1abc.cif"), embeddings="continuous")[0].embeddings
     assert latents.shape == found.embeddings.shape

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -217,6 +218,36 @@ def test_the_reservoir_is_bounded_and_holds_the_latest_latents():
         assert (rows[calls == call] // (64 // take)).unique().tolist() == list(range(take)), "spread over the batch"
 
 
+@pytest.mark.parametrize("n", [3, 8, 19, 64, 1000])
+def test_the_first_calls_fill_the_reservoir_with_latents_of_all_their_places(n):
+    handle = attach(VectorQuantizer2(8, 1, 0.25), Curriculum(200, 1))
+    size, calls = RESERVOIR_TOKENS_PER_CODE * 8, 0
+    while (before := int(handle.reservoir_state[0])) < size:
+        handle.collect(torch.arange(float(n))[:, None])
+        rows = handle.reservoir[before : int(handle.reservoir_state[0]), 0]
+        taken = min(n, size, size - before) // min(n, 8) * min(n, 8) or min(n, 8)
+        assert int(handle.reservoir_state[0]) - before == min(taken, max(size - before, min(n, 8)))
+        if before + n <= size:
+            assert len(rows.unique()) == len(rows), "no latent twice"
+        if len(rows) >= 8:
+            assert rows.min() < n / 4 < 3 * n / 4 < rows.max()
+        calls += 1
+    assert calls <= -(-size // (min(n, size) // 2))
+
+
+def test_codes_of_hardly_more_latents_than_codes_are_warned_of():
+    for n, warned in ((4, True), (16, False)):
+        module = VectorQuantizer2(8, 4, 0.25).train()
+        handle = attach(module, Curriculum(2, 2))
+        for step in range(3):
+            handle.set_step(step)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                handle.maybe_init_codebook()
+            module(_normal(1, 4, 1, n, seed=step))
+        assert ["k-means of 8 latents for 8 codes" in str(each.message) for each in caught] == [True] * warned
+
+
 def test_collecting_draws_no_random_numbers_and_takes_short_batches_whole():
     handle = attach(VectorQuantizer2(8, 2, 0.25), Curriculum(3, 1))
     state = torch.get_rng_state()
@@ -239,7 +270,7 @@ def test_the_forwards_of_the_warm_up_collect_and_maybe_init_sets_the_codes_once(
         assert (info is None) == (step != 2)
         module(_normal(1, 4, 4, 5, seed=step))
         if info:
-            assert info["tokens"] == 2 * 8, "two calls of a sixteenth of the bound each"
+            assert info["tokens"] == 2 * 16, "two calls of as many whole sixteenths of the bound as each has"
     assert handle.reservoir.numel() == 0, "given back"
     assert set(handle.state_dict()) == STATE | RESERVOIR
     assert handle.state_dict()["reservoir"].tolist() == [[0.0] * 4]
@@ -257,7 +288,7 @@ def test_collected_latents_are_in_the_checkpoint_until_the_codebook_is_set():
     for each in (handle, twin):
         each.collect(_normal(20, 4, seed=1))
         each.set_step(2)
-        assert each.maybe_init_codebook()["tokens"] == 16
+        assert each.maybe_init_codebook()["tokens"] == 32
     assert torch.equal(model.embedding.weight, other.embedding.weight)
     twin = attach(other := VectorQuantizer2(8, 4, 0.25), Curriculum(2, 2))
     twin.collect(_normal(20, 4))

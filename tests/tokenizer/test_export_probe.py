@@ -144,7 +144,7 @@ def test_structures(tmp_path):
     model = build()
     save_structures(model, tmp_path / "good")
     table = VQTokenizer(model).hash()
-    codes = model.quantize.codebook.detach()
+    codes = model.quantize.codebook().detach()
     model.quantize.quantizer = TanhGrid(STRUCTURES.codebook_size, STRUCTURES.codebook_embed_dim)
     model.quantize.quantizer.embedding.weight.data = codes
     with pytest.raises(ValueError, match="not exported: TanhGrid is no table"):

@@ -27,9 +27,10 @@ def test_codes_of_forward_encode_and_lookup_are_the_same(name, size, channels):
     out = quantize(x)
     assert torch.equal(out.indices, quantize.encode(x))
     torch.testing.assert_close(out.quantized, quantize.decode(out.indices))
-    assert quantize.codebook.shape == (size, channels)
-    assert len(quantize.codebook.unique(dim=0)) == size
-    assert torch.equal(quantize.encode(quantize.codebook) if name == "lfq" else torch.arange(size), torch.arange(size))
+    codes = quantize.codebook()
+    assert codes.shape == (size, channels)
+    assert len(codes.unique(dim=0)) == size
+    assert torch.equal(quantize.encode(codes) if name == "lfq" else torch.arange(size), torch.arange(size))
     assert is_table(quantize, l2_norm=False) is (name == "lfq")
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from workers import provq_codecs
 from workers.provq_codecs import PACKAGES, STAND_INS, original
-from workers.provq_hosts import Case
+from workers.provq_hosts import STAND_INS as REPOSITORIES
+from workers.provq_hosts import Case, frozen
 
 from scripts import hosts_table
 from tokenizer import provq_attach, provq_hosts
@@ -307,6 +308,7 @@ ORIGINALS = {
     "titok-clustering": ("1d-tokenizer", "modeling/quantizer/quantizer", "VectorQuantizer", {
         "codebook_size": 8, "token_size": 4, "use_l2_norm": True, "clustering_vq": True}),
     "ibq": ("SEED-Voken", "src/IBQ/modules/vqvae/quantize", "IndexPropagationQuantize", {"n_e": 8, "e_dim": 4}),
+    "esm": ("esm", "layers/codebook", "EMACodebook", {"n_codes": 8, "embedding_dim": 4}),
     "audiocraft": ("audiocraft", "audiocraft/quantization/core_vq", "ResidualVectorQuantization", {
         "num_quantizers": 3, "dim": 4, "codebook_size": 8, "decay": 0.99, "kmeans_init": True}),
 }
@@ -319,7 +321,10 @@ def test_a_stand_in_is_its_original_and_the_original_trains(name):
     if make is None:
         pytest.skip(f"no package {package}, nor one in PROVQ_HOSTS")
     twin = {"audiocraft": "encodec-residual"}.get(name, name)
-    real, stand_in, case = make(**options), STAND_INS[twin].make(), CASES[twin]
+    case = {**CASES, **REPOSITORIES}[twin]
+    stand_in, (real, fresh, unmodified) = case.make(), [make(**options) for _ in range(3)]
+    if name == "esm":
+        frozen(real), frozen(fresh)
     assert list(real.state_dict()) == list(stand_in.state_dict())
     for module in (real, stand_in):
         attach(module, Curriculum(0, 0))
@@ -330,14 +335,13 @@ def test_a_stand_in_is_its_original_and_the_original_trains(name):
         for a, b in zip(*map(pytree.tree_leaves, outs), strict=True):
             torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
     detach(real)
-    fresh = make(**options)
     handle = attach(fresh, Curriculum(2, 2))
     for step in range(6):
         handle.set_step(step)
         handle.maybe_init_codebook()
         _call(fresh.train(), case.z(step), step)
     assert handle.usage()["usage"] > 0.5
-    make(**options).load_state_dict(host_state_dict(fresh.state_dict()))
+    unmodified.load_state_dict(host_state_dict(fresh.state_dict()))
 
 
 def test_every_new_adapter_has_a_case():

@@ -52,7 +52,7 @@ def test_a_run_begins_with_the_weights_at_step_0(source, tmp_path, begun, capsys
     expected = load_tokenizer(source / name, codebook_l2_norm=False)
     for state in (trainer.raw.state_dict(), trainer.ema.state_dict()):
         assert same(expected.state_dict(), state)
-        assert torch.equal(state[CODES], expected.quantize.codebook)
+        assert torch.equal(state[CODES], expected.quantize.codebook())
         assert int(state["quantize.step"]) == 0
     assert not trainer.optimizer.state
     said = capsys.readouterr().out

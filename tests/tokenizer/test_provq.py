@@ -121,7 +121,7 @@ def test_a_zero_curriculum_is_the_bare_quantizer_bit_for_bit(recipe):
         assert {k: v.item() for k, v in out.losses.items()} == {k: v.item() for k, v in expected.losses.items()}
         assert torch.equal(z.grad, z_bare.grad)
         assert z.grad.abs().sum() > 0
-        assert torch.equal(wrapped.codebook, bare.codebook())
+        assert torch.equal(wrapped.codebook(), bare.codebook())
         for p, q in zip(wrapped.quantizer.parameters(), bare.parameters(), strict=True):
             assert torch.equal(p.grad, q.grad)
             with torch.no_grad():
@@ -330,7 +330,7 @@ def test_initialisation_forgets_what_adam_gathered_in_the_warm_up(recipe):
     train(50)
     # Adam's first step is lr x sign(gradient); with 50 stale zero gradients it would be 0.46 of that.
     assert optimizer.state[parameter]["step"] == 1
-    codebook = model.codebook.detach().clone()
+    codebook = model.codebook().detach().clone()
     assert codebook.isfinite().all()
 
 
@@ -343,7 +343,7 @@ def test_initialisation_takes_the_centroids_of_the_latents(recipe):
     latents = 3 * _normal(500, 4)
     info = model.init_codebook(latents, iters=5, seed=3)
     expected = provq.kmeans(model.quantizer.latent(latents), 16, iters=5, seed=3, spherical="l2" in recipe)
-    torch.testing.assert_close(model.codebook, expected.centroids, rtol=0, atol=1e-6)
+    torch.testing.assert_close(model.codebook(), expected.centroids, rtol=0, atol=1e-6)
     assert info == {"inertia": expected.inertia, "iterations": 5, "tokens": 500, "empty": 0}
     assert not model.needs_init
     assert model.has_codebook
@@ -354,10 +354,10 @@ def test_initialisation_takes_the_centroids_of_the_latents(recipe):
 @every_recipe
 def test_initialisation_with_none_keeps_the_codes(recipe):
     model = ProVQ(quantizer(recipe), Curriculum(1, 0))
-    before = model.codebook.detach().clone()
+    before = model.codebook().detach().clone()
     model.set_step(1)
     assert model.init_codebook(None) == {}
-    assert torch.equal(model.codebook, before)
+    assert torch.equal(model.codebook(), before)
     assert not model.needs_init
 
 
@@ -375,7 +375,7 @@ def test_eval_is_discrete_exactly_when_there_is_a_codebook():
     for step in (0, 3, 9):
         model.set_step(step)
         out = model(z)
-        assert torch.equal(out.quantized, model.codebook[out.indices])
+        assert torch.equal(out.quantized, model.codebook()[out.indices])
     assert model.usage()["counts"].sum() == 0, "evaluation does not count"
     baseline = ProVQ(quantizer("vq"), Curriculum(0, 4)).eval()
     assert baseline(z).indices is not None
@@ -465,7 +465,7 @@ def test_masked_tokens_change_nothing(recipe, step, channel_dim, training):
             decoded = model.decode(out.indices)
             assert decoded.shape == z.shape
             assert not decoded.movedim(channel_dim, -1)[~mask].any()
-            assert torch.equal(decoded.movedim(channel_dim, -1)[mask], model.codebook[out.indices[mask]])
+            assert torch.equal(decoded.movedim(channel_dim, -1)[mask], model.codebook()[out.indices[mask]])
             expected = mask.sum().item() if training else 0
             assert model.pop_counts().sum().item() == expected
     first = results[0]
@@ -483,7 +483,7 @@ def test_masked_tokens_change_nothing(recipe, step, channel_dim, training):
 @every_recipe
 def test_a_batch_without_valid_tokens(recipe):
     model = _at(4, recipe)
-    before = model.codebook.detach().clone()
+    before = model.codebook().detach().clone()
     z = _normal(2, 4, 3).requires_grad_()
     out = model(z, torch.zeros(2, 3, dtype=torch.bool))
     (out.quantized.sum() + out.loss).backward()
@@ -492,7 +492,7 @@ def test_a_batch_without_valid_tokens(recipe):
     assert torch.equal(out.indices, torch.full((2, 3), -1))
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
     model.set_step(5)
-    torch.testing.assert_close(model.codebook, before, rtol=0, atol=1e-6)
+    torch.testing.assert_close(model.codebook(), before, rtol=0, atol=1e-6)
 
 
 # --------------------------------------------------------------------------------------------- adaptive warm-up

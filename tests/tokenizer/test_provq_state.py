@@ -71,12 +71,12 @@ def test_accumulated_micro_batches_give_the_update_of_one_batch(l2_norm):
             model.set_step(step)
             for part in parts:
                 model.set_step(step)  # saying the step again is harmless
-                before = model.codebook.clone()
+                before = model.codebook().clone()
                 model(part)
-                assert torch.equal(model.codebook, before), "codes move between optimizer steps only"
+                assert torch.equal(model.codebook(), before), "codes move between optimizer steps only"
             model.set_step(step + 1)
-            assert not torch.equal(model.codebook, before)
-    torch.testing.assert_close(models[0].codebook, models[1].codebook, rtol=1e-6, atol=1e-6)
+            assert not torch.equal(model.codebook(), before)
+    torch.testing.assert_close(models[0].codebook(), models[1].codebook(), rtol=1e-6, atol=1e-6)
     assert torch.equal(models[0].pop_counts(), models[1].pop_counts())
 
 
@@ -108,7 +108,7 @@ def test_activation_checkpointing_counts_each_token_once(recipe, use_reentrant):
     assert all(torch.equal(a, b) for a, b in zip(plain.gradients, recomputed.gradients, strict=True))
     assert plain._counts.sum() == 60
     assert torch.equal(recomputed.pop_counts(), plain.pop_counts())
-    assert torch.equal(recomputed.codebook, plain.codebook)
+    assert torch.equal(recomputed.codebook(), plain.codebook())
 
 
 def test_dead_codes_restart_at_latents_of_the_last_batch():
@@ -255,7 +255,7 @@ def test_a_checkpoint_of_version_0_2_with_collected_latents_loads_strictly():
     assert len(whole) == len(wrapper.state_dict()) + 2
     wrapper.load_state_dict(whole)
     assert model.step == 1
-    assert torch.equal(model.codebook, old.codebook)
+    assert torch.equal(model.codebook(), old.codebook())
     assert set(model.state_dict()) == set(old.state_dict())
     with pytest.raises(RuntimeError, match="another_key"):
         model.load_state_dict(dict(state, another_key=torch.zeros(1)))
@@ -267,7 +267,7 @@ def test_loading_drops_sums_that_were_gathered_before():
     model(50 + _normal(40, 4))  # the user changes his mind and goes back to the checkpoint
     model.load_state_dict(saved)
     model.set_step(1)
-    torch.testing.assert_close(model.codebook, saved["quantizer.codes"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(model.codebook(), saved["quantizer.codes"], rtol=0, atol=1e-5)
 
 
 def test_a_warm_up_checkpoint_has_no_codebook_whatever_the_curriculum_that_loads_it():
@@ -290,11 +290,11 @@ def test_a_deep_copy_is_independent_and_equal(recipe):
     z = _normal(30, 4)
     assert torch.equal(twin(z).quantized, model(z).quantized)
     counts = model._counts.clone()
-    codes = model.codebook.detach().clone()
+    codes = model.codebook().detach().clone()
     twin(z)
     twin.set_step(9)
     assert torch.equal(model._counts, counts)
-    assert torch.equal(model.codebook, codes)
+    assert torch.equal(model.codebook(), codes)
     assert (model.stage, twin.stage) == (2, 3)
 
 
@@ -329,7 +329,7 @@ def test_one_graph_per_stage_while_alpha_moves(recipe):
     assert frames[2] == 1
     assert frames[8] <= 2
     assert frames[11] <= 3
-    torch.testing.assert_close(model.codebook, eager.codebook)
+    torch.testing.assert_close(model.codebook(), eager.codebook())
     assert torch.equal(model.pop_counts(), eager.pop_counts())
 
 
@@ -358,4 +358,4 @@ def test_checkpointing_a_compiled_module_is_a_plain_step(recipe):
     for module in (plain, model):
         module.set_step(1)
     assert torch.equal(model.pop_counts(), plain.pop_counts())
-    torch.testing.assert_close(model.codebook, plain.codebook, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.codebook(), plain.codebook(), rtol=1e-5, atol=1e-5)

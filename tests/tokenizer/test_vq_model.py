@@ -192,7 +192,7 @@ def test_latents_may_be_bfloat16_while_the_quantizer_stays_float32():
         x_hat, out = model(x)
     assert latents.dtype == x_hat.dtype == torch.bfloat16
     assert out.loss.dtype == torch.float32
-    distance = torch.cdist(latents.float().movedim(1, -1).flatten(0, 2), model.quantize.codebook)
+    distance = torch.cdist(latents.float().movedim(1, -1).flatten(0, 2), model.quantize.codebook())
     assert torch.equal(distance.argmin(1), out.indices.flatten())
 
 
@@ -247,7 +247,7 @@ def _assert_same_tokenizer(a: VQModel, b: VQModel) -> None:
 def test_export_keeps_tokens_and_images_for_every_quantizer(name, l2_norm, tmp_path):
     model = _trained(VQModelConfig(**SMALL.to_dict() | {"quantizer": name, "codebook_l2_norm": l2_norm}))
     state = to_llamagen_state_dict(model)
-    torch.testing.assert_close(state["quantize.embedding.weight"], model.quantize.codebook.detach(), rtol=0, atol=0)
+    torch.testing.assert_close(state["quantize.embedding.weight"], model.quantize.codebook().detach(), rtol=0, atol=0)
     assert not state["quantize.codebook_used"].any()
     assert state["quantize.codebook_used"].shape == (65536,)
 

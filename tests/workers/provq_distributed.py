@@ -144,7 +144,7 @@ def init_codebook_errors_on_all_ranks(rank: int, world: int) -> dict[str, Any]:
     found = _error(lambda: model.init_codebook(_share(x[:12], rank, world)))
     assert model.needs_init, "a failed call must not pass for done"
     model.init_codebook(_share(x, rank, world))
-    return {**found, "codebook": model.codebook.detach()}
+    return {**found, "codebook": model.codebook().detach()}
 
 
 # ----------------------------------------------------------------------------------------- usage, EMA, observe
@@ -169,7 +169,7 @@ def _ema(recipe: str, rank: int, world: int) -> dict[str, Any]:
         for part in _normal(60, 4, seed=step).split(20):
             model(_share(part, rank, world))
         model.set_step(step + 1)
-        codes.append(model.codebook)
+        codes.append(model.codebook())
     return {"codes": torch.stack(codes)}
 
 
@@ -223,7 +223,7 @@ def recluster(rank: int, world: int) -> dict[str, Any]:
     order = torch.arange(rank, 100, world)
     info = model.recluster(_normal(100, 4, seed=3)[order], order=order, optimizers=[optimizer], seed=5)
     assert info["tokens"] == 100
-    return {"codes": model.codebook.detach()}
+    return {"codes": model.codebook().detach()}
 
 
 @scenario
@@ -295,7 +295,7 @@ def _ddp(recipe: str, rank: int, world: int) -> dict[str, Any]:
     inner.provq.set_step(6)
     usage = inner.provq.usage()
     assert usage["counts"].sum() == 4 * 4 * 16, "four discrete steps of four images of 16 tokens"
-    return {"gradients": torch.stack(gradients), "codes": inner.provq.codebook.detach(), "counts": usage["counts"]}
+    return {"gradients": torch.stack(gradients), "codes": inner.provq.codebook().detach(), "counts": usage["counts"]}
 
 
 for _recipe in RECIPES:

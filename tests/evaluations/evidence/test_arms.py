@@ -83,7 +83,7 @@ def test_kinds_that_claim_a_table_have_one():
         centroids = torch.nn.functional.normalize(torch.randn(16, 4), dim=1)
         if kind.table:
             provq.quantizer.set_codebook_(centroids)
-            torch.testing.assert_close(provq.codebook.detach(), centroids, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(provq.codebook().detach(), centroids, rtol=1e-5, atol=1e-6)
         else:
             with pytest.raises(NotImplementedError):
                 provq.quantizer.set_codebook_(centroids)

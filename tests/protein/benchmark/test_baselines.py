@@ -170,7 +170,7 @@ def test_trained_models(model, export):
     together = tokenizer.encode([helix(length=31, seed=1), chain, helix(length=9, seed=2)])
     assert [len(row) for row in together] == [31, 20, 9]
     np.testing.assert_array_equal(together[1], tokens)
-    torch.testing.assert_close(tokenizer.codebook(), model.quantize.codebook.detach())
+    torch.testing.assert_close(tokenizer.codebook(), model.quantize.codebook().detach())
     assert tokenizer.identity() == open_tokenizer(f"A={export}", CPU).identity()
     with torch.no_grad():
         model.encoder.pre_vq_proj.bias += 1
