@@ -106,7 +106,7 @@ flags_of() {
 images() { # rows...: image tokenizers of every seed
     local -a data_flags=()
     case "$scale" in
-        small) data_flags=(--preset digits) ;;
+        small) data_flags=(--preset digits --ema --ema-decay 0.98) ;; # see RESULTS.md, Digits
         confirm) data_flags=(--preset cifar10 --data-path "${data:-cifar10}") ;;
         paper) data_flags=(--preset imagenet256 --data-path "$data/train" --val-path "$data/val") ;;
     esac
