@@ -32,8 +32,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def check(args: argparse.Namespace) -> None:
+    """ValueError: a folder that is there already, or cannot be written."""
+    if args.out.exists():
+        raise ValueError(f"{args.out} exists already; name a new folder")
+    require_out_folder(args.out, "out")
+
+
 if __name__ == "__main__":
-    refuse_early(PROG, parse_args)
+    refuse_early(PROG, lambda: check(parse_args()))
 
 import numpy as np
 from tqdm import tqdm
@@ -82,9 +89,7 @@ def to_llamagen(args: argparse.Namespace) -> str:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with command(PROG, one_process=True):
-        if args.out.exists():
-            raise ValueError(f"{args.out} exists already; name a new folder")
-        require_out_folder(args.out, "out")
+        check(args)
         done = to_llamagen(args) if args.to_llamagen else to_shards(args)
         distributed.print0(f"wrote {args.out}: {done}")
 

@@ -22,8 +22,9 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from tokenizer.image_sources import add_image_flags, require_image_flags
+from tokenizer.image_sources import add_image_flags, path_mode, require_image_flags
 from tokenizer.runtime.command import command, make_parser, refuse_early, require_flags_at_least, require_out_folder
+from tokenizer.stored import require_stored
 
 PROG = "autoregressive/extract_codes.py"
 
@@ -66,8 +67,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def check(args: argparse.Namespace) -> None:
+    """ValueError, FileNotFoundError: a folder that cannot be written, a tokenizer or images that are not there."""
+    require_out_folder(args.code_path, "--code-path")
+    require_stored(args.vq_ckpt, args.weights, "tokenizer")
+    if args.data_path not in (None, "digits"):
+        path_mode(args.data_path)
+
+
 if __name__ == "__main__":
-    refuse_early(PROG, parse_args)
+    refuse_early(PROG, lambda: check(parse_args()))
 
 import numpy as np
 import torch
@@ -215,7 +224,7 @@ def _holds(path: Path, labels: list[int]) -> bool:
 
 def extract(args: argparse.Namespace, device: torch.device) -> None:
     """Collective. ValueError, OSError: mistakes in flags and files, before anything is computed."""
-    require_out_folder(args.code_path, "--code-path")
+    check(args)
     distributed.wait_for_all()  # the trial has left nothing behind when other ranks look
     model = load_tokenizer(args.vq_ckpt, device, args.weights, codebook_l2_norm=args.codebook_l2_norm)
     if not model.quantize.has_codebook:

@@ -19,6 +19,7 @@ from tokenizer.export_probe import evaluating, require_same
 from tokenizer.pretrained import tokenizer_hash
 from tokenizer.runtime import config
 from tokenizer.runtime.parsing import brief
+from tokenizer.stored import require_stored
 from tokenizer.vq_model import VQModel
 from tokenizer.weights import (
     CARD_FILE,
@@ -30,7 +31,6 @@ from tokenizer.weights import (
     read_weights,
     require_finite,
     require_keys,
-    require_stored,
     shape_of,
     skeleton,
     write_export,

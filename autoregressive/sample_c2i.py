@@ -35,6 +35,7 @@ from tokenizer.runtime.command import (
     require_flags_at_least,
     require_out_folder,
 )
+from tokenizer.stored import require_stored
 
 PROG = "autoregressive/sample_c2i.py"
 
@@ -80,8 +81,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def check(args: argparse.Namespace) -> None:
+    """ValueError, FileNotFoundError: a folder that cannot be written, models that are not there."""
+    if args.export_hf or args.out:
+        require_out_folder(args.export_hf or args.out, "--export-hf" if args.export_hf else "--out")
+    if args.vq_ckpt is not None:
+        require_stored(args.vq_ckpt, args.vq_weights or "auto", "tokenizer")
+    elif args.gpt_ckpt is not None and not args.gpt_ckpt.exists():
+        raise FileNotFoundError(f"--gpt-ckpt {args.gpt_ckpt} does not exist")
+    if args.gpt_ckpt is not None:
+        require_stored(args.gpt_ckpt, args.weights, "GPT")
+
+
 if __name__ == "__main__":
-    refuse_early(PROG, parse_args)
+    refuse_early(PROG, lambda: check(parse_args()))
 
 import numpy as np
 import torch
@@ -133,8 +146,6 @@ def tokenizer_of(args: argparse.Namespace) -> tuple[Path, str, bool | None]:
     weights = args.vq_weights or ("auto" if args.weights == "ema" else args.weights)
     if args.vq_ckpt is not None:
         return args.vq_ckpt, weights, args.codebook_l2_norm
-    if not args.gpt_ckpt.exists():
-        raise FileNotFoundError(f"--gpt-ckpt {args.gpt_ckpt} does not exist")
     run = recorded_tokenizer(args.gpt_ckpt)
     if not run.get("vq_ckpt"):
         raise ValueError(f"--gpt-ckpt {args.gpt_ckpt} does not say where its tokenizer is: give --vq-ckpt")
@@ -228,10 +239,7 @@ def sample(args: argparse.Namespace, device: torch.device) -> None:
     if args.out is None:
         run = (args.gpt_ckpt / "checkpoints").is_dir()
         args.out = (args.gpt_ckpt / "samples" if run else Path("samples") / args.gpt_ckpt.stem) / folder_name(args)
-    if args.export_hf:
-        require_out_folder(args.export_hf, "--export-hf")
-    else:
-        require_out_folder(args.out)
+    check(args)
     distributed.wait_for_all()  # the trial has left nothing behind when other ranks look
     loaded, vq = open_models(args, device)
     model = loaded.model

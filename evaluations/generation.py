@@ -26,7 +26,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from evaluations.extractor_flags import add_extractor_flags
-from tokenizer.image_sources import add_image_flags, require_image_flags
+from tokenizer.image_sources import add_image_flags, path_mode, require_image_flags
 from tokenizer.runtime.command import command, make_parser, refuse_early, require_flags_at_least, require_out_file
 
 PROG = "evaluations/generation.py"
@@ -61,8 +61,18 @@ def beside(parser: argparse.ArgumentParser, samples: str) -> Path:
     return path / "metrics.json" if path.is_dir() else path.with_name(f"{path.stem}.metrics.json")
 
 
+def check(args: argparse.Namespace) -> None:
+    """ValueError, FileNotFoundError: a report that cannot be written, images that are not there."""
+    require_out_file(args.out)
+    for path in (args.reference, args.samples):
+        if path != "digits" and not path.endswith(".npz"):
+            path_mode(path)
+        elif path != "digits" and not Path(path).is_file():
+            raise FileNotFoundError(f"{path}: no such file")
+
+
 if __name__ == "__main__":
-    refuse_early(PROG, parse_args)
+    refuse_early(PROG, lambda: check(parse_args()))
 
 import torch
 
@@ -232,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with command(PROG):
         device = distributed.init(args.device)
-        require_out_file(args.out)
+        check(args)
         report = evaluate(args, device)
         if distributed.is_main():
             args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -22,8 +22,9 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from evaluations.extractor_flags import add_extractor_flags
-from tokenizer.image_sources import add_image_flags, require_image_flags
+from tokenizer.image_sources import add_image_flags, path_mode, require_image_flags
 from tokenizer.runtime.command import command, make_parser, refuse_early, require_flags_at_least, require_out_file
+from tokenizer.stored import require_stored
 
 PROG = "evaluations/reconstruction.py"
 
@@ -62,8 +63,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def check(args: argparse.Namespace) -> None:
+    """ValueError, FileNotFoundError: a report that cannot be written, a model or images that are not there."""
+    require_out_file(args.out)
+    require_stored(args.vq_ckpt, args.weights, "tokenizer")
+    if args.data_path not in (None, "digits"):
+        path_mode(args.data_path)
+
+
 if __name__ == "__main__":
-    refuse_early(PROG, parse_args)
+    refuse_early(PROG, lambda: check(parse_args()))
 
 import torch
 import torch.nn.functional as F
@@ -243,7 +252,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with command(PROG):
         device = distributed.init(args.device)
-        require_out_file(args.out)
+        check(args)
         report = evaluate(args, device)
         if distributed.is_main():
             args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from tokenizer.image_sources import add_image_flags, require_image_flags
+from tokenizer.image_sources import add_image_flags, path_mode, require_image_flags
 from tokenizer.runtime.command import (
     command,
     make_parser,
@@ -58,8 +58,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def check(args: argparse.Namespace) -> None:
+    """ValueError, FileNotFoundError: a file that cannot be written, images that are not there."""
+    require_out_file(args.out)
+    if args.data_path is not None:
+        path_mode(args.data_path)
+
+
 if __name__ == "__main__":
-    refuse_early(PROG, parse_args)
+    refuse_early(PROG, lambda: check(parse_args()))
 
 import torch
 import torch.nn.functional as F
@@ -163,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with command(PROG, one_process=True):
         device = distributed.init(args.device)
-        require_out_file(args.out)
+        check(args)
         model, accuracy = train(args, device)
         scripted = io.BytesIO()
         with warnings.catch_warnings():

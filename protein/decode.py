@@ -26,6 +26,7 @@ if not __package__:
 from protein.choices import MAX_RESIDUES
 from protein.structure_io import ALTLOCS
 from tokenizer.runtime.command import command, make_parser, refuse_early, require_flags_at_least, require_out_folder
+from tokenizer.stored import require_stored
 
 PROG = "protein/decode.py"
 
@@ -55,8 +56,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def check(args: argparse.Namespace) -> None:
+    """ValueError, FileNotFoundError: a folder that cannot be written, a model that is not there."""
+    require_out_folder(args.out)
+    require_stored(args.ckpt, args.weights, "structure tokenizer")
+
+
 if __name__ == "__main__":
-    refuse_early(PROG, parse_args)
+    refuse_early(PROG, lambda: check(parse_args()))
 
 import numpy as np
 import numpy.typing as npt
@@ -194,7 +201,7 @@ def means(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 def decode(args: argparse.Namespace, device: torch.device) -> None:
     """ValueError, OSError: mistakes in flags and files, before anything is computed."""
-    require_out_folder(args.out)
+    check(args)
     tokenizer = load_structure_tokenizer(args.ckpt, device, args.weights)
     labels, wrong = check_entries(tokenizer, args)
     for reason in wrong.values():

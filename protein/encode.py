@@ -27,8 +27,8 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from protein.choices import EMBEDDING_FORMATS, EMBEDDINGS, MAX_RESIDUES
-from protein.reading_flags import WHAT, add_reading_flags, check_reading_flags
-from protein.token_files import FORMATS
+from protein.reading_flags import WHAT, add_reading_flags, check_reading_flags, require_structures
+from protein.token_files import FORMATS, check_name
 from tokenizer.runtime.command import (
     command,
     make_parser,
@@ -37,6 +37,7 @@ from tokenizer.runtime.command import (
     require_out_file,
     require_out_folder,
 )
+from tokenizer.stored import require_stored
 
 PROG = "protein/encode.py"
 SHARD_SIZE = 512  # structures
@@ -72,8 +73,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def check(args: argparse.Namespace) -> None:
+    """ValueError, FileNotFoundError: outputs that cannot be written, structures or a model that are not there."""
+    if args.export_hf:
+        require_out_folder(args.export_hf, "--export-hf")
+    if args.out and args.out.suffix:
+        check_name(args.out)
+        require_out_file(args.out)
+    elif args.out:
+        require_out_folder(args.out)
+    require_structures(args.structures)
+    require_stored(args.ckpt, args.weights, "structure tokenizer")
+
+
 if __name__ == "__main__":
-    refuse_early(PROG, parse_args)
+    refuse_early(PROG, lambda: check(parse_args()))
 
 import torch
 from tqdm import tqdm
@@ -83,7 +97,7 @@ from protein.pretrained import VQTokenizer, load_structure_tokenizer, save_pretr
 from protein.reading_flags import knows_plddt, reading_options
 from protein.structure_io import Chain
 from protein.structure_sources import Reading, Source, collected, digest, list_sources, read_sources, reading_workers
-from protein.token_files import TokenChain, check_chain, check_name, token_chain
+from protein.token_files import TokenChain, check_chain, token_chain
 from protein.token_shards import (
     SETTINGS,
     finish_shards,
@@ -224,15 +238,9 @@ class Encoder:
 
 def encode(args: argparse.Namespace, device: torch.device) -> None:
     """Collective. ValueError, OSError: mistakes in flags and files, before anything is computed."""
-    if args.export_hf:
-        require_out_folder(args.export_hf, "--export-hf")
+    check(args)
     sources: list[Source] = []
     if args.out:
-        if args.out.suffix:
-            check_name(args.out)
-            require_out_file(args.out)
-        else:
-            require_out_folder(args.out)
         with collected() as notes:
             sources = list_sources(args.structures, args.ids)
         for note in notes:

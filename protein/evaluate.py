@@ -38,8 +38,9 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from protein.choices import MAX_RESIDUES
-from protein.reading_flags import WHAT, add_reading_flags, check_reading_flags
+from protein.reading_flags import WHAT, add_reading_flags, check_reading_flags, require_structures
 from tokenizer.runtime.command import command, make_parser, refuse_early, require_flags_at_least, require_out_file
+from tokenizer.stored import require_stored
 
 PROG = "protein/evaluate.py"
 
@@ -64,8 +65,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def check(args: argparse.Namespace) -> None:
+    """ValueError, FileNotFoundError: a report that cannot be written, structures or models that are not there."""
+    require_out_file(args.out)
+    require_structures(args.structures)
+    for path in args.ckpt:
+        require_stored(path, args.weights, "structure tokenizer")
+
+
 if __name__ == "__main__":
-    refuse_early(PROG, parse_args)
+    refuse_early(PROG, lambda: check(parse_args()))
 
 import numpy as np
 import torch
@@ -173,7 +182,7 @@ def chunks(readings: Iterator[Reading], args: argparse.Namespace, left: dict[str
 
 def evaluate(args: argparse.Namespace, device: torch.device) -> None:
     """Collective. ValueError, OSError: mistakes in flags and files."""
-    require_out_file(args.out)
+    check(args)
     with collected() as notes:
         sources = list_sources(args.structures, args.ids)
     for note in notes:

@@ -20,7 +20,7 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from protein.reading_flags import WHAT, add_reading_flags, check_reading_flags
+from protein.reading_flags import WHAT, add_reading_flags, check_reading_flags, require_structures
 from tokenizer.runtime.command import command, make_parser, refuse_early, require_flags_at_least, require_out_folder
 
 PROG = "protein/prepare_structures.py"
@@ -39,8 +39,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def check(args: argparse.Namespace) -> None:
+    """ValueError, FileNotFoundError: a folder that is there already or cannot be written, structures that are not."""
+    if args.out.exists():
+        raise ValueError(f"--out {args.out} exists already; name a new folder")
+    require_out_folder(args.out)
+    require_structures(args.structures)
+
+
 if __name__ == "__main__":
-    refuse_early(PROG, parse_args)
+    refuse_early(PROG, lambda: check(parse_args()))
 
 from tqdm import tqdm
 
@@ -53,9 +61,7 @@ from tokenizer.runtime.distributed import print0
 
 def prepare(args: argparse.Namespace) -> str:
     """Writes the cache -> a line about it. ValueError and OSError: see write_cache and list_sources."""
-    if args.out.exists():
-        raise ValueError(f"--out {args.out} exists already; name a new folder")
-    require_out_folder(args.out)
+    check(args)
     with collected() as notes:
         sources = list_sources(args.structures, args.ids)
     for note in notes:

@@ -28,6 +28,7 @@ from protein.structure_model import (
 from tokenizer.export_probe import evaluating, quantizer_identity, require_same, require_same_codes, require_table_shape
 from tokenizer.pretrained import content_hash, table_config, write_table_export
 from tokenizer.provq import nearest_code
+from tokenizer.stored import require_stored
 from tokenizer.weights import (
     check_state_dict,
     listed,
@@ -35,7 +36,6 @@ from tokenizer.weights import (
     read_weights,
     require_finite,
     require_keys,
-    require_stored,
     shape_of,
     skeleton,
 )

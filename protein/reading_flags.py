@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,13 @@ def reading_options(args: argparse.Namespace) -> dict[str, Any]:
     if hasattr(args, "ids"):
         out |= {"chains": args.chains.split(",") if args.chains else None, "model": args.model, "altloc": args.altloc}
     return out
+
+
+def require_structures(paths: Iterable[Path]) -> None:
+    """FileNotFoundError: one of the files and folders is not there."""
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such file or folder")
 
 
 def knows_plddt(args: argparse.Namespace) -> bool:

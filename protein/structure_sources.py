@@ -26,6 +26,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from protein.reading_flags import require_structures
 from protein.structure_cache import MANIFEST, StructureSet, read_cache
 from protein.structure_io import (
     EXTENSIONS,
@@ -135,8 +136,7 @@ def list_sources(paths: Sequence[Path], ids: Path | None = None) -> list[Source]
     """
     sources: list[Source] = []
     for path in paths:
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: no such file or folder")
+        require_structures([path])
         if (path / MANIFEST).exists():
             names = _cache(path)
             sources += [Source(name, path, "cache", chain_id, i, chains=None)

@@ -6,6 +6,7 @@ The defaults are the paper's (section 5.1.3), and StructTokenBench's where the p
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from protein.atom_files import PLDDT_SOURCES
@@ -147,6 +148,14 @@ def check(cfg: TrainConfig, world_size: int) -> None:
         raise ValueError(f"--plddt-from {cfg.plddt_from} changes nothing without --min-plddt")
     if cfg.val_path and not cfg.data_path:
         raise ValueError("--val-path needs --data-path; without it generated backbones are held out")
+
+
+def check_data(cfg: TrainConfig) -> None:
+    """ValueError names the flag: there is no folder at --data-path or --val-path. Opens neither."""
+    for name in ("data_path", "val_path"):
+        path = getattr(cfg, name)
+        if path is not None and not Path(path).exists():
+            raise ValueError(f"{flag_name(name)}: {path}: no such folder")
 
 
 def loss_weights(cfg: TrainConfig) -> dict[str, float]:

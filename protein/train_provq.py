@@ -20,14 +20,22 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from protein.train_config import RESUMABLE, TrainConfig, check, loss_weights, parse_config
+from protein.train_config import RESUMABLE, TrainConfig, check, check_data, loss_weights, parse_config
 from tokenizer.runtime.command import refuse_early
 from tokenizer.runtime.ranks import started_together
 
 PROG = "protein/train_provq.py"
 
+
+def refuse() -> None:
+    """What is wrong with the command line, before slow imports."""
+    cfg = parse_config(description=__doc__)
+    check(cfg, started_together())
+    check_data(cfg)
+
+
 if __name__ == "__main__":
-    refuse_early(PROG, lambda: check(parse_config(description=__doc__), started_together()))
+    refuse_early(PROG, refuse)
 
 import torch
 from torch import Tensor

@@ -18,6 +18,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from tokenizer.runtime.command import command, make_parser, refuse_early
+from tokenizer.stored import RELEASED
 
 PROG = "scripts/release.py"
 
@@ -27,7 +28,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("model", help="what provq.load takes: a run, a checkpoint, an export")
     parser.add_argument("--name", required=True, help="of the folder, and for provq.load")
     parser.add_argument("--tokenizer", help="of a GPT: the name of its released tokenizer")
-    parser.add_argument("--folder", type=Path, help="where released models are (default: this tree)")
+    parser.add_argument("--folder", type=Path, default=RELEASED, help="where released models are (default: this tree)")
     return parser.parse_args(argv)
 
 
@@ -40,7 +41,7 @@ from torch import Tensor
 from autoregressive.api import ImageGenerator
 from tokenizer.hub import load
 from tokenizer.runtime import config
-from tokenizer.weights import CONFIG_FILE, RELEASED, WEIGHTS_FILE, write_export
+from tokenizer.weights import CONFIG_FILE, WEIGHTS_FILE, write_export
 
 
 @torch.no_grad()
@@ -77,7 +78,6 @@ def release(args: argparse.Namespace) -> Path:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    args.folder = args.folder or RELEASED
     with command(PROG):
         folder = release(args)
         digest = hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()

@@ -9,6 +9,7 @@ from places import ROOT
 from test_layering import PACKAGES, is_entry, python_files
 
 from tokenizer import choices, provq
+from tokenizer.image_classes import ACCEPTED
 
 SCRIPTS = [str(path) for path, tree in python_files(ROOT, (*PACKAGES, "scripts")).items() if is_entry(tree)]
 # What flags mean together, and what only a check before the work finds: the line, and how the command ends.
@@ -19,6 +20,16 @@ REFUSED = {
         "train_c2i.py: error: give one of --max-steps and --epochs; got 3 and 2",
     "protein/train_provq.py --decoder-width 6":
         "protein/train_provq.py: error: --decoder-width 6 must be an even multiple of --decoder-heads 4",
+    "tokenizer/train_provq.py --preset cifar10 --data-path nowhere":
+        "train_provq.py: error: --data-path: data path {here}/nowhere: no such file or folder. Accepted: {accepted}",
+    "protein/train_provq.py --data-path nowhere":
+        "protein/train_provq.py: error: --data-path: nowhere: no such folder",
+    "tokenizer/reconstruct.py nowhere digits":
+        "tokenizer/reconstruct.py: error: no tokenizer at nowhere",
+    "protein/encode.py nowhere.pdb --ckpt nowhere --out nowhere.npz":
+        "protein/encode.py: error: nowhere.pdb: no such file or folder",
+    "evaluations/generation.py digits nowhere.npz --out nowhere.json":
+        "evaluations/generation.py: error: nowhere.npz: no such file",
     "evaluations/evidence/run.py nowhere.zip --out nowhere.jsonl --arms vanilla":
         "run.py: error: nowhere.zip: no such file of images",
     "evaluations/evidence/table.py nowhere.jsonl": "table.py: error: nowhere.jsonl: no such results file",
@@ -47,7 +58,7 @@ def test_help_and_unknown_flags_come_without_torch(started, script):
 
 @pytest.mark.parametrize(("line", "error"), REFUSED.items())
 def test_so_does_what_a_check_of_the_flags_refuses(started, line, error):
-    assert started[line] == [error, "", []]
+    assert started[line] == [error.format(here=ROOT, accepted=ACCEPTED), "", []]
 
 
 def test_names_in_flags_are_those_of_the_method():

@@ -26,7 +26,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from tokenizer.runtime import checkpoint, config
 from tokenizer.runtime.files import atomic_write_text
 from tokenizer.runtime.parsing import parsing, read_text, require_file
-from tokenizer.weights import CARD_FILE, CHECKPOINT_FOLDER, CONFIG_FILE, RELEASED, WEIGHTS_FILE, read_checkpoint
+from tokenizer.stored import RELEASED
+from tokenizer.weights import CARD_FILE, CHECKPOINT_FOLDER, CONFIG_FILE, WEIGHTS_FILE, read_checkpoint
 
 # Folders above this one are named here and nowhere else below them, and imported only when such a model is asked for.
 KINDS = {"images": ("tokenizer.api", "ImageTokenizer"), "gpt": ("autoregressive.api", "ImageGenerator"),

@@ -255,21 +255,30 @@ def open_images_or_one(data_path: str | None, *, channels: int = 3, options: Ima
     return source
 
 
-def _open_path(data_path: str, channels: int, options: ImageOptions) -> ImageSource:
+def path_mode(data_path: str) -> int | None:
+    """st_mode of what a data path names; None: it is no path, but the word cifar10 or a pattern of shards.
+
+    ValueError: it is empty. FileNotFoundError: nothing is there.
+    """
     if not data_path.strip():
         raise ValueError(f"the data path is empty ({data_path!r}); for the current folder write a dot")
-    path = Path(os.path.expanduser(data_path))
     try:
-        mode = path.stat().st_mode
+        return Path(os.path.expanduser(data_path)).stat().st_mode
     except (OSError, ValueError) as error:  # the second: a null byte
-        if data_path == "cifar10":
-            return _download_cifar10(channels)
-        if "{" in data_path:
-            return open_shards([Path(p) for p in expand_braces(str(path))], channels, options)
+        if data_path == "cifar10" or "{" in data_path:
+            return None
         if isinstance(error, PermissionError):
             raise
         raise FileNotFoundError(f"data path {to_line(data_path)}: no such file or folder. Accepted: {ACCEPTED}"
                                 ) from error
+
+
+def _open_path(data_path: str, channels: int, options: ImageOptions) -> ImageSource:
+    mode, path = path_mode(data_path), Path(os.path.expanduser(data_path))
+    if mode is None:
+        if data_path == "cifar10":
+            return _download_cifar10(channels)
+        return open_shards([Path(p) for p in expand_braces(str(path))], channels, options)
     if stat.S_ISDIR(mode):
         return _open_directory(path, channels, options)
     if not stat.S_ISREG(mode):

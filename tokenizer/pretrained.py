@@ -28,6 +28,7 @@ from tokenizer.export_probe import (
     require_table_shape,
 )
 from tokenizer.quantizer_config import Config
+from tokenizer.stored import require_stored
 from tokenizer.vq_model import ARCHITECTURES, VQModel, VQModelConfig
 from tokenizer.weights import (
     Saved,
@@ -35,7 +36,6 @@ from tokenizer.weights import (
     read_weights,
     require_finite,
     require_keys,
-    require_stored,
     shape_of,
     skeleton,
     write_export,

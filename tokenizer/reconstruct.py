@@ -31,6 +31,7 @@ from tokenizer.runtime.command import (
     require_out_file,
     require_out_folder,
 )
+from tokenizer.stored import require_stored
 
 PROG = "tokenizer/reconstruct.py"
 
@@ -67,8 +68,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def check(args: argparse.Namespace) -> None:
+    """ValueError, FileNotFoundError: outputs that cannot be written, a model that is not there."""
+    if args.images:
+        require_out_folder(args.out)
+    if args.export_hf:
+        require_out_folder(args.export_hf, "--export-hf")
+    if args.export_llamagen:
+        require_out_file(args.export_llamagen, "--export-llamagen")
+    require_stored(args.ckpt, args.weights, "tokenizer")
+
+
 if __name__ == "__main__":
-    refuse_early(PROG, parse_args)
+    refuse_early(PROG, lambda: check(parse_args()))
 
 import numpy as np
 import torch
@@ -189,13 +201,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with command(PROG, one_process=True):
         device = distributed.init(args.device)
+        check(args)
         if args.images:
-            require_out_folder(args.out)
             check_out(args.out)
-        if args.export_hf:
-            require_out_folder(args.export_hf, "--export-hf")
-        if args.export_llamagen:
-            require_out_file(args.export_llamagen, "--export-llamagen")
         model = pretrained.load_tokenizer(args.ckpt, device, args.weights, codebook_l2_norm=args.codebook_l2_norm)
         export(model, args)
         if args.images:

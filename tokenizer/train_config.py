@@ -11,7 +11,7 @@ from typing import Any
 from tokenizer.choices import ADVERSARIAL_LOSSES, AUGMENTATIONS, RECONSTRUCTION_LOSSES
 from tokenizer.curriculum_config import INIT_FROM, CurriculumConfig, check_curriculum, kmeans_batches, with_codes_kept
 from tokenizer.image_readers import ImageOptions
-from tokenizer.image_sources import absolute_path
+from tokenizer.image_sources import absolute_path, path_mode
 from tokenizer.runtime import config
 from tokenizer.runtime.config import arg, flag_name
 from tokenizer.runtime.run_config import RESUMABLE_RUN
@@ -141,6 +141,17 @@ def check(cfg: TrainConfig, world_size: int) -> None:
     if cfg.image_size < factor or cfg.image_size % factor:
         raise ValueError(f"--image-size {cfg.image_size} must be a multiple of {factor}, the factor of {cfg.vq_model}")
     kmeans_batches(cfg, tokens_per_batch(cfg))  # raises
+
+
+def check_data(cfg: TrainConfig) -> None:
+    """ValueError names the flag: there is nothing at --data-path or --val-path. Opens neither."""
+    for name in ("data_path", "val_path"):
+        path = getattr(cfg, name)
+        try:
+            if path is not None:
+                path_mode(path)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{flag_name(name)}: {error}") from error
 
 
 def tokens_per_batch(cfg: TrainConfig) -> int:

@@ -20,12 +20,20 @@ if not __package__:
 
 from tokenizer.runtime.command import refuse_early
 from tokenizer.runtime.ranks import started_together
-from tokenizer.train_config import RESUMABLE, TrainConfig, check, parse_config, tokens_per_batch
+from tokenizer.train_config import RESUMABLE, TrainConfig, check, check_data, parse_config, tokens_per_batch
 
 PROG = "train_provq.py"
 
+
+def refuse() -> None:
+    """What is wrong with the command line, before slow imports."""
+    cfg = parse_config(description=__doc__)
+    check(cfg, started_together())
+    check_data(cfg)
+
+
 if __name__ == "__main__":
-    refuse_early(PROG, lambda: check(parse_config(description=__doc__), started_together()))
+    refuse_early(PROG, refuse)
 
 import torch
 from torch import Tensor, nn

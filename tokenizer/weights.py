@@ -24,11 +24,11 @@ from torch.overrides import TorchFunctionMode
 
 from tokenizer.runtime import checkpoint, config, files
 from tokenizer.runtime.parsing import brief, from_json, parsing, require_file
+from tokenizer.stored import require_weights
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"  # an exported folder
 CARD_FILE = "README.md"                                         # beside them: a model card
 CHECKPOINT_FOLDER = "checkpoints"                               # inside a run folder
-RELEASED = Path(__file__).parent / "pretrained"                 # a folder for each released model
 _DESCRIPTION = "provq"                                          # the same description, in the weights' own file
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -79,22 +79,6 @@ class Saved:
         require_plain(state, source)
         require_finite(state, source)
         return state, source
-
-
-def require_weights(weights: str) -> None:
-    """ValueError: neither "auto" nor a name of a set."""
-    if weights not in ("auto", "model", "ema"):
-        raise ValueError(f"weights={weights!r} must be 'auto', 'model' or 'ema'")
-
-
-def require_stored(path: str | Path, weights: str, what: str) -> Path:
-    """The path. FileNotFoundError: nothing is there. ValueError: see `require_weights`."""
-    require_weights(weights)
-    if not Path(path).exists():
-        known = RELEASED / Path(path).name
-        hint = f"; the released one is in {known}" if known.parent != Path(path).parent and known.is_dir() else ""
-        raise FileNotFoundError(f"no {what} at {path}{hint}")
-    return Path(path)
 
 
 def listed(entries: Sequence[Any]) -> str:

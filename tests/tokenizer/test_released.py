@@ -18,7 +18,7 @@ from tokenizer import hub, provq
 from tokenizer.data import center_crop_arr, image_to_tensor, split_holdout
 from tokenizer.image_sources import open_images
 from tokenizer.pretrained import load_tokenizer, tokenizer_hash
-from tokenizer.weights import RELEASED
+from tokenizer.stored import RELEASED
 
 SHA256 = {
     "cifar10-vq4": "b8e90afd5314d35ee692fde4683c58caddb4d5c2295d794a13ad434315ac2300",
