@@ -16,7 +16,7 @@ def flags(script):
     def note(parser, file=None):  # noqa: ARG001
         found.update(flag for action in parser._actions for flag in action.option_strings)
 
-    with pytest.MonkeyPatch.context() as patch:  # in this process: importing torch takes longer than all else
+    with pytest.MonkeyPatch.context() as patch:  # in this process: another takes longer than all else
         patch.setattr(argparse.ArgumentParser, "print_help", note)
         patch.setattr(sys, "argv", [str(script), "--help"])
         patch.setattr(sys, "path", [str(script.parent), *sys.path])  # the entry guard replaces the first

@@ -177,7 +177,9 @@ def imported_at_once(nodes, before=math.inf):
 
 
 def check_flags_first(root):
-    """What an entry script imports above its first `if __name__ == "__main__":` brings nothing slow, by any way."""
+    """What an entry script imports above its first `if __name__ == "__main__":` brings nothing slow, by any way; nor do
+    modules that are named as those of flags are.
+    """
     files = python_files(root, (*PACKAGES, "scripts"))
 
     @functools.cache
@@ -196,6 +198,8 @@ def check_flags_first(root):
 
     for path, tree in files.items():
         first = next((node.lineno for node in tree.body if is_main_block(node)), None)
+        if path.stem.endswith(("config", "choices", "flags")):
+            first = math.inf
         for node in imported_at_once(tree.body, first) if first else ():
             for package, where in of(node, path).items():
                 yield f"{path}:{node.lineno}: {package} is imported (in {where}) before the flags are read"
@@ -314,6 +318,7 @@ CHECKS = [
     (check_entry_guard, {"protein/a/b.py": GUARD.format(depth=1) + "\nimport protein.c\n" + MAIN}, None, 3),
     (check_entry_guard, {"protein/a.py": "import protein.c\n" + GUARD.format(depth=1) + "\n" + MAIN}, None, 1),
     (check_flags_first, {"protein/a.py": "import sys\nimport torch\n" + MAIN}, None, 2),
+    (check_flags_first, {"protein/train_config.py": "try:\n  import scipy\nfinally:\n  pass"}, None, 2),
     (check_flags_first, {"scripts/a.py": "from protein import b\n" + MAIN + "import torch",
                          "protein/b.py": "from protein.c import d",
                          "protein/c.py": "def d():\n  import scipy\nimport torch.nn"}, None, 1),

@@ -14,6 +14,7 @@ from tokenizer.runtime.command import (
     as_flag_errors,
     command,
     make_parser,
+    refuse_early,
     require_flags_at_least,
     require_flags_positive,
     require_one_process,
@@ -37,6 +38,28 @@ def test_mistakes_of_users_end_the_program(error):
         fail(error)
     assert stopped.value.code == f"tool.py: error: {error}"  # Python prints a text and exits with status 1
     assert stopped.value.__cause__ is error
+
+
+@pytest.mark.parametrize(("rank", "local", "end"), [
+    (None, None, "tool.py: error: --size is 3"), ("0", "0", "tool.py: error: --size is 3"),
+    ("8", "0", 2),     # of another machine: it ends its own processes, and the first has said why
+    ("1", "1", None),  # ended by the first of its machine
+])
+def test_one_process_of_a_machine_checks_flags_before_slow_imports(monkeypatch, rank, local, end):
+    for name, value in (("RANK", rank), ("LOCAL_RANK", local)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+
+    def check():
+        raise ValueError("--size is 3")
+
+    if end is None:
+        refuse_early("tool.py", check)
+        return
+    with pytest.raises(SystemExit) as stopped:
+        refuse_early("tool.py", check)
+    assert stopped.value.code == end
 
 
 @pytest.mark.parametrize("error", [KeyError("step"), TypeError("no len"), AssertionError(), RuntimeError("defect"),
