@@ -97,6 +97,7 @@ class ImageHost(Host):
     """diffusers' VQModel of images (B, C, S, S) in [-1, 1], with its learned table and its loss as they are."""
 
     errors = {"psnr": ("PSNR (dB)", 2)}  # noqa: RUF012
+    model: Any
 
     def __init__(self, x: Tensor):
         super().__init__()
