@@ -33,6 +33,7 @@ from tokenizer.runtime.files import atomic_write, atomic_write_json
 from tokenizer.runtime.mapped import map_array
 from tokenizer.runtime.npz import read_npy
 from tokenizer.runtime.seeding import fold
+from tokenizer.stored import require_code_folder
 
 FORMAT = "provq-codes-1"
 AGAIN = "extract the codes again"  # what mends a damaged folder
@@ -119,8 +120,7 @@ class CodeFiles:
 
 def read_folder(path: Path) -> CodeFiles:
     """Open a folder that has a manifest. ValueError: names the file that is absent, cut short or of another kind."""
-    if not path.is_dir():
-        raise ValueError(f"{path} is no folder of codes; autoregressive/extract_codes.py makes one")
+    require_code_folder(path)
     if not (path / MANIFEST).is_file():
         raise ValueError(f"{path} has no {MANIFEST}: it is not finished, or no folder of codes. Run the command that "
                          "made it again, or autoregressive/extract_codes.py")

@@ -19,14 +19,22 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from autoregressive.train_config import TrainConfig, check, parse_config, resumable, shards
+from autoregressive.train_config import TrainConfig, check, check_data, parse_config, resumable, shards
 from tokenizer.runtime.command import refuse_early
 from tokenizer.runtime.ranks import started_together
 
 PROG = "train_c2i.py"
 
+
+def refuse() -> None:
+    """What is wrong with the command line, before slow imports."""
+    cfg = parse_config(description=__doc__)
+    check(cfg, started_together())
+    check_data(cfg)
+
+
 if __name__ == "__main__":
-    refuse_early(PROG, lambda: check(parse_config(description=__doc__), started_together()))
+    refuse_early(PROG, refuse)
 
 import numpy as np
 import torch

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from autoregressive.gpt_config import GPT_PRESETS
 from tokenizer.runtime import config
-from tokenizer.runtime.config import arg
+from tokenizer.runtime.config import arg, flag_name
 from tokenizer.runtime.run_config import RESUMABLE_RUN, RunConfig, check_optimizer, check_run
+from tokenizer.stored import require_code_folder
 
 FSDP_FROM = 700e6  # parameters: GPT-XL and larger are sharded by default
 
@@ -124,6 +126,16 @@ def check(cfg: TrainConfig, world_size: int) -> None:
         raise ValueError("--data-parallel fsdp shards over processes; start at least 2 with torchrun")
     if shards(cfg, world_size) and cfg.mixed_precision == "fp16":
         raise ValueError("--mixed-precision fp16 does not go with --data-parallel fsdp; use bf16")
+
+
+def check_data(cfg: TrainConfig) -> None:
+    """ValueError names the flag: there is no folder at --code-path or --val-code-path. Opens neither."""
+    for name in ("code_path", "val_code_path"):
+        for path in filter(str.strip, (getattr(cfg, name) or "").split(",")):
+            try:
+                require_code_folder(Path(path.strip()))
+            except ValueError as error:
+                raise ValueError(f"{flag_name(name)}: {error}") from error
 
 
 def shards(cfg: TrainConfig, world_size: int) -> bool:

@@ -23,6 +23,7 @@ if not __package__:
 from tokenizer.runtime.command import command, make_parser, refuse_early, require_flags_at_least, require_out_file
 
 PROG = "protein/export_tokens.py"
+FORMATS = (".jsonl", ".parquet")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -38,8 +39,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def check(args: argparse.Namespace) -> None:
+    """ValueError: a file of another kind, or that cannot be written."""
+    if args.out.suffix.lower() not in FORMATS:
+        raise ValueError(f"--out {args.out}: sentences are kept in {', '.join(FORMATS)}")
+    require_out_file(args.out)
+
+
 if __name__ == "__main__":
-    refuse_early(PROG, parse_args)
+    refuse_early(PROG, lambda: check(parse_args()))
 
 from protein.language import Vocabulary, complexes
 from protein.token_files import TokenChain
@@ -47,7 +55,6 @@ from protein.token_shards import iterate_tokens, vocabulary_of
 from tokenizer.runtime.distributed import print0
 from tokenizer.runtime.files import atomic_write, atomic_write_json
 
-FORMATS = (".jsonl", ".parquet")
 ROW_GROUP = 4096
 
 
@@ -103,10 +110,8 @@ def write_parquet(path: Path, found: Iterator[dict[str, Any]]) -> int:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with command(PROG, one_process=True):
+        check(args)
         kind = args.out.suffix.lower()
-        if kind not in FORMATS:
-            raise ValueError(f"--out {args.out}: sentences are kept in {', '.join(FORMATS)}")
-        require_out_file(args.out)
         vocabulary = vocabulary_of(args.tokens, args.num_codes)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         count = (write_jsonl if kind == ".jsonl" else write_parquet)(args.out, rows(vocabulary, args))

@@ -45,8 +45,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def check(args: argparse.Namespace) -> None:
+    """ValueError: a folder that is there already, or cannot be written."""
+    if args.out.exists():
+        raise ValueError(f"--out {args.out} exists already; name a new folder")
+    require_out_folder(args.out)
+
+
 if __name__ == "__main__":
-    refuse_early(PROG, parse_args)
+    refuse_early(PROG, lambda: check(parse_args()))
 
 import numpy as np
 
@@ -60,9 +67,7 @@ SHARD = 65_536  # sentences
 
 def make(args: argparse.Namespace) -> str:
     """-> a line about it. ValueError: see token_shards.vocabulary_of; no sentence is short enough."""
-    if args.out.exists():
-        raise ValueError(f"--out {args.out} exists already; name a new folder")
-    require_out_folder(args.out)
+    check(args)
     vocabulary = vocabulary_of(args.tokens, args.num_codes)
     dtype, pad = code_dtype(len(vocabulary)), vocabulary.id("<pad>")
     rows: list[np.ndarray] = []

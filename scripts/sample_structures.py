@@ -22,6 +22,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from autoregressive.sampling_config import SamplingConfig
+from protein.token_files import check_name
 from tokenizer.runtime.command import (
     as_flag_errors,
     command,
@@ -30,6 +31,7 @@ from tokenizer.runtime.command import (
     require_flags_at_least,
     require_out_file,
 )
+from tokenizer.stored import require_stored
 
 PROG = "scripts/sample_structures.py"
 
@@ -56,8 +58,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def check(args: argparse.Namespace) -> None:
+    """ValueError: a file of another kind, or that cannot be written; FileNotFoundError: no GPT is there."""
+    check_name(args.out)
+    require_out_file(args.out)
+    require_stored(args.gpt_ckpt, args.weights, "GPT")
+
+
 if __name__ == "__main__":
-    refuse_early(PROG, parse_args)
+    refuse_early(PROG, lambda: check(parse_args()))
 
 import torch
 from torch import Tensor
@@ -65,7 +74,7 @@ from torch import Tensor
 from autoregressive.pretrained import load_gpt
 from autoregressive.sampling import generate
 from protein.language import VOCABULARY, Vocabulary, to_token_chains
-from protein.token_files import TokenChain, check_name, write_tokens
+from protein.token_files import TokenChain, write_tokens
 from tokenizer.runtime import config, distributed
 from tokenizer.runtime.parsing import read_text
 from tokenizer.runtime.seeding import fold
@@ -89,8 +98,7 @@ def read_sequences(path: Path) -> dict[str, list[str]]:
 
 def sample(args: argparse.Namespace, device: torch.device) -> str:
     """-> a line about it. ValueError, OSError: mistakes in flags and files, before anything is drawn."""
-    check_name(args.out)
-    require_out_file(args.out)
+    check(args)
     described = args.code_path / VOCABULARY
     values = config.load(described)
     prefixed, several = values.pop("sequence_prefix", None), values.pop("complexes", True)

@@ -32,8 +32,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def check(args: argparse.Namespace) -> None:
+    """ValueError: a picture that cannot be written."""
+    require_out_file(args.out)
+
+
 if __name__ == "__main__":
-    refuse_early(PROG, parse_args)
+    refuse_early(PROG, lambda: check(parse_args()))
 
 import torch
 from torch import Tensor, nn
@@ -117,7 +122,7 @@ def row(name: str, scores: list[Scores]) -> str:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with command(PROG, one_process=True):
-        require_out_file(args.out)
+        check(args)
         print0(f"| arm     |  MSE of waves |  codes used |\n|{'-' * 9}|{'-' * 15}|{'-' * 13}|")
         panels = []
         for name in ARMS:

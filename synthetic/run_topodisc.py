@@ -66,8 +66,13 @@ def parse_config(argv: Sequence[str] | None = None) -> RunConfig:
     return parse(RunConfig, argv, description=__doc__, prog=PROG)
 
 
+def check(cfg: RunConfig) -> None:
+    """ValueError: a folder that cannot be written."""
+    require_out_folder(Path(cfg.out))
+
+
 if __name__ == "__main__":
-    refuse_early(PROG, parse_config)
+    refuse_early(PROG, lambda: check(parse_config()))
 
 from synthetic import plots, tuning
 from synthetic.topodisc import METERS, Report, Run, summarise, table, train_jobs
@@ -160,8 +165,8 @@ def fair_view(cfg: RunConfig, out: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     cfg = parse_config(argv)
     with command(PROG, one_process=True):
+        check(cfg)
         out = Path(cfg.out)
-        require_out_folder(out)
         out.mkdir(parents=True, exist_ok=True)
         paper_view(cfg, out)
         if cfg.tuned:

@@ -22,10 +22,14 @@ REFUSED = {
         "protein/train_provq.py: error: --decoder-width 6 must be an even multiple of --decoder-heads 4",
     "tokenizer/train_provq.py --preset cifar10 --data-path nowhere":
         "train_provq.py: error: --data-path: data path {here}/nowhere: no such file or folder. Accepted: {accepted}",
+    "autoregressive/train_c2i.py --code-path nowhere":
+        "train_c2i.py: error: --code-path: nowhere is no folder of codes; autoregressive/extract_codes.py makes one",
     "protein/train_provq.py --data-path nowhere":
         "protein/train_provq.py: error: --data-path: nowhere: no such folder",
     "tokenizer/reconstruct.py nowhere digits":
         "tokenizer/reconstruct.py: error: no tokenizer at nowhere",
+    "protein/export_tokens.py nowhere.npz --out nowhere.txt":
+        "protein/export_tokens.py: error: --out nowhere.txt: sentences are kept in .jsonl, .parquet",
     "protein/encode.py nowhere.pdb --ckpt nowhere --out nowhere.npz":
         "protein/encode.py: error: nowhere.pdb: no such file or folder",
     "evaluations/generation.py digits nowhere.npz --out nowhere.json":

@@ -1,4 +1,4 @@
-"""Where stored models are, before anything of them is read. No torch, see runtime/command.py."""
+"""Where stored models and codes are, before anything of them is read. No torch, see runtime/command.py."""
 
 from __future__ import annotations
 
@@ -21,3 +21,9 @@ def require_stored(path: str | Path, weights: str, what: str) -> Path:
         hint = f"; the released one is in {known}" if known.parent != Path(path).parent and known.is_dir() else ""
         raise FileNotFoundError(f"no {what} at {path}{hint}")
     return Path(path)
+
+
+def require_code_folder(path: Path) -> None:
+    """ValueError: it is none."""
+    if not path.is_dir():
+        raise ValueError(f"{path} is no folder of codes; autoregressive/extract_codes.py makes one")

@@ -31,6 +31,7 @@ if not __package__:
 
 from protein.benchmark.tasks import MAX_LENGTH
 from tokenizer.runtime.command import command, make_parser, refuse_early, require_flags_at_least, require_out_file
+from tokenizer.runtime.parsing import from_json, read_text
 
 PROG = "protein/benchmark/sensitivity.py"
 CONFORMATIONS = {"fold_switching": "codnas.csv", "apo_holo": "apo.csv"}  # in the archive's sensitivity/conformational
@@ -57,8 +58,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def output_files(out: Path) -> tuple[Path, Path]:
+    """OUT.json and OUT.md, also for OUT.json. ValueError: files of these names that an earlier call has not written."""
+    stem = out.name.removesuffix(".json")  # not with_suffix, to which lambda-0.5 and lambda-0.25 are one name
+    report, text = out.with_name(f"{stem}.json"), out.with_name(f"{stem}.md")
+    for file in (report, text):
+        require_out_file(file)
+    if report.exists():
+        try:
+            found = from_json(read_text(report), report)
+        except ValueError:
+            found = None
+        if not isinstance(found, dict) or not {"sensitivity", "utilisation"} <= found.keys():
+            raise ValueError(f"--out {out}: {report} exists and is no earlier result; name another")
+    elif text.exists():
+        raise ValueError(f"--out {out}: {text} exists and is no earlier result; name another")
+    return report, text
+
+
 if __name__ == "__main__":
-    refuse_early(PROG, parse_args)
+    refuse_early(PROG, lambda: output_files(parse_args().out))
 
 import numpy as np
 import numpy.typing as npt
@@ -79,7 +98,7 @@ from tokenizer.runtime import distributed
 from tokenizer.runtime.config import parse_object
 from tokenizer.runtime.files import atomic_write_json, atomic_write_text
 from tokenizer.runtime.page import Cell, Table, markdown_table
-from tokenizer.runtime.parsing import brief, from_json, read_json, read_text
+from tokenizer.runtime.parsing import brief, read_json
 
 GAP = -10
 SKIPPED = {("fold_switching", 2)}  # a pair that StructTokenBench leaves out, by its place in the file
@@ -380,24 +399,6 @@ def _fresh(label: str, taken: dict[str, Any]) -> str:
     """Several runs of one label are told apart."""
     count = sum(name == label or name.startswith(f"{label} (") for name in taken)
     return f"{label} ({count + 1})" if count else label
-
-
-def output_files(out: Path) -> tuple[Path, Path]:
-    """OUT.json and OUT.md, also for OUT.json. ValueError: files of these names that an earlier call has not written."""
-    stem = out.name.removesuffix(".json")  # not with_suffix, to which lambda-0.5 and lambda-0.25 are one name
-    report, text = out.with_name(f"{stem}.json"), out.with_name(f"{stem}.md")
-    for file in (report, text):
-        require_out_file(file)
-    if report.exists():
-        try:
-            found = from_json(read_text(report), report)
-        except ValueError:
-            found = None
-        if not isinstance(found, dict) or not {"sensitivity", "utilisation"} <= found.keys():
-            raise ValueError(f"--out {out}: {report} exists and is no earlier result; name another")
-    elif text.exists():
-        raise ValueError(f"--out {out}: {text} exists and is no earlier result; name another")
-    return report, text
 
 
 def main(argv: list[str] | None = None) -> None:

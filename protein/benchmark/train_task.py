@@ -90,8 +90,13 @@ def parse_config(argv: list[str] | None = None) -> TaskConfig:
                         description=__doc__ or "", pick_preset=lambda given: given.get("preset", "structtokenbench"))
 
 
+def check(cfg: TaskConfig) -> None:
+    """ValueError: a folder that cannot be written."""
+    require_out_folder(Path(cfg.results_dir), "--results-dir")
+
+
 if __name__ == "__main__":
-    refuse_early(PROG, parse_config)
+    refuse_early(PROG, lambda: check(parse_config()))
 
 import numpy as np
 import torch
@@ -282,8 +287,8 @@ def main(argv: list[str] | None = None) -> None:
     cfg = parse_config(argv)
     with command(PROG, one_process=True):
         device = distributed.init(cfg.device)
+        check(cfg)
         root = Path(cfg.results_dir)
-        require_out_folder(root, "--results-dir")
         lock.own(root, "--results-dir")
         tokenizers = [open_tokenizer(name, device) for name in cfg.tokenizer]
         labels = [tokenizer.label for tokenizer in tokenizers]
