@@ -76,7 +76,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    refuse_early(PROG, lambda: check(parse_args()))
+    refuse_early(PROG, parse_args, check)
 
 import numpy as np
 import torch

@@ -25,16 +25,9 @@ from tokenizer.runtime.ranks import started_together
 
 PROG = "train_c2i.py"
 
-
-def refuse() -> None:
-    """What is wrong with the command line, before slow imports."""
-    cfg = parse_config(description=__doc__)
-    check(cfg, started_together())
-    check_data(cfg)
-
-
 if __name__ == "__main__":
-    refuse_early(PROG, refuse)
+    refuse_early(PROG, lambda: parse_config(description=__doc__),
+                 lambda cfg: check(cfg, started_together()), check_data)
 
 import numpy as np
 import torch

@@ -72,7 +72,7 @@ def check(cfg: RunConfig) -> None:
 
 
 if __name__ == "__main__":
-    refuse_early(PROG, lambda: check(parse_config()))
+    refuse_early(PROG, parse_config, check)
 
 from synthetic import plots, tuning
 from synthetic.topodisc import METERS, Report, Run, summarise, table, train_jobs

@@ -24,16 +24,9 @@ from tokenizer.train_config import RESUMABLE, TrainConfig, check, check_data, pa
 
 PROG = "train_provq.py"
 
-
-def refuse() -> None:
-    """What is wrong with the command line, before slow imports."""
-    cfg = parse_config(description=__doc__)
-    check(cfg, started_together())
-    check_data(cfg)
-
-
 if __name__ == "__main__":
-    refuse_early(PROG, refuse)
+    refuse_early(PROG, lambda: parse_config(description=__doc__),
+                 lambda cfg: check(cfg, started_together()), check_data)
 
 import torch
 from torch import Tensor, nn

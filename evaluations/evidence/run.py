@@ -43,7 +43,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    refuse_early(PROG, lambda: flags.setting(parse_args()))
+    refuse_early(PROG, parse_args, flags.setting)
 
 from evaluations.evidence.arms import Arm
 from evaluations.evidence.bed import with_features

@@ -38,7 +38,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    refuse_early(PROG, lambda: flags.setting(parse_args()))
+    refuse_early(PROG, parse_args, flags.setting)
 
 from evaluations.evidence.bed import with_features
 from evaluations.evidence.comparison import label

@@ -77,7 +77,7 @@ def output_files(out: Path) -> tuple[Path, Path]:
 
 
 if __name__ == "__main__":
-    refuse_early(PROG, lambda: output_files(parse_args().out))
+    refuse_early(PROG, parse_args, lambda args: output_files(args.out))
 
 import numpy as np
 import numpy.typing as npt

@@ -96,7 +96,7 @@ def check(cfg: TaskConfig) -> None:
 
 
 if __name__ == "__main__":
-    refuse_early(PROG, lambda: check(parse_config()))
+    refuse_early(PROG, parse_config, check)
 
 import numpy as np
 import torch

@@ -11,15 +11,20 @@ or mistypes a flag need not wait for it. So its imports are two blocks, and what
     def parse_args(argv=None): ...
 
 
+    def check(args): ...  # what else is known before any work: outputs, missing files
+
+
     if __name__ == "__main__":
-        refuse_early(PROG, parse_args)
+        refuse_early(PROG, parse_args, check)
 
     import torch
     ...
 
     def main(argv=None):
         args = parse_args(argv)
-        with command(PROG): ...
+        with command(PROG):
+            check(args)
+            ...
 
 The modules that flags are made of and checked by are free of torch as well; tests/test_layering.py says which.
 """
@@ -30,6 +35,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tokenizer.runtime import config
 from tokenizer.runtime.files import require_writable
@@ -44,16 +50,19 @@ class CannotContinue(RuntimeError):
 USER_ERRORS = (ValueError, OSError, ImportError, CannotContinue, FloatingPointError)
 
 
-def refuse_early(prog: str, check: Callable[[], object]) -> None:
-    """Run a check of the command line, parse_args at least, before slow imports: what it refuses ends the program here.
+def refuse_early(prog: str, parse: Callable[[], Any], *checks: Callable[[Any], object]) -> None:
+    """Parse and check the command line before slow imports: what is refused ends the program here.
 
-    So do USER_ERRORS, in the line that `command` and `launch` make of them. `main` checks once more, for those who call
-    it. Of the processes that torchrun starts on a machine one checks: it ends the others, which need not repeat it.
+    checks: of what parse returns; their USER_ERRORS end in the line that `command` and `launch` make of them. `main`
+    does all this once more, for those who call it. Of the processes that torchrun starts on a machine one does it: it
+    ends the others, which need not repeat it.
     """
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return
     try:
-        check()
+        parsed = parse()
+        for check in checks:
+            check(parsed)
     except USER_ERRORS as error:
         raise SystemExit(f"{prog}: error: {error}" if os.environ.get("RANK", "0") == "0" else 2) from error
 

@@ -51,14 +51,14 @@ def test_one_process_of_a_machine_checks_flags_before_slow_imports(monkeypatch, 
         if value is not None:
             monkeypatch.setenv(name, value)
 
-    def check():
-        raise ValueError("--size is 3")
+    def check(size):
+        raise ValueError(f"--size is {size}")
 
     if end is None:
-        refuse_early("tool.py", check)
+        refuse_early("tool.py", lambda: 3, check)
         return
     with pytest.raises(SystemExit) as stopped:
-        refuse_early("tool.py", check)
+        refuse_early("tool.py", lambda: 3, str, check)
     assert stopped.value.code == end
 
 
