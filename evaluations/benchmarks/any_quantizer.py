@@ -97,11 +97,11 @@ def train(args: argparse.Namespace, name: str, curriculum: Curriculum, seed: int
 @torch.no_grad()
 def score(model: Autoencoder, images: Tensor) -> dict[str, float]:
     adapter = model.quantize.provq.quantizer
-    counts, quality = torch.zeros(adapter.num_codes, dtype=torch.int64), []
+    counts, quality = bare_and_attached.no_counts(adapter), []
     for x in images.split(250):
         reconstruction, _, indices = model(x)
         quality.append(psnr(reconstruction.clamp(-1, 1), x, data_range=2.0))
-        counts += torch.bincount(adapter.countable(indices).flatten().long(), minlength=len(counts))
+        counts += bare_and_attached.counts_of(adapter, indices)
     return {"psnr": torch.cat(quality).mean().item(), "codes": int((counts > 0).sum()),
             "perplexity": code_statistics(counts)["perplexity"]}
 
