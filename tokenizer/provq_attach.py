@@ -703,7 +703,7 @@ class Attached(provq.ProVQ):
         if not self.quantizer.settable:
             return self.init_codebook(None, optimizers=optimizers)
         kept, most = self.reservoir[: int(self.reservoir_state[0])], max(t.num_codes for t in self.quantizer.parts())
-        count = int(provq._all_reduce(self.reservoir_state[:1].clone()))  # of all: none may raise while others wait
+        count = int(provq._all_reduce(self.reservoir_state[:1].clone()))  # of all ranks: none raises alone
         if not count:
             raise RuntimeError("the warm-up has ended, and no latents were collected in it. Were weights loaded without"
                                " the curriculum's state? Then call init_codebook(None): codes stay as they are")
@@ -740,9 +740,9 @@ class Attached(provq.ProVQ):
     def collect(self, latents: Tensor) -> None:
         """Keep a sample of latents (N, D), this rank's valid tokens, for `maybe_init_codebook`. Done by the warm-up.
 
-        Bounded: RESERVOIR_TOKENS_PER_CODE x K tokens over all ranks. The first calls fill it; each that follows puts
-        its own in place of the oldest 16th: the encoder moves, and one batch alone would be too uniform. Draws no
-        random numbers and does not synchronise. ValueError: latents are not (N, D).
+        Bounded: RESERVOIR_TOKENS_PER_CODE x K tokens over all ranks. The first calls fill it, each later one replaces
+        the oldest 16th: the encoder moves, and one batch alone would be too uniform. Draws no random numbers and does
+        not synchronise. ValueError: latents are not (N, D).
         """
         self._checked(latents)
         if not len(latents):

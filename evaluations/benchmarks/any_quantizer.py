@@ -82,6 +82,7 @@ from evaluations.benchmarks import bare_and_attached
 from tokenizer.pixels import psnr
 from tokenizer.provq import code_statistics
 from tokenizer.provq_attach import Curriculum
+from tokenizer.runtime.over_seeds import shown
 from tokenizer.vq_model import Decoder, Encoder
 
 
@@ -118,11 +119,11 @@ def train(args: argparse.Namespace, name: str, curriculum: Curriculum, seed: int
 @torch.no_grad()
 def score(model: Autoencoder, images: Tensor) -> dict[str, float]:
     adapter = model.quantize.provq.quantizer
-    counts, quality = torch.zeros(adapter.num_codes, dtype=torch.int64), []
+    counts, quality = bare_and_attached.no_counts(adapter), []
     for x in images.split(250):
         reconstruction, _, indices = model(x)
         quality.append(psnr(reconstruction.clamp(-1, 1), x, data_range=2.0))
-        counts += torch.bincount(adapter.countable(indices).flatten().long(), minlength=len(counts))
+        counts += bare_and_attached.counts_of(adapter, indices)
     return {"psnr": torch.cat(quality).mean().item(), "codes": int((counts > 0).sum()),
             "perplexity": code_statistics(counts)["perplexity"]}
 
@@ -137,7 +138,7 @@ def compare(args: argparse.Namespace) -> None:
                 with args.out.open("a", encoding="utf-8") as file:
                     for seed, run in zip(args.seeds, runs, strict=True):
                         file.write(json.dumps({"quantizer": name, "curriculum": label, "seed": seed, **run}) + "\n")
-            cells = [bare_and_attached.over_seeds([run[key] for run in runs], digits)
+            cells = [shown([run[key] for run in runs], digits)
                      for key, digits in (("psnr", 2), ("codes", 0), ("perplexity", 0))]
             print(f"| {name} | {label} | {' | '.join(cells)} |", flush=True)  # noqa: T201
 

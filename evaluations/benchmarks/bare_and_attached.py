@@ -1,20 +1,24 @@
-"""What benchmarks share that train a host twice, bare and attached to: the curricula, the loop, images."""
+"""What commands share that train a host twice, bare and attached to: the curricula, the loop, images, runs."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import datetime
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from evaluations.benchmarks.host_flags import ATTACHED, BARE
 from tokenizer.data import ImageDataset, split_holdout
 from tokenizer.image_sources import open_images
 from tokenizer.pixels import from_uint8
-from tokenizer.provq_attach import Curriculum, attach
-from tokenizer.runtime.over_seeds import merge
+from tokenizer.provq_attach import Adapter, Curriculum, attach
+from tokenizer.runtime.files import atomic_write_json
 
-BARE, ATTACHED = "bare", "+ ProVQ"
+Data = TypeVar("Data")
 
 
 def curricula(args: argparse.Namespace) -> dict[str, Curriculum]:
@@ -59,9 +63,42 @@ def train(
         optimizer.step()
 
 
-def over_seeds(values: Sequence[float], digits: int) -> str:
-    """Mean ± standard deviation; without, of one seed."""
-    found = merge(values)
-    assert found is not None
-    spread = "" if found.deviation is None else f" ± {found.deviation:.{digits}f}"
-    return f"{found.mean:.{digits}f}{spread}"
+def no_counts(adapter: Adapter) -> Tensor:
+    return torch.zeros(adapter.num_codes, dtype=torch.int64)
+
+
+def counts_of(adapter: Adapter, indices: Tensor) -> Tensor:
+    """How often indices, as the host returned them, have each of the adapter's codes: (num_codes,)."""
+    return torch.bincount(adapter.countable(indices).flatten().long(), minlength=adapter.num_codes)
+
+
+def document(args: argparse.Namespace, prog: str, settings: str) -> dict[str, Any]:
+    """--out as it is, or as it starts. settings: names of flags that all its runs have in common.
+
+    ValueError: its runs are of others.
+    """
+    wanted = {name: getattr(args, name) for name in settings.split()}
+    if args.out is None or not args.out.exists():
+        return {"command": prog, "torch": torch.__version__, "threads": torch.get_num_threads(),
+                "date": datetime.date.today().isoformat(), "settings": wanted, "runs": []}
+    found: dict[str, Any] = json.loads(args.out.read_text(encoding="utf-8"))
+    if found.get("settings") != wanted:
+        raise ValueError(f"--out {args.out} has runs of {found.get('settings')}, these flags say {wanted}: name another"
+                         " file")
+    return found
+
+
+def complete(args: argparse.Namespace, document: dict[str, Any], name: str, load: Callable[[], Data],
+             run: Callable[[Data, Curriculum, int], dict[str, Any]]) -> list[dict[str, Any]]:
+    """The document's runs of --seeds, with those of host `name` that it lacked. --out is written after each."""
+    wanted = [(label, seed) for seed in args.seeds for label in (BARE, ATTACHED)]
+    there = {(found["curriculum"], found["seed"]) for found in document["runs"] if found["host"] == name}
+    missing = [each for each in wanted if each not in there]
+    data = load() if missing else None
+    for label, seed in missing:
+        assert data is not None
+        document["runs"].append({"host": name, "curriculum": label, "seed": seed,
+                                 **run(data, curricula(args)[label], seed)})
+        if args.out:
+            atomic_write_json(args.out, document)
+    return [found for found in document["runs"] if found["seed"] in args.seeds]

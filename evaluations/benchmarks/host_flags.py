@@ -1,10 +1,12 @@
-"""Flags of the benchmarks that train a host twice, bare and attached to. No torch, see tokenizer/runtime/command.py."""
+"""Flags of what trains a host twice, bare and attached to, and the two's names. No torch, see runtime/command.py."""
 
 from __future__ import annotations
 
 import argparse
 
 from tokenizer.runtime.command import require_flags_at_least, require_flags_positive
+
+BARE, ATTACHED = "bare", "+ ProVQ"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -16,9 +16,7 @@ Needs diffusers, encodec and esm, each for its family.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import math
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -57,8 +55,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evaluations.benchmarks import bare_and_attached
-from evaluations.benchmarks.bare_and_attached import ATTACHED, BARE
+from evaluations.benchmarks import bare_and_attached, made_sound
+from evaluations.benchmarks.host_flags import ATTACHED, BARE
 from protein.geometry import backbone_rmsd, lddt
 from protein.losses import direction_loss, distance_loss
 from protein.structure_data import StructureDataset, hold_out_entries, open_structures, usable_chains
@@ -67,8 +65,7 @@ from protein.structure_encoder import StructureEncoder
 from tokenizer.pixels import psnr
 from tokenizer.provq import code_statistics
 from tokenizer.provq_attach import Adapter, Curriculum
-from tokenizer.runtime.files import atomic_write_json
-from tokenizer.runtime.over_seeds import mean_interval
+from tokenizer.runtime.over_seeds import mean_interval, shown
 
 
 class Host(nn.Module):
@@ -125,39 +122,6 @@ class ImageHost(Host):
         return {"psnr": psnr(y.clamp(-1, 1), x, data_range=2.0)}
 
 
-SOUND_RATE, SOUND_LENGTH = 8000, 2048  # Hz, samples
-
-
-def sounds(count: int, seed: int) -> Tensor:
-    """Harmonic tones that swell and die away, with noise: (count, 1, SOUND_LENGTH), peaks at 1."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(count, 1, 1, generator=generator)
-
-    time = torch.arange(SOUND_LENGTH) / SOUND_RATE  # s
-    number = torch.arange(1, 9)[:, None]
-    pitch = 80 * 10 ** draw(0, 1)  # Hz
-    strength = number ** -draw(0.5, 2.0) * (number * pitch < SOUND_RATE / 2)
-    phase = 2 * math.pi * torch.rand(count, 8, 1, generator=generator)
-    tone = (strength * torch.sin(2 * math.pi * number * pitch * time + phase)).sum(1, keepdim=True)
-    since = time - draw(-0.05, 0.15)
-    envelope = (since / draw(0.002, 0.03)).clamp(0, 1) * torch.exp(-since.clamp(min=0) / draw(0.02, 0.4))
-    noise = 10 ** draw(-2.5, -0.7) * torch.randn(count, 1, SOUND_LENGTH, generator=generator)
-    sound = tone * envelope + noise
-    return sound / sound.abs().amax(-1, keepdim=True)
-
-
-def log_spectra(x: Tensor) -> list[Tensor]:
-    """Sound (B, 1, T) -> log10 magnitudes (B, bins, frames) at three scales; a full-scale sine is 0, the floor -2."""
-    found = []
-    for size in (64, 256, 1024):
-        window = torch.hann_window(size)
-        spectrum = torch.stft(x[:, 0], size, size // 4, window=window, return_complex=True).abs() / (window.sum() / 2)
-        found.append((spectrum.square() + 1e-4).log10() / 2)
-    return found
-
-
 class CodecHost(Host):
     """EnCodec's encoder, levels and decoder, with its k-means of the first batch and its restart of rare codes."""
 
@@ -174,20 +138,18 @@ class CodecHost(Host):
 
     @staticmethod
     def load(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
-        return sounds(args.sounds, 0), sounds(args.val_size, 1)
+        return made_sound.sounds(args.sounds, 0), made_sound.sounds(args.val_size, 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         quantized, indices, losses = self.quantizer(self.encoder(x))
         return self.decoder(quantized), losses.mean(), indices
 
     def objective(self, y: Tensor, x: Tensor) -> Tensor:
-        spectral = torch.stack([F.l1_loss(a, b) for a, b in zip(log_spectra(y), log_spectra(x), strict=True)])
-        return spectral.mean() + F.l1_loss(y, x)
+        return made_sound.objective(y, x)
 
     def measure(self, y: Tensor, x: Tensor) -> dict[str, Tensor]:
-        scales = [(a - b).abs().mean((1, 2)) for a, b in zip(log_spectra(y), log_spectra(x), strict=True)]
         noise = (y - x).square().sum((1, 2))
-        return {"spectral": 20 * torch.stack(scales).mean(0), "snr": 10 * (x.square().sum((1, 2)) / noise).log10()}
+        return {"spectral": made_sound.spectral_error(y, x), "snr": 10 * (x.square().sum((1, 2)) / noise).log10()}
 
 
 class ProteinHost(Host):
@@ -257,34 +219,17 @@ def train(args: argparse.Namespace, name: str, curriculum: Curriculum, seed: int
 def score(host: Host, data: Tensor) -> dict[str, Any]:
     """Means over the data; codes used on it and their perplexity, of each level, coarse to fine."""
     adapter: Adapter = host.quantizer.provq.quantizer
-    counts, parts = torch.zeros(adapter.num_codes, dtype=torch.int64), []
+    counts, parts = bare_and_attached.no_counts(adapter), []
     for x in data.split(250):
         y, _, indices = host(x)
         parts.append(host.measure(y, x))
-        counts += torch.bincount(adapter.countable(indices).flatten().long(), minlength=len(counts))
+        counts += bare_and_attached.counts_of(adapter, indices)
     tables = counts.split([part.num_codes for part in adapter.parts()])
     return {**{key: torch.cat([part[key] for part in parts]).mean().item() for key in host.errors},
             "codes": [int((table > 0).sum()) for table in tables],
             "perplexity": [code_statistics(table)["perplexity"] for table in tables]}
 
 
-def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What all runs of a file have in common."""
-    names = "steps image_size batch_size lr code_lr loss_floor val_size max_images stretches sounds"
-    return {name: getattr(args, name) for name in names.split()}
-
-
-def read(args: argparse.Namespace) -> dict[str, Any]:
-    """--out as it is, or as it starts. ValueError: its runs are of other settings."""
-    fresh = {"command": PROG, "torch": torch.__version__, "threads": torch.get_num_threads(),
-             "date": datetime.date.today().isoformat(), "settings": settings(args), "runs": []}
-    if args.out is None or not args.out.exists():
-        return fresh
-    found: dict[str, Any] = json.loads(args.out.read_text(encoding="utf-8"))
-    if found.get("settings") != fresh["settings"]:
-        raise ValueError(f"--out {args.out} has runs of {found.get('settings')}, these flags say {fresh['settings']}: "
-                         "name another file")
-    return found
 
 
 def markdown(runs: list[dict[str, Any]], name: str) -> str:
@@ -298,10 +243,10 @@ def markdown(runs: list[dict[str, Any]], name: str) -> str:
     lines = [f"| {name} | {' | '.join(heads)} | codes used | {heads[0]}, difference [95 %] |",
              "|---" * (len(heads) + 3) + "|"]
     for label, found in by.items():
-        cells = [bare_and_attached.over_seeds([found[seed][key] for seed in seeds], places)
+        cells = [shown([found[seed][key] for seed in seeds], places)
                  for key, (_, places) in errors.items()]
         levels = zip(*(found[seed]["codes"] for seed in seeds), strict=True)
-        cells.append(", ".join(bare_and_attached.over_seeds(level, 0) for level in levels))
+        cells.append(", ".join(shown(level, 0) for level in levels))
         gap = ""
         if label == ATTACHED and len(seeds) > 1:
             found_gap = mean_interval(np.array([by[ATTACHED][seed][first] - by[BARE][seed][first] for seed in seeds]))
@@ -311,19 +256,13 @@ def markdown(runs: list[dict[str, Any]], name: str) -> str:
 
 
 def compare(args: argparse.Namespace) -> None:
-    document = read(args)
+    document = bare_and_attached.document(
+        args, PROG, "steps image_size batch_size lr code_lr loss_floor val_size max_images stretches sounds")
     for name in args.hosts:
-        wanted = [(label, seed) for seed in args.seeds for label in (BARE, ATTACHED)]
-        there = {(run["curriculum"], run["seed"]) for run in document["runs"] if run["host"] == name}
-        missing = [each for each in wanted if each not in there]
-        training, held_out = HOSTS[name].load(args) if missing else (torch.empty(0), torch.empty(0))
-        for label, seed in missing:
-            host = train(args, name, bare_and_attached.curricula(args)[label], seed, training)
-            run = {"host": name, "curriculum": label, "seed": seed, **score(host, held_out)}
-            document["runs"].append(run)
-            if args.out:
-                atomic_write_json(args.out, document)
-        runs = [run for run in document["runs"] if run["seed"] in args.seeds]
+        def run(data: tuple[Tensor, Tensor], curriculum: Curriculum, seed: int, name: str = name) -> dict[str, Any]:
+            return score(train(args, name, curriculum, seed, data[0]), data[1])
+
+        runs = bare_and_attached.complete(args, document, name, functools.partial(HOSTS[name].load, args), run)
         print(markdown(runs, name), flush=True)  # noqa: T201
 
 

@@ -4,8 +4,9 @@
 
 A table stands between `<!-- table: core-512.jsonl --seeds 100 101 -->`, which is a command line of table.py with files
 of evaluations/results/, and `<!-- end -->`. The command line may go on in the next line. `<!-- pace: map-512.jsonl -->`
-is the same for pace_map.py, `<!-- runs: digits.json --metrics psnr -->` for what collect.py gathered. What stands there
-already is replaced.
+is the same for pace_map.py, `<!-- runs: digits.json --metrics psnr -->` for what collect.py gathered, and
+`<!-- hosts: every-host.json --data sound -->` for what scripts/train_hosts.py trained. What stands there already is
+replaced.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from evaluations.evidence import pace, selection, trained
+from evaluations.evidence import hosts, pace, selection, trained
 from tokenizer.runtime.command import CannotContinue, command, make_parser
 from tokenizer.runtime.files import atomic_write_text
 from tokenizer.runtime.parsing import read_text
 from tokenizer.runtime.ranks import print0
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-_KINDS = {"table": selection, "pace": pace, "runs": trained}
-_TABLE = re.compile(r"(<!-- (?P<kind>table|pace|runs): (?P<words>[^>]*?) -->\n)(?P<rows>.*?)(?P<end><!-- end -->)",
+_KINDS = {"table": selection, "pace": pace, "runs": trained, "hosts": hosts}
+_TABLE = re.compile(rf"(<!-- (?P<kind>{'|'.join(_KINDS)}): (?P<words>[^>]*?) -->\n)(?P<rows>.*?)(?P<end><!-- end -->)",
                     re.DOTALL)
 
 

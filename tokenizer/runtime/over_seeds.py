@@ -24,6 +24,15 @@ def merge(values: Sequence[float | None]) -> Merged | None:
     return Merged(statistics.fmean(present), statistics.stdev(present) if len(present) > 1 else None, len(present))
 
 
+def shown(values: Sequence[float], digits: int) -> str:
+    """Mean ± standard deviation; of one seed without. ValueError: no values."""
+    found = merge(values)
+    if found is None:
+        raise ValueError("no values")
+    spread = "" if found.deviation is None else f" ± {found.deviation:.{digits}f}"
+    return f"{found.mean:.{digits}f}{spread}"
+
+
 def mean_interval(values: npt.NDArray[Any]) -> dict[str, Any]:
     """Mean, standard deviation (n - 1) and 95 % Student t interval of the mean of values (S >= 2,)."""
     from scipy import stats  # here because it takes a second to import
