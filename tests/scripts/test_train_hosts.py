@@ -68,8 +68,8 @@ def test_the_command_goes_on_where_it_was(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-2] == tables.markdown(document, "images").splitlines()[-1]
     with pytest.raises(SystemExit, match="name another file"):
         train_hosts.main([*command, "0", "--lr", "0.1"])
-    with pytest.raises(SystemExit, match="--hosts no-such is none of llamagen, "):
-        train_hosts.main([*COMMAND, "--hosts", "no-such"])
+    with pytest.raises(SystemExit, match="--hosts var is none of llamagen, "):
+        train_hosts.main([*COMMAND, "--hosts", "var"])
     document["hosts"]["taming"]["source"] = "9.9"
     out.write_text(json.dumps(document))
     with pytest.raises(SystemExit, match=r"its runs of taming are of .*9\.9"):
@@ -105,7 +105,6 @@ def test_results_have_every_host_in_three_seeds():
 @pytest.mark.parametrize(("flags", "message"), [
     (["--steps", "2"], "--steps is 2; it must be at least 3"),
     (["--image-size", "10"], "--image-size 10 must be a multiple of 4"),
-    (["--hosts", "var"], "invalid choice: 'var'"),
 ])
 def test_bad_flags(flags, message, capsys):
     with pytest.raises(SystemExit):
