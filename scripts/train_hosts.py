@@ -171,7 +171,7 @@ class Model(nn.Module):
                 provq_attach._get(out, adapter.indices_at))
 
 
-OBJECTIVES = {"images": F.mse_loss, "sound": made_sound.objective}
+OBJECTIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"images": F.mse_loss, "sound": made_sound.objective}
 
 
 def load(args: argparse.Namespace, data: str) -> tuple[Tensor, Tensor]:

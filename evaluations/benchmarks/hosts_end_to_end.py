@@ -108,7 +108,7 @@ class CodecHost(Host):
         from encodec.modules import SEANetDecoder, SEANetEncoder  # not needed by anything else here
         from encodec.quantization.core_vq import ResidualVectorQuantization
 
-        net = {"dimension": 16, "n_filters": 8, "ratios": [4, 4, 2], "lstm": 1}
+        net: dict[str, Any] = {"dimension": 16, "n_filters": 8, "ratios": [4, 4, 2], "lstm": 1}
         self.encoder, self.decoder = SEANetEncoder(**net), SEANetDecoder(**net)
         self.quantizer = ResidualVectorQuantization(num_quantizers=4, dim=16, codebook_size=64)
 
