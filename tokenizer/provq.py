@@ -271,7 +271,7 @@ class ProVQ(nn.Module):
         tokens, shape, places = self._flatten(z, mask)
         if self.training and self.needs_init:
             raise RuntimeError(f"step {self._step} is past the warm-up: first call init_codebook(latents, ...)")
-        self._watch()
+        self._watch(z, self.channel_dim)
         continuous = self.stage == 1 if self.training else not self.has_codebook
         if continuous or not len(tokens):
             # 0 x every parameter: DistributedDataParallel sees the codebook used, without find_unused_parameters.
@@ -293,7 +293,10 @@ class ProVQ(nn.Module):
         losses = {name: value.detach() for name, value in out.losses.items()}
         return ProVQOutput(quantized, _unmasked(out.indices, shape, places, -1), loss, losses)
 
-    def _watch(self) -> None:
+    def _watch(self, z: Tensor, channel_dim: int) -> None:
+        if self.training and self._watched[0] < 0 and z.ndim == 3 and z.shape[1] == z.shape[2]:
+            warnings.warn(f"latents {tuple(z.shape)} are taken as {'(B, L, D)' if channel_dim == -1 else '(B, D, L)'}, "
+                          "and the other way round would train, too, and mean nothing", stacklevel=5)
         if self.training and not (_is_compiling() or _recomputing()):  # a compiler would trace anew at every count
             self._watched = self._step, self._watched[1] + 1 if self._watched[0] == self._step else 1
             updates = getattr(type(self.quantizer), "update_", Quantizer.update_) is not Quantizer.update_
@@ -909,15 +912,12 @@ def _recomputing() -> bool:
     return not _is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-# What was in this file in version 0.2, and `load`, the repository's: imported when asked for.
-_OF_ATTACH = """ADAPTERS Adapter Attached CustomAdapter DiVeQAdapter EMACodebookAdapter FSQAdapter LFQAdapter
-LlamaGenAdapter LucidrainsSimVQAdapter RESERVOIR_CALLS RESERVOIR_TOKENS_PER_CODE ResidualVQAdapter SimVQAdapter
-TableAdapter TamingAdapter TamingEMAAdapter VectorQuantizeAdapter ResidualAdapter adapt attach detach
-host_state_dict""".split()
+# What was in this file in version 0.2, adapters too, and `load`, the repository's: imported when asked for.
+_ELSEWHERE = ("ADAPTERS", "Attached", "adapt", "attach", "detach", "host_state_dict", "load")
 
 
 def __getattr__(name: str) -> Any:
-    if name not in (*_OF_ATTACH, "load"):
+    if not (name in _ELSEWHERE or name.startswith("RESERVOIR_") or name.endswith("Adapter")):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     companion, hint = f"{__package__}.provq_attach" if __package__ else "provq_attach", "copy it beside provq.py"
     if name == "load":

@@ -61,25 +61,26 @@ Path = tuple[Union[int, str], ...]  # where something is in a return value: (1, 
 
 
 def _get(out: Any, path: Path) -> Any:
-    for step in path:
-        out = getattr(out, step) if isinstance(step, str) and not isinstance(out, Mapping) else out[step]
+    for step in path:  # of Hugging Face's mappings that are dataclasses, keys that are None are absent
+        attribute = isinstance(step, str) and (dataclasses.is_dataclass(out) or not isinstance(out, Mapping))
+        out = getattr(out, str(step)) if attribute else out[step]
     return out
 
 
 def _put(out: Any, path: Path, value: Any) -> Any:
-    """out, of tuples, lists, mappings and dataclasses, with value in that place."""
+    """out, of tuples, lists, mappings, dataclasses and objects, with value in that place."""
     if not path:
         return value
     step = path[0]
     inner = _put(_get(out, (step,)), path[1:], value)
     if dataclasses.is_dataclass(out):
         return dataclasses.replace(out, **{str(step): inner})  # type: ignore[type-var]
-    if isinstance(out, Mapping):
-        changed: Any = copy.copy(out)
-        changed[step] = inner
-        return changed
-    if isinstance(step, str):
+    if isinstance(step, str) and hasattr(out, "_replace"):
         return out._replace(**{step: inner})  # a named tuple
+    if isinstance(step, str) or isinstance(out, Mapping):
+        changed: Any = copy.copy(out)
+        changed.__setitem__(step, inner) if isinstance(out, Mapping) else setattr(changed, str(step), inner)
+        return changed
     items = list(out)
     items[step] = inner
     return type(out)(*items) if hasattr(out, "_fields") else type(out)(items)
@@ -169,9 +170,7 @@ class Adapter(nn.Module):
         """The tables of codes: one, a residual quantizer's levels, or none."""
         return []
 
-    def fit_codebook_(
-        self, x: Tensor, *, batch: Tensor | None = None, **options: Any,  # noqa: ARG002
-    ) -> dict[str, float]:
+    def fit_codebook_(self, x: Tensor, *, batch: Any = None, **options: Any) -> dict[str, float]:  # noqa: ARG002
         """Make the centroids of tokens x (N, D) the codes. batch, float64 []: tokens of one rank's batch.
 
         Running means start at the size of a batch, or without it of the clusters. options, result: as of provq.kmeans,
@@ -252,7 +251,7 @@ class Adapter(nn.Module):
             stats = torch.stack([same.double().sum(), *errors, smooth.square().sum(), stats[4] + len(x)])
         same, error, least, power, n = (provq._all_reduce(stats) if reduce else stats).tolist()
         exact = found is None or found.codes.dtype == torch.float32  # else near ties fall either way
-        if (exact and same < 0.9 * n) or error > 2 * least + 1e-4 * power:
+        if (exact and same < 0.9 * n) or max(error, least) > 2 * min(error, least) + 1e-4 * power:
             raise ValueError(f"{type(self.module).__name__} is no host for {type(self).__name__}: its own forward takes"
                              f" the nearest code for {same / n:.0%} of latents, and its error is {error / n:.3g} where "
                              f"{least / n:.3g} is due. It compares or maps codes in another way: kind='custom' can tell"
@@ -267,41 +266,48 @@ class Adapter(nn.Module):
             return same
         return same | ((self.decoded(indices) - codes).square().sum(1) <= 1e-10 * codes.square().sum(1).mean())
 
-    def twin(self) -> Adapter | None:
-        """A copy of it and of the host alone; None: weights of weight_norm, once they were used, cannot be copied."""
-        try:
-            return copy.deepcopy(self, {id(self.module._modules.get("provq")): None})
-        except RuntimeError:
-            return None
+    def twin(self) -> Adapter:
+        """A copy of it and of the host alone. What weight_norm has computed is in a graph, and is copied as it is."""
+        held = (value for module in self.module.modules() for value in vars(module).values())
+        computed = {id(t): t.detach().clone() for t in held if isinstance(t, Tensor) and t.grad_fn is not None}
+        return copy.deepcopy(self, {id(self.module._modules.get("provq")): None, **computed})
 
     def rehearse(self) -> None:
         """`require_alike` on a copy of the host with random codes: long before k-means, a look-alike is known."""
-        twin = None if _weight(self.module).is_meta else self.twin()
-        if twin is None:  # the codes of k-means are checked as well
+        generator, name = torch.Generator().manual_seed(0), type(self.module).__name__
+        device = _weight(self.module).device
+        if device.type == "meta":  # the codes of k-means are checked as well
             return
-        generator, device = torch.Generator().manual_seed(0), _weight(self.module).device
         x = torch.randn(256, self.dim, generator=generator).to(device)
-        for part in twin.parts():
-            codes = torch.randn(part.table().shape, generator=generator).to(device)
-            codes = F.normalize(codes, dim=-1) if part.l2_norm else codes
-            part.set_codebook_(codes, torch.ones(len(codes), device=device))
-        if self.settable:
-            twin.require_alike(x, reduce=False)
-        if provq._world() > 1:
-            twin.warn_of_idle(x[:16])
+        try:
+            twin = self.twin()
+            for part in twin.parts():
+                codes = torch.randn(part.table().shape, generator=generator).to(device)
+                codes = F.normalize(codes, dim=-1) if part.l2_norm else codes
+                part.set_codebook_(codes, torch.ones(len(codes), device=device))
+            if len({float(part.codebook().detach().double().sum()) for part in twin.parts()}) < len(twin.parts()):
+                raise ValueError(f"{name}: levels that share their codes are not supported: what one leaves over is no "
+                                 "latent of another")
+            if self.settable:
+                twin.require_alike(x, reduce=False)
+            idle = twin.idle(x[:16])
+        except (LookupError, AttributeError, TypeError, RuntimeError) as error:
+            raise TypeError(f"{name} is no host for {type(self).__name__}, which reads another return value, or calls "
+                            f"it in another way ({error!r}): kind='custom' can tell where things stand; check=False "
+                            "goes on all the same") from error
+        if idle and provq._world() > 1:
+            warnings.warn(f"{name}: its forward leaves {', '.join(idle)} without a gradient; in stage 2 "
+                          "DistributedDataParallel needs find_unused_parameters=True", stacklevel=5)
 
-    def warn_of_idle(self, x: Tensor) -> None:
-        """Warn of parameters that have no gradient after a training forward on tokens x: DDP finds them in stage 2."""
+    def idle(self, x: Tensor) -> list[str]:
+        """Parameters that have no gradient after a training forward on tokens x: DDP finds them in stage 2."""
         named = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         exact = torch.autocast(x.device.type, enabled=False)
         with torch.random.fork_rng([x.device] * x.is_cuda), torch.enable_grad(), exact:
             out = self.module.train() and self(self.cast(x).to(_weight(self.module).dtype).requires_grad_())
             total = torch.stack([t.float().sum() for t in (out.codes, *out.losses.values())]).sum()
         got = torch.autograd.grad(total, [*named.values()], allow_unused=True) if named and total.requires_grad else ()
-        idle = [name for name, gradient in zip(named, got) if gradient is None]  # noqa: B905
-        if idle:
-            warnings.warn(f"{type(self.module).__name__}: its forward leaves {', '.join(idle)} without a gradient; in "
-                          "stage 2 DistributedDataParallel needs find_unused_parameters=True", stacklevel=6)
+        return [name for name, gradient in zip(named, got) if gradient is None]  # noqa: B905
 
 
 class _Table(Adapter):
@@ -637,10 +643,7 @@ class Attached(provq.ProVQ):
         dim, mask = adapter.channels(z), given.get("mask") if adapter.accepts else None
         if z.shape[dim] != self.dim:
             raise ValueError(f"latents need {self.dim} channels in dimension {dim}, got {tuple(z.shape)}")
-        if self.training and self._watched[0] < 0 and dim == 1 and z.ndim == 3 and z.shape[1] == z.shape[2]:
-            warnings.warn(f"{type(module).__name__} takes latents (B, D, L), and {tuple(z.shape)} might as well be "
-                          "(B, L, D): channels last would train, and mean nothing", stacklevel=4)
-        self._watch()
+        self._watch(z, dim)
         tokens = z.movedim(dim, -1)
         smooth = adapter.smooth(tokens)
         if mask is not None:
@@ -747,8 +750,7 @@ class Attached(provq.ProVQ):
         self._checked(latents)
         if not len(latents):
             return
-        if not len(self.reservoir):
-            self._size_reservoir()
+        self._size_reservoir()
         size, n = len(self.reservoir), len(latents)
         take = min(n, -(-size // RESERVOIR_CALLS))  # rounded up: one call of all ranks may have to do
         # One row of each of equal parts of the batch, of which each `take` in turn are spread over all of it. Where in

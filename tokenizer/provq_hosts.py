@@ -8,7 +8,6 @@ which options it does not support. Sizes as in provq_attach.py.
 
 from __future__ import annotations
 
-import copy
 import functools
 import warnings
 from typing import TYPE_CHECKING, Any, Callable, Sequence, Union
@@ -327,6 +326,13 @@ class EMACodebookAdapter(TableAdapter):
 Place = Union[int, str, Path]  # in a return value: 0, "codes" or ("info", 2)
 
 
+class _Returned(dict):  # type: ignore[type-arg]
+    """Return values of a host, which a copy of it sees anew: they may be of any kind."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Returned:
+        return _Returned()
+
+
 class _Custom(Adapter):
     """What a module returns, by places. A copy of it is called once per shape of z in the warm-up, to see."""
 
@@ -345,7 +351,7 @@ class _Custom(Adapter):
         self.quantized_at, self.channel_dim = _path(quantized_at), channel_dim
         self.indices_at = None if indices_at is None else _path(indices_at)
         self.losses_at = {name: _path(place) for name, place in (losses_at or {}).items()}
-        self._returned: dict[Any, Any] = {}
+        self._returned = _Returned()
 
     def silent(self, z: Tensor, quantized: Tensor, given: dict[str, Any]) -> Any:
         # A compiler breaks its graph for a new shape: it would trace the checks. (Here, as this import takes long.)
@@ -412,9 +418,8 @@ class _Custom(Adapter):
 
     def fit_codebook_(self, x: Tensor, **options: Any) -> dict[str, float]:
         info = super().fit_codebook_(x, **options)
-        twin = self.twin() if self.check else None
-        if twin is not None:
-            self._require_rest(twin, x)
+        if self.check:
+            self._require_rest(self.twin(), x)
         return info
 
     @torch.no_grad()
@@ -434,7 +439,7 @@ class _Custom(Adapter):
 
     @torch.no_grad()
     def _probe(self, z: Tensor, given: dict[str, Any]) -> Any:
-        twin = copy.deepcopy(self.module, {id(self.module._modules.get("provq")): None})
+        twin = self.twin().module
         with torch.random.fork_rng(devices=[z.device] if z.is_cuda else []):
             return type(twin).forward(twin, z.detach(), **given)
 

@@ -19,7 +19,7 @@ import argparse
 import functools
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -100,7 +100,7 @@ class ImageHost(Host):
         super().__init__()
         from diffusers import VQModel  # not needed by anything else in this repository
 
-        self.model = VQModel(
+        self.model = cast(Any, VQModel)(  # what its package loads lazily has no type
             in_channels=x.shape[1], out_channels=x.shape[1], block_out_channels=(16, 32), norm_num_groups=8,
             down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
             mid_block_add_attention=False, latent_channels=8, num_vq_embeddings=256)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 import vector_quantize_pytorch as lucidrains
 from torch import Tensor, nn
+from workers import provq_codecs
 from workers.provq_hosts import CASES, VectorQuantizer, VectorQuantizer2
 
 from tokenizer.provq import Curriculum, ProVQ, make_quantizer
@@ -131,6 +132,43 @@ def test_equal_codes_are_no_look_alike_and_other_numbers_are():
     assert torch.equal(adapter(tokens).codes, adapter.assign(tokens)[0])
     with pytest.raises(ValueError, match="Renumbered is no host for TamingAdapter"):
         adapt(Renumbered(8, 4, 0.25))
+
+
+def _returning(base: type[nn.Module], change) -> type[nn.Module]:
+    return type("Fork", (base,), {"forward": lambda self, z: change(*base.forward(self, z))})
+
+
+FORKS = {
+    "no losses": _returning(VectorQuantizer, lambda z, _, info: (z, info[2])),
+    "one loss": _returning(VectorQuantizer2, lambda z, loss, info: (z, {"vq": loss}, info)),
+    "a loss that is one number": _returning(VectorQuantizer, lambda z, _, info: (z, z.mean(), info)),
+    "a dictionary": _returning(VectorQuantizer, lambda z, losses, _: {"z": z, "losses": losses}),
+    "indices alone": _returning(VectorQuantizer2, lambda z, loss, info: (z, loss, info[2])),
+    "another argument": type("Fork", (VectorQuantizer2,), {"forward": lambda self, z, scale: (self, z, scale)}),
+}
+
+
+@pytest.mark.parametrize("name", FORKS)
+def test_forks_that_return_something_else_are_refused_before_any_step(name):
+    fork = FORKS[name]
+    host = fork(8, 4, 0.25, 0.0, False, False) if issubclass(fork, VectorQuantizer) else fork(8, 4, 0.25)
+    with pytest.raises(TypeError, match=r"Fork is no host for \w+Adapter, which reads another return value, or calls "
+                                        r"it in another way \(.+\): kind='custom' can tell"):
+        attach(host, Curriculum(2, 2))
+    assert not hasattr(host, "provq")
+
+
+@pytest.mark.parametrize("name", ["encodec-residual", "dac-residual", "lucidrains-residual", "grouped"])
+def test_levels_that_share_their_codes_are_refused_before_any_step(name):
+    host = {**provq_codecs.STAND_INS, **CASES}[name].make() if name != "grouped" else lucidrains.GroupedResidualVQ(
+        dim=8, groups=2, num_quantizers=2, codebook_size=8)
+    if name == "grouped":
+        host.rvqs[1] = host.rvqs[0]
+    else:
+        levels = host.quantizers if name == "dac-residual" else host.layers
+        levels[2] = levels[0]
+    with pytest.raises(ValueError, match="levels that share their codes are not supported"):
+        attach(host, Curriculum(2, 2))
 
 
 def test_options_of_forks_are_refused_by_name():
@@ -266,12 +304,23 @@ def test_a_step_over_the_whole_transition_is_noticed(make):
     handle.set_step(9)  # there is no transition to skip
 
 
-def test_channels_last_where_it_cannot_be_seen_is_noticed_once():
-    host = lucidrains.VectorQuantize(4, 8, channel_last=False)
+def _attached(channel_dim: int) -> nn.Module:
+    host = lucidrains.VectorQuantize(4, 8, channel_last=channel_dim == -1)
     attach(host, Curriculum(9, 1))
-    with pytest.warns(UserWarning, match=r"takes latents \(B, D, L\), and \(2, 4, 4\) might as well be") as caught:
+    return host
+
+
+@pytest.mark.parametrize(("channel_dim", "form"), [(1, r"\(B, D, L\)"), (-1, r"\(B, L, D\)")])
+@pytest.mark.parametrize("make", [_attached, lambda channel_dim: ProVQ(
+    make_quantizer("vq", 8, 4), Curriculum(9, 1), channel_dim=channel_dim)])
+def test_channels_that_could_be_either_dimension_are_noticed_once(make, channel_dim, form):
+    host = make(channel_dim)
+    with pytest.warns(UserWarning, match=rf"latents \(2, 4, 4\) are taken as {form}, and the other way") as caught:
         host(_normal(2, 4, 4)), host(_normal(2, 4, 4))
     assert len(caught) == 1
+
+
+def test_channels_that_can_be_told_are_not_noticed():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for name in ("lucidrains", "lucidrains-channels-first", "taming"):

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import types
 from collections import OrderedDict, namedtuple
 
 import pytest
@@ -30,6 +31,18 @@ class Result:
     metrics: dict = dataclasses.field(default_factory=dict)
 
 
+@dataclasses.dataclass
+class Mapped(OrderedDict):
+    """As Hugging Face's: a dataclass and a mapping, whose fields that are None are no keys."""
+
+    codes: Tensor
+    indices: Tensor
+    loss: Tensor | None = None
+
+    def __post_init__(self):
+        self.update({name: value for name, value in vars(self).items() if value is not None})
+
+
 class Foreign(nn.Module):
     """Codes on columns, compared by angle; projections; a return value of any form. z (B, n, 6)."""
 
@@ -54,6 +67,9 @@ class Foreign(nn.Module):
                 "named": lambda: Named(quantized, None, (index, z.new_ones(3))),
                 "dict": lambda: {"loss": {"vq": loss}, "z": quantized, "ids": index, "name": "x"},
                 "ordered": lambda: OrderedDict(z=quantized, ids=index),
+                "mapped": lambda: Mapped(quantized, index, loss),
+                "mapped, no loss": lambda: Mapped(quantized, index),
+                "object": lambda: types.SimpleNamespace(z=quantized, loss=loss, info={"ids": index}),
                 "dataclass": lambda: Result(quantized, index, loss, {"perplexity": loss.detach()})}[self.form]()
 
 
@@ -63,6 +79,9 @@ PLACES = {
     "named": {"quantized_at": "z_q", "losses_at": {"vq": "loss"}, "indices_at": ("extra", 0)},
     "dict": {"quantized_at": "z", "losses_at": {"vq": ("loss", "vq")}, "indices_at": "ids"},
     "ordered": {"quantized_at": "z"},
+    "mapped": {"quantized_at": "codes", "losses_at": {"vq": "loss"}, "indices_at": "indices"},
+    "mapped, no loss": {"quantized_at": "codes", "losses_at": {"vq": "loss"}, "indices_at": "indices"},
+    "object": {"quantized_at": "z", "losses_at": {"vq": "loss"}, "indices_at": ("info", "ids")},
     "dataclass": {"quantized_at": "codes", "losses_at": {"vq": "loss"}, "indices_at": "indices"},
 }
 FUNCTIONS = {
@@ -74,7 +93,8 @@ FUNCTIONS = {
 
 def _find(out, place):
     for step in place if isinstance(place, tuple) else (place,):
-        out = getattr(out, step) if isinstance(step, str) and not isinstance(out, dict) else out[step]
+        attribute = isinstance(step, str) and (isinstance(out, Mapped) or not isinstance(out, dict))
+        out = getattr(out, step) if attribute else out[step]
     return out
 
 
@@ -101,7 +121,7 @@ def test_any_return_value_through_all_stages(form):
         total = quantized.square().mean()
         for place in places.get("losses_at", {}).values():
             loss = _find(out, place)
-            if form == "named":
+            if form in ("named", "mapped, no loss"):
                 assert loss is None
                 continue
             torch.testing.assert_close(loss, (handle.omega if step >= 4 else 0.0) * _find(bare, place))
@@ -181,6 +201,27 @@ def _trained(wrong: dict, make=lambda: Foreign("tuple")) -> None:
 def test_what_does_not_fit_is_named(wrong, message):
     with pytest.raises(ValueError, match=message):
         _trained(wrong)
+
+
+class Plain(nn.Module):
+    """Returns the latents, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(8, 6))
+
+    def forward(self, z: Tensor):
+        index = torch.cdist(z, self.table).argmin(-1)
+        return z, self.table[index], (self.table[index] - z).square().mean(), index
+
+
+@pytest.mark.parametrize("places", [{"indices_at": 3}, {}])
+def test_latents_in_the_place_of_codes_are_noticed(places):
+    wrong = {"latent": None, "output": None, "codebook": lambda m: m.table,
+             "set_codebook": lambda m, centroids, _: m.table.copy_(centroids), "losses_at": {"vq": 2},
+             "quantized_at": 0}
+    with pytest.raises(ValueError, match=r"Plain is no host .* its error is 0 where .* is due"):
+        _trained({"indices_at": None, **wrong, **places}, Plain)
 
 
 class Renumbering(Foreign):

@@ -185,12 +185,14 @@ def test_names_of_version_0_2_are_the_companions():
     for value in (Attached, adapt, attach, detach, host_state_dict):
         assert value is getattr(provq_attach, value.__name__)
     assert ADAPTERS is provq_attach.ADAPTERS
-    assert set(provq._OF_ATTACH) == {*provq_attach.__all__, *provq_attach._MOVED} - set(provq.__all__)
+    assert {*provq._ELSEWHERE} - {"load"} <= {*provq_attach.__all__}
     assert set(provq_attach.__all__) & set(provq.__all__) == {"AdaptiveWarmup", "Curriculum"}
     assert all(getattr(provq, name) is getattr(provq_attach, name)
                for name in (*provq_attach.__all__, *provq_attach._MOVED))
     with pytest.raises(ImportError, match="cannot import name 'drift'"):
         from tokenizer.provq import drift  # noqa: F401
+    with pytest.raises(ImportError, match="cannot import name 'NoAdapter'"):
+        from tokenizer.provq import NoAdapter  # noqa: F401
 
 
 @pytest.mark.parametrize("path", [SOURCE, COMPANION, *MORE])
