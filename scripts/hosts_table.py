@@ -3,6 +3,7 @@
     python scripts/hosts_table.py
 """
 
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -10,7 +11,6 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from evaluations.evidence.hosts import host_name
 from tokenizer import provq_attach
 from tokenizer.provq_attach import ADAPTERS, Adapter, TableAdapter
 from tokenizer.runtime.command import command, make_parser
@@ -20,9 +20,10 @@ PROG = "hosts_table.py"
 
 def row(kind: str, adapter: type[Adapter]) -> str:
     """Host, kind, what codes start from, what it may be used by."""
+    host = re.split(r"[.:](?: |$)| \(|, (?:of its|which|with|set) ", adapter.__doc__ or "")[0]
     start = "" if hasattr(adapter, "refused") else "k-means" if adapter.settable else "a fixed grid"
     used = "attach, adapt" if issubclass(adapter, TableAdapter) else "attach" if start else "none"
-    return f"| {host_name(adapter)} | `{kind}` | {start} | {used} |"
+    return f"| {host} | `{kind}` | {start} | {used} |"
 
 
 def note(kind: str, adapter: type[Adapter]) -> str:
