@@ -4,6 +4,7 @@
 """
 
 import argparse
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -23,16 +24,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     refuse_early(PROG, parse_args)
 
-from evaluations.evidence.hosts import host_name
 from tokenizer import provq_attach
 from tokenizer.provq_attach import ADAPTERS, Adapter, TableAdapter
 
 
 def row(kind: str, adapter: type[Adapter]) -> str:
     """Host, kind, what codes start from, what it may be used by."""
+    host = re.split(r"[.:](?: |$)| \(|, (?:of its|which|with|set) ", adapter.__doc__ or "")[0]
     start = "" if hasattr(adapter, "refused") else "k-means" if adapter.settable else "a fixed grid"
     used = "attach, adapt" if issubclass(adapter, TableAdapter) else "attach" if start else "none"
-    return f"| {host_name(adapter)} | `{kind}` | {start} | {used} |"
+    return f"| {host} | `{kind}` | {start} | {used} |"
 
 
 def note(kind: str, adapter: type[Adapter]) -> str:

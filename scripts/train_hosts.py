@@ -239,7 +239,7 @@ def compare(args: argparse.Namespace) -> None:
             return score(train(args, host, curriculum, seed, x[0]), host.data, x[1])
 
         codes = adapt(host.make(), check=False).num_codes
-        about = {"name": tables.host_name(ADAPTERS[kind]), "source": host.source, "data": host.data, "codes": codes}
+        about = {"source": host.source, "data": host.data, "codes": codes}
         if document.setdefault("hosts", {}).setdefault(kind, about) != about:
             raise ValueError(f"--out {args.out}: its runs of {kind} are of {document['hosts'][kind]}, this is {about}")
         runs = bare_and_attached.complete(args, document, kind, functools.partial(load, args, host.data), run)

@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from evaluations.benchmarks.host_flags import ATTACHED, BARE
 from tokenizer.runtime.over_seeds import shown
 from tokenizer.runtime.parsing import from_json, read_text
 
-if TYPE_CHECKING:
-    from tokenizer.provq_attach import Adapter
-
 ERRORS = {"images": "RMSE (% of the range)", "sound": "log-spectral error (dB)"}  # what a host is trained on -> heading
-
-
-def host_name(adapter: type[Adapter]) -> str:
-    """Whose quantizer it adapts: the beginning of its docstring."""
-    return re.split(r"[.:](?: |$)| \(|, (?:of its|which|with|set) ", adapter.__doc__ or "")[0]
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +21,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def markdown(document: dict[str, Any], data: str) -> str:
     """A row for each host, over the seeds that both its curricula have. ValueError: one has none."""
-    lines = [f"| host | class | codes | used, {BARE} | {ATTACHED} | {ERRORS[data]}, {BARE} | {ATTACHED} |",
+    lines = [f"| `kind=` | class | codes | used, {BARE} | {ATTACHED} | {ERRORS[data]}, {BARE} | {ATTACHED} |",
              "|---|---|---|---|---|---|---|"]
     for name, about in document["hosts"].items():
         if about["data"] != data:
@@ -42,7 +33,7 @@ def markdown(document: dict[str, Any], data: str) -> str:
             raise ValueError(f"no seed of {name} has both a bare run and one with ProVQ")
         cells = [shown([found[seed][key] for seed in seeds], digits)
                  for key, digits in (("codes", 0), ("error", 2)) for found in by.values()]
-        lines.append(f"| {about['name']} | {about['source']} | {about['codes']} | {' | '.join(cells)} |")
+        lines.append(f"| `{name}` | {about['source']} | {about['codes']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
