@@ -3,8 +3,7 @@
 """ProVQ inside a repository whose model, loss and checkpoints stay as they are: copy this file and provq.py.
 
 The quantizers of LlamaGen, taming-transformers and SimVQ are known here; those of other repositories, of packages and
-codecs, and kind="custom" for anything else, in provq_packages.py and provq_hosts.py, to be copied as well. The lines
-for each are under `attach`:
+codecs, and kind="custom" for anything else, in provq_packages.py and provq_hosts.py, to be copied as well:
 
     from provq_attach import Curriculum, attach
 
@@ -583,6 +582,7 @@ def _more() -> str:
 
 # Those that are alive, of each handle: `maybe_init_codebook` asks whether they are averages.
 _DEEP_COPIES: weakref.WeakKeyDictionary[Attached, weakref.WeakSet[Attached]] = weakref.WeakKeyDictionary()
+_ATTACHED: weakref.WeakSet[Attached] = weakref.WeakSet()
 
 
 class Attached(provq.ProVQ):
@@ -840,6 +840,11 @@ def _attached_forward(module: nn.Module, z: Tensor, *args: Any, **kwargs: Any) -
     return module.get_submodule("provq")(z, *args, **kwargs)
 
 
+def _tables(host: Adapter) -> set[int]:  # where its codes lie, if they are stored as they are
+    stored = {t.data_ptr() for t in (*host.module.parameters(), *host.module.buffers())} - {0}
+    return stored & {part.table().data_ptr() for part in (host.parts() if host.settable else ())}
+
+
 def attach(module: nn.Module, curriculum: Curriculum, *, kind: str = "auto", adaptive: AdaptiveWarmup | None = None,
            recluster: bool = False, check: bool = True, **callables: Any) -> Attached:
     """Put a host's quantizer on the curriculum where it stands; returns the handle, which is also `module.provq`.
@@ -850,24 +855,18 @@ def attach(module: nn.Module, curriculum: Curriculum, *, kind: str = "auto", ada
     would share this module. A moving average needs the codes at once: maybe_init_codebook(..., copies=[it.quantize]).
     recluster: k-means again where the transition ends, see `Attached`; ValueError: no transition, no codes to set.
 
-    LlamaGen, tokenizer/tokenizer_image/vq_train.py: after `vq_model = vq_model.to(device)`, and first in the loop,
-        provq = attach(vq_model.quantize, Curriculum(warmup_steps=50_000, transition_steps=20_000))
-            provq.set_step(train_steps)
-            provq.maybe_init_codebook(optimizers=[optimizer])       # with --ema: copies=[ema.quantize]
-    taming-transformers, SimVQ: in the model's __init__ after `self.quantize = ...`, and first in training_step,
-        attach(self.quantize, Curriculum(warmup_steps=50_000, transition_steps=20_000))
-        self.quantize.provq.set_step(self.global_step)
-        self.quantize.provq.maybe_init_codebook(optimizers=self.trainer.optimizers)
-    vector-quantize-pytorch (vq = VectorQuantize(...), ResidualVQ, SimVQ, FSQ, LFQ, ...), diveq (vq = DIVEQ(...)), ESM
-    (vq = EMACodebook(...); vq.freeze_codebook = True), EnCodec and AudioCraft (vq = model.quantizer.vq), DAC
-    (vq = model.quantizer), diffusers, TiTok, IBQ (vq = model.quantize): before the loop, and first in it,
-        provq = attach(vq, Curriculum(warmup_steps=50_000, transition_steps=20_000))
-            provq.set_step(step)
-            provq.maybe_init_codebook(optimizers=[optimizer])
+    The lines are those above. LlamaGen's tokenizer/tokenizer_image/vq_train.py: after `vq_model.to(device)`, and with
+    --ema copies=[ema.quantize]. taming-transformers, SimVQ: attach in the model's __init__, and first in training_step
+    the two calls, of self.quantize.provq with self.global_step and self.trainer.optimizers. EnCodec's quantizer is
+    model.quantizer.vq, DAC's model.quantizer; ESM's EMACodebook needs freeze_codebook = True. See tokenizer/README.md.
     """
     if "forward" in module.__dict__ or hasattr(module, "provq"):
         raise RuntimeError(f"{type(module).__name__}: forward is replaced already; attach once, before others do that")
     attached = Attached(adapt(module, kind, check=check, **callables), curriculum, adaptive, recluster)
+    if _tables(attached.quantizer) & set().union(*(_tables(other.quantizer) for other in _ATTACHED)):
+        raise ValueError(f"{type(module).__name__}: its codes are those of a quantizer that is attached already, whose "
+                         "k-means would be lost; attach to one module, and call that one in both places")
+    _ATTACHED.add(attached)
     module.add_module("provq", attached.to(_weight(module).device).train(module.training))
     module.forward = functools.partial(_attached_forward, module)  # unlike a closure, it survives deepcopy and pickle
     return attached
@@ -876,6 +875,7 @@ def attach(module: nn.Module, curriculum: Curriculum, *, kind: str = "auto", ada
 def detach(model: nn.Module) -> nn.Module:
     """Undo every `attach` inside model, in place: the host as it was, with the codes that it has now."""
     for module in [m for m in model.modules() if isinstance(m._modules.get("provq"), Attached)]:
+        _ATTACHED.discard(module._modules["provq"])  # type: ignore[arg-type]
         del module.forward, module._modules["provq"]
     return model
 

@@ -14,7 +14,7 @@ from workers import provq_codecs
 from workers.provq_hosts import CASES, VectorQuantizer, VectorQuantizer2
 
 from tokenizer.provq import Curriculum, ProVQ, make_quantizer
-from tokenizer.provq_attach import ADAPTERS, adapt, attach, host_state_dict
+from tokenizer.provq_attach import ADAPTERS, adapt, attach, detach, host_state_dict
 
 
 def _normal(*shape: int, seed: int = 0) -> Tensor:
@@ -169,6 +169,21 @@ def test_levels_that_share_their_codes_are_refused_before_any_step(name):
         levels[2] = levels[0]
     with pytest.raises(ValueError, match="levels that share their codes are not supported"):
         attach(host, Curriculum(2, 2))
+
+
+def test_two_attached_quantizers_of_one_table_are_refused():
+    """The k-means of the second would take the place of the first's."""
+    first, second, copied = VectorQuantizer2(8, 4, 0.25), VectorQuantizer2(8, 4, 0.25), VectorQuantizer2(8, 4, 0.25)
+    second.embedding.weight = first.embedding.weight
+    handle = attach(first, Curriculum(2, 2))
+    with pytest.raises(ValueError, match="its codes are those of a quantizer that is attached already"):
+        attach(second, Curriculum(2, 2))
+    assert not hasattr(second, "provq")
+    attach(copied, Curriculum(2, 2))
+    attach(detach(copy.deepcopy(first)), Curriculum(2, 2))
+    detach(first)
+    assert handle.quantizer.module is first, "it may outlive its place"
+    attach(second, Curriculum(2, 2))
 
 
 def test_options_of_forks_are_refused_by_name():
