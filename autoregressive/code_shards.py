@@ -198,9 +198,11 @@ def read_llamagen(path: Path, codebook_size: int) -> CodeFiles:
 
 
 def _llamagen_pair(path: Path) -> tuple[Path, Path] | None:
-    candidates = [path] if path.name.endswith("_codes") else sorted(path.glob("*_codes"))
-    pairs = [(p, p.with_name(re.sub("_codes$", "_labels", p.name))) for p in candidates]
-    found = [pair for pair in pairs if pair[0].is_dir() and pair[1].is_dir()]
+    # Itself first; yet what holds the pairs may be called ..._codes as well.
+    for candidates in ([path] if path.name.endswith("_codes") else [], sorted(path.glob("*_codes"))):
+        pairs = [(p, p.with_name(re.sub("_codes$", "_labels", p.name))) for p in candidates]
+        if found := [pair for pair in pairs if pair[0].is_dir() and pair[1].is_dir()]:
+            break
     if len(found) > 1:
         raise ValueError(f"{path} holds several data sets: {', '.join(p.name for p, _ in found)}; name one of them")
     return found[0] if found else None

@@ -37,7 +37,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data-path", help="any source of the tokenizer trainer, or digits (default: what the run was trained on)")
     add_image_flags(parser, remap_labels=True)
     add("--code-path", type=Path, metavar="FOLDER", help="folder to write (default: codes in the run's folder)")
-    add("--image-size", type=int, help="side in pixels, 384 for 24 x 24 codes (default: the size of training)")
+    add("--image-size", type=int, help="side in pixels, 384 for 24 x 24 codes (default: the size of training; of "
+                                            "LlamaGen's files 256)")
     add("--flip", action=argparse.BooleanOptionalAction, default=None,
         help="also encode mirror images (default: yes, but for digits; LlamaGen: yes)")
     add("--ten-crop", action="store_true", help="ten views per image; LlamaGen's published models: yes")
@@ -61,6 +62,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.ten_crop and args.flip is False:
         parser.error("--ten-crop includes mirror images; leave out --no-flip")
     if args.code_path is None:
+        if not args.vq_ckpt.exists():
+            parser.error(f"--vq-ckpt {args.vq_ckpt} does not exist")
         if not (args.vq_ckpt / "checkpoints").is_dir():
             parser.error(f"--vq-ckpt {args.vq_ckpt} is no run's folder: give --code-path, where to write the codes")
         args.code_path = args.vq_ckpt / "codes"

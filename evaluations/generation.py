@@ -56,6 +56,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def beside(parser: argparse.ArgumentParser, samples: str) -> Path:
     """Where a report goes that nobody named a place for. Ends with status 2 where there is none beside the samples."""
     path = Path(samples).expanduser()
+    if not (path.exists() or "{" in samples or samples in ("digits", "cifar10")):
+        parser.error(f"{samples}: no such file or folder")
     if not path.exists():  # shards in {}, or a word
         parser.error(f"--out: name a file for the report; {samples} is no folder or file to put it beside")
     return path / "metrics.json" if path.is_dir() else path.with_name(f"{path.stem}.metrics.json")

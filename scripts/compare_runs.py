@@ -12,7 +12,7 @@ if not __package__:
 
 from tokenizer.runtime.command import command, make_parser, refuse_early, require_out_file
 
-PROG = "compare_runs.py"
+PROG = "scripts/compare_runs.py"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -148,7 +148,7 @@ def _require_all_stages(cfg: Any, steps: int, what: str) -> None:
         stage = "warmup" if steps <= warmup else "transition"
         raise ValueError(f"{what}: the run would end after {steps} steps, before stage 3, with no discrete tokenizer. "
                          f"Give at least {least} steps (--warmup-steps {warmup} + --transition-steps {transition}), "
-                         f"shorten these, or say --stop-after {stage}")
+                         f"shorten these (fractions such as 0.25 will do), or say --stop-after {stage}")
 
 
 def with_codes_kept(cfg: Any) -> Any:

@@ -22,7 +22,7 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from tokenizer.image_sources import add_image_flags, require_image_flags
+from tokenizer.image_sources import add_image_flags, path_mode, require_image_flags
 from tokenizer.runtime.command import (
     command,
     make_parser,
@@ -77,6 +77,8 @@ def check(args: argparse.Namespace) -> None:
     if args.export_llamagen:
         require_out_file(args.export_llamagen, "--export-llamagen")
     require_stored(args.ckpt, args.weights, "tokenizer")
+    if args.images not in (None, "digits"):
+        path_mode(args.images)
 
 
 if __name__ == "__main__":

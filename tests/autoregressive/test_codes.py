@@ -221,6 +221,8 @@ def test_views_are_a_function_of_seed_epoch_and_image(codes):
 
 def test_llamagens_folders_are_read_and_converted(codes, tmp_path):
     convert_codes.main([str(codes), str(tmp_path / "theirs"), "--to-llamagen", "imagenet16"])
+    (tmp_path / "named_codes").symlink_to(tmp_path / "theirs")  # the folder of pairs may be called ..._codes itself
+    assert len(open_codes(str(tmp_path / "named_codes"), 300)) == 600
     one = np.load(tmp_path / "theirs" / "imagenet16_codes" / "7.npy")
     assert (one.shape, one.dtype) == ((1, 2, 16), np.int64)
     theirs, ours = open_codes(str(tmp_path / "theirs"), 300), open_codes(str(codes))

@@ -365,3 +365,9 @@ def test_missing_files_are_named(base, tmp_path):
     for missing in ("/no/such.npz", "/no/such/folder"):
         with pytest.raises(SystemExit, match=missing):
             generation.main(flags(base, "digits", missing, tmp_path / "r.json"))
+
+
+def test_samples_that_are_not_there_are_named(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        generation.main(["digits", str(tmp_path / "none.npz")])
+    assert "none.npz: no such file or folder" in capsys.readouterr().err

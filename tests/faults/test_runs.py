@@ -426,8 +426,8 @@ def test_too_little_memory_is_one_line(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["image", "protein"])
 @pytest.mark.parametrize(("length", "said"), [
     ({"max_steps": 2}, "--max-steps 2: the run would end after 2 steps, before stage 3, with no discrete tokenizer. "
-                       "Give at least 4 steps (--warmup-steps 2 + --transition-steps 2), shorten these, or say "
-                       "--stop-after warmup"),
+                       "Give at least 4 steps (--warmup-steps 2 + --transition-steps 2), shorten these "
+                       "(fractions such as 0.25 will do), or say --stop-after warmup"),
     ({"max_steps": 3}, "or say --stop-after transition"),
     ({"max_steps": 4, "warmup_steps": 4, "transition_steps": 0}, "Give at least 5 steps (--warmup-steps 4 + "),
     ({"max_steps": None, "epochs": 1, "warmup_steps": 900}, "--epochs 1 of "),

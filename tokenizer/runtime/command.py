@@ -31,11 +31,12 @@ The modules that flags are made of and checked by are free of torch as well; tes
 
 import argparse
 import os
+import platform
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tokenizer.runtime import config
 from tokenizer.runtime.files import require_writable
@@ -64,7 +65,16 @@ def refuse_early(prog: str, parse: Callable[[], Any], *checks: Callable[[Any], o
         for check in checks:
             check(parsed)
     except USER_ERRORS as error:
-        raise SystemExit(f"{prog}: error: {error}" if os.environ.get("RANK", "0") == "0" else 2) from error
+        raise SystemExit(refusal(prog, error)) from error
+
+
+def refusal(prog: str, error: Exception) -> str | int:
+    """What SystemExit is given: a line on the first process of each machine, since a path or a disk may be missing on
+    one of them only; a silent 2 on the others.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        return f"{prog}: error: {error}"
+    return f"{prog}: error: {error} (on {platform.node()})" if os.environ.get("LOCAL_RANK", "0") == "0" else 2
 
 
 @contextmanager
@@ -95,6 +105,10 @@ def command(prog: str, *, one_process: bool = False) -> Iterator[None]:
 
 
 class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """The mistake alone: all flags above it would hide it."""
+        self.exit(2, f"usage: {self.prog} ...   (--help lists the flags)\n{self.prog}: error: {message}\n")
+
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         """Refuses empty words, such as of a shell variable that is not set: Path("") is the current folder."""
         words = sys.argv[1:] if args is None else list(args)

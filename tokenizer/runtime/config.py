@@ -375,5 +375,5 @@ def _unknown_words(words: Sequence[str], flags: Mapping[str, _Flag]) -> str:
 
 
 def _nearest(name: str, valid: Iterable[str]) -> str:
-    match = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    match = difflib.get_close_matches(name, valid, n=1, cutoff=0.7)  # below: mere likeness, not a slip
     return f"; did you mean {match[0]}?" if match else ""

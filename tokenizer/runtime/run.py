@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tokenizer.runtime import config, distributed, lock
 from tokenizer.runtime.checkpoint import Checkpointer, load_file
-from tokenizer.runtime.command import USER_ERRORS, CannotContinue
+from tokenizer.runtime.command import USER_ERRORS, CannotContinue, refusal
 from tokenizer.runtime.files import atomic_write_text
 from tokenizer.runtime.metrics import JsonlFile, MetricLogger, short
 from tokenizer.runtime.parsing import brief, parsing
@@ -379,9 +379,10 @@ def launch(prog: str, parse: Callable[[], Any], build: Callable[[Any], Trainer])
     """The main of a training script: parse the flags, build the trainer, then train, or with --dry-run print its
     configuration as JSON; what else there is to say goes to stderr then.
 
-    USER_ERRORS while building are mistakes in flags, files or data: rank 0 says so in one line, without a traceback,
-    and all ranks exit with a failure. So are CannotContinue, divergence, a disk that fails or is full, and too little
-    memory while training. Ctrl-C ends with status 130, after a checkpoint once training has begun.
+    USER_ERRORS while building are mistakes in flags, files or data: the first rank of each machine says so in one
+    line, without a traceback, and all ranks exit with a failure. So are CannotContinue, divergence, a disk that fails
+    or is full, and too little memory while training. Ctrl-C ends with status 130, after a checkpoint once training has
+    begun.
     """
     interrupted = False
     try:
@@ -390,7 +391,7 @@ def launch(prog: str, parse: Callable[[], Any], build: Callable[[Any], Trainer])
             with redirect_stdout(sys.stderr) if cfg.dry_run else nullcontext():
                 trainer = build(cfg)
         except USER_ERRORS as error:
-            raise SystemExit(f"{prog}: error: {error}" if distributed.is_main() else 2) from error
+            raise SystemExit(refusal(prog, error)) from error
         if trainer.cfg.dry_run:
             distributed.print0(json.dumps(config.to_dict(trainer.cfg), indent=1))
         else:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -42,7 +43,7 @@ def test_mistakes_of_users_end_the_program(error):
 
 @pytest.mark.parametrize(("rank", "local", "end"), [
     (None, None, "tool.py: error: --size is 3"), ("0", "0", "tool.py: error: --size is 3"),
-    ("8", "0", 2),     # of another machine: it ends its own processes, and the first has said why
+    ("8", "0", f"tool.py: error: --size is 3 (on {platform.node()})"),  # of another machine, which may lack a file
     ("1", "1", None),  # ended by the first of its machine
 ])
 def test_one_process_of_a_machine_checks_flags_before_slow_imports(monkeypatch, rank, local, end):
@@ -60,6 +61,17 @@ def test_one_process_of_a_machine_checks_flags_before_slow_imports(monkeypatch, 
     with pytest.raises(SystemExit) as stopped:
         refuse_early("tool.py", lambda: 3, str, check)
     assert stopped.value.code == end
+
+
+def test_a_mistake_is_not_hidden_under_all_flags(capsys):
+    parser = make_parser("tool.py", "Does it.")
+    for number in range(30):
+        parser.add_argument(f"--flag-{number}", type=int)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--flag-3", "x"])
+    usage, error = capsys.readouterr().err.splitlines()
+    assert "--help" in usage
+    assert "--flag-3: invalid int value: 'x'" in error
 
 
 @pytest.mark.parametrize("error", [KeyError("step"), TypeError("no len"), AssertionError(), RuntimeError("defect"),
