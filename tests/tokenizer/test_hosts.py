@@ -317,7 +317,10 @@ ORIGINALS = {
 @pytest.mark.parametrize("name", ORIGINALS)
 def test_a_stand_in_is_its_original_and_the_original_trains(name):
     package, path, class_name, options = ORIGINALS[name]
-    make = original(package, path, class_name)
+    try:
+        make = original(package, path, class_name)
+    except ModuleNotFoundError as error:
+        pytest.skip(f"{package} itself needs {error.name}")
     if make is None:
         pytest.skip(f"no package {package}, nor one in PROVQ_HOSTS")
     twin = {"audiocraft": "encodec-residual"}.get(name, name)

@@ -30,11 +30,12 @@ The modules that flags are made of and checked by are free of torch as well; tes
 """
 
 import argparse
+import io
 import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -55,17 +56,17 @@ def refuse_early(prog: str, parse: Callable[[], Any], *checks: Callable[[Any], o
     """Parse and check the command line before slow imports: what is refused ends the program here.
 
     checks: of what parse returns; their USER_ERRORS end in the line that `command` and `launch` make of them. `main`
-    does all this once more, for those who call it. Of the processes that torchrun starts on a machine one does it: it
-    ends the others, which need not repeat it.
+    does all this once more, for those who call it. Of several processes the first of each machine speaks. The others
+    end as well, in silence: not every launcher ends them, and they would wait for the first.
     """
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        return
-    try:
-        parsed = parse()
-        for check in checks:
-            check(parsed)
-    except USER_ERRORS as error:
-        raise SystemExit(refusal(prog, error)) from error
+    speaks = os.environ.get("LOCAL_RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
+    with nullcontext() if speaks else redirect_stderr(io.StringIO()):
+        try:
+            parsed = parse()
+            for check in checks:
+                check(parsed)
+        except USER_ERRORS as error:
+            raise SystemExit(refusal(prog, error)) from error
 
 
 def refusal(prog: str, error: Exception) -> str | int:

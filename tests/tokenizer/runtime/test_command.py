@@ -44,9 +44,9 @@ def test_mistakes_of_users_end_the_program(error):
 @pytest.mark.parametrize(("rank", "local", "end"), [
     (None, None, "tool.py: error: --size is 3"), ("0", "0", "tool.py: error: --size is 3"),
     ("8", "0", f"tool.py: error: --size is 3 (on {platform.node()})"),  # of another machine, which may lack a file
-    ("1", "1", None),  # ended by the first of its machine
+    ("1", "1", 2),  # the first of its machine says it, and does not end it under every launcher
 ])
-def test_one_process_of_a_machine_checks_flags_before_slow_imports(monkeypatch, rank, local, end):
+def test_the_first_process_of_a_machine_says_what_is_wrong_before_slow_imports(monkeypatch, rank, local, end):
     for name, value in (("RANK", rank), ("LOCAL_RANK", local)):
         monkeypatch.delenv(name, raising=False)
         if value is not None:
@@ -55,12 +55,22 @@ def test_one_process_of_a_machine_checks_flags_before_slow_imports(monkeypatch, 
     def check(size):
         raise ValueError(f"--size is {size}")
 
-    if end is None:
-        refuse_early("tool.py", lambda: 3, check)
-        return
     with pytest.raises(SystemExit) as stopped:
         refuse_early("tool.py", lambda: 3, str, check)
     assert stopped.value.code == end
+
+
+@pytest.mark.parametrize(("world", "said"), [("2", ""), ("1", "the following arguments are required: --size")])
+def test_a_mistyped_flag_is_said_once_by_several_processes(monkeypatch, capsys, world, said):
+    for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", world)):
+        monkeypatch.setenv(name, value)
+    parser = make_parser("tool.py", "Does it.")
+    parser.add_argument("--size", required=True)
+    with pytest.raises(SystemExit) as stopped:
+        refuse_early("tool.py", lambda: parser.parse_args([]))
+    assert stopped.value.code == 2
+    err = capsys.readouterr().err
+    assert said in err if said else err == ""
 
 
 def test_a_mistake_is_not_hidden_under_all_flags(capsys):
