@@ -1,7 +1,7 @@
 """A GPT for sampling on a CPU: its linear layers hold their weights in the order in which oneDNN reads them.
 
 A decoding step multiplies few rows, one per sequence, by all weights. PyTorch's product in float32 takes a weight as it
-lies; of packed weights it takes up to half as long, see PERFORMANCE.md.
+lies; the product with packed ones takes less time, most so for few rows.
 """
 
 from __future__ import annotations

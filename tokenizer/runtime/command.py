@@ -59,8 +59,7 @@ def refuse_early(prog: str, parse: Callable[[], Any], *checks: Callable[[Any], o
     does all this once more, for those who call it. Of several processes the first of each machine speaks. The others
     end as well, in silence: not every launcher ends them, and they would wait for the first.
     """
-    speaks = os.environ.get("LOCAL_RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
-    with nullcontext() if speaks else redirect_stderr(io.StringIO()):
+    with nullcontext() if _speaks() else redirect_stderr(io.StringIO()):
         try:
             parsed = parse()
             for check in checks:
@@ -69,13 +68,17 @@ def refuse_early(prog: str, parse: Callable[[], Any], *checks: Callable[[Any], o
             raise SystemExit(refusal(prog, error)) from error
 
 
+def _speaks() -> bool:
+    """The first process of each machine, since a path or a disk may be missing on one of them only."""
+    return os.environ.get("LOCAL_RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
+
+
 def refusal(prog: str, error: Exception) -> str | int:
-    """What SystemExit is given: a line on the first process of each machine, since a path or a disk may be missing on
-    one of them only; a silent 2 on the others.
-    """
-    if os.environ.get("RANK", "0") == "0":
-        return f"{prog}: error: {error}"
-    return f"{prog}: error: {error} (on {platform.node()})" if os.environ.get("LOCAL_RANK", "0") == "0" else 2
+    """What SystemExit is given: a line on a process that speaks; a silent 2 on the others."""
+    if not _speaks():
+        return 2
+    where = "" if os.environ.get("RANK", "0") == "0" else f" (on {platform.node()})"
+    return f"{prog}: error: {error}{where}"
 
 
 @contextmanager

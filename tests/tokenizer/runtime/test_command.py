@@ -47,7 +47,7 @@ def test_mistakes_of_users_end_the_program(error):
     ("1", "1", 2),  # the first of its machine says it, and does not end it under every launcher
 ])
 def test_the_first_process_of_a_machine_says_what_is_wrong_before_slow_imports(monkeypatch, rank, local, end):
-    for name, value in (("RANK", rank), ("LOCAL_RANK", local)):
+    for name, value in (("RANK", rank), ("LOCAL_RANK", local), ("WORLD_SIZE", rank and "16")):
         monkeypatch.delenv(name, raising=False)
         if value is not None:
             monkeypatch.setenv(name, value)
