@@ -49,7 +49,7 @@ from protein.structure_io import ATOMS, Chain, write_structure
 from protein.structure_model import StructureModelConfig, StructureVQModel
 from protein.validation import StructureMeter
 from tokenizer.code_meter import PaceMeter, count_
-from tokenizer.curriculum import CurriculumTrainer, build_curriculum, code_usage
+from tokenizer.curriculum import CurriculumTrainer, build_curriculum, choose_code_search, code_usage
 from tokenizer.curriculum_config import kmeans_batches, with_length
 from tokenizer.data import consecutive, make_loader, spread
 from tokenizer.init_from import opened
@@ -81,6 +81,7 @@ class Trainer(CurriculumTrainer):
 
     def __init__(self, cfg: TrainConfig, device: torch.device):
         set_tf32(convolutions=cfg.tf32, matmul=cfg.tf32)
+        choose_code_search(cfg.code_search, device)
         fingerprints = self._open_data(cfg)
         cfg = with_length(cfg, len(self.train_set))
         self.cfg, self.device = cfg, device

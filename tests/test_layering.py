@@ -27,9 +27,9 @@ PACKAGES = ("tokenizer", "autoregressive", "protein", "synthetic", "evaluations"
 FOLDERS = (*PACKAGES, "scripts", "tests")
 MAX_LINES = 600
 # Copied into other projects; each may need those before it.
-COPIED = (PROVQ, PROVQ_CODES, PROVQ_ATTACH, PROVQ_HOSTS, PROVQ_PACKAGES) = tuple(
+COPIED = (PROVQ, PROVQ_CODES, PROVQ_ATTACH, PROVQ_HOSTS, PROVQ_PACKAGES, PROVQ_TRITON) = tuple(
     Path(f"tokenizer/{name}.py")
-    for name in ("provq", "provq_codes", "provq_attach", "provq_hosts", "provq_packages"))
+    for name in ("provq", "provq_codes", "provq_attach", "provq_hosts", "provq_packages", "provq_triton"))
 CURRICULUM = {Path("tokenizer/curriculum.py"), Path("tokenizer/curriculum_config.py")}  # all tokenizers' trainers share
 # What the entry scripts of evaluations/ share. The rest of that folder are meters.
 EVALUATIONS_SHARED = {Path("evaluations/image_sets.py")}
@@ -142,9 +142,9 @@ def check_no_cycles(root):
 
 
 def check_provq_stands_alone(root):
-    libraries = {"torch", *sys.stdlib_module_names}
     files = python_files(root, ("tokenizer",))
     for i, path in enumerate(COPIED):
+        libraries = {"torch", *sys.stdlib_module_names} | ({"triton"} if path == PROVQ_TRITON else set())
         above = {other.stem for other in COPIED[:i]}  # beside it, flat or in a package: `import provq`, `from . import`
         for line, name in imported_names(files.get(path, ast.Module(body=[]))):
             stem = name.lstrip(".").split(".")[0]
@@ -314,6 +314,8 @@ CHECKS = [
     (check_provq_stands_alone, {"tokenizer/provq_attach.py": "from . import provq\nfrom . import data"}, None, 2),
     (check_provq_stands_alone, {"tokenizer/provq_hosts.py": "from .provq_attach import A\nimport einops"}, None, 2),
     (check_provq_stands_alone, {"tokenizer/provq_hosts.py": "import provq_packages"}, None, 1),
+    (check_provq_stands_alone, {"tokenizer/provq_codes.py": "import triton", "tokenizer/provq_triton.py":
+                                "import triton, torch\nimport provq"}, None, 1),
     (check_entry_guard, {"protein/train.py": "import sys\nimport protein.a\n" + MAIN}, None, 2),
     (check_entry_guard, {"protein/a/b.py": GUARD.format(depth=1) + "\nimport protein.c\n" + MAIN}, None, 3),
     (check_entry_guard, {"protein/a.py": "import protein.c\n" + GUARD.format(depth=1) + "\n" + MAIN}, None, 1),

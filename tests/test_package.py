@@ -1,4 +1,4 @@
-"""What `pip install` gives: the three method files as top-level modules, beside a host's own `tokenizer` folder.
+"""What `pip install` gives: the method's files as top-level modules, beside a host's own `tokenizer` folder.
 
 Offline, and nothing is written into the checkout: the wheel is built from a copy, by the setuptools at hand.
 """
@@ -17,7 +17,7 @@ from places import ROOT
 
 from tokenizer.provq import __version__
 
-MODULES = ("provq", "provq_codes", "provq_attach", "provq_hosts", "provq_packages")
+MODULES = ("provq", "provq_codes", "provq_attach", "provq_hosts", "provq_packages", "provq_triton")
 # LlamaGen's folders have no __init__.py: an installed package of the same name would win over them.
 HOST = '''"""LlamaGen's quantizer, as far as attach looks at it."""
 import torch

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from tokenizer import provq
 from tokenizer.choices import GRIDS
 from tokenizer.code_meter import PaceMeter
 from tokenizer.curriculum_config import CurriculumConfig, codebook_init
@@ -36,6 +37,21 @@ def build_curriculum(cfg: CurriculumConfig) -> tuple[Curriculum, AdaptiveWarmup 
     if cfg.adaptive_warmup_patience:
         adaptive = AdaptiveWarmup(cfg.adaptive_warmup_patience, cfg.adaptive_warmup_min_steps)
     return Curriculum(cfg.warmup_steps, cfg.transition_steps, cfg.transition, cfg.loss_lambda), adaptive
+
+
+def choose_code_search(how: str, device: torch.device) -> None:
+    """Let provq.py search as --code-search says, in this process. ValueError: no GPU or no Triton for it."""
+    provq.fused_search = None
+    if how == "blocks" or (how == "auto" and device.type != "cuda"):
+        return
+    try:
+        from tokenizer import provq_triton
+    except ImportError as error:
+        raise ValueError(f"--code-search {how} needs Triton, which cannot be imported ({error}): install it, or use "
+                         "--code-search blocks") from error
+    if device.type != "cuda":
+        raise ValueError(f"--code-search {how} is a kernel for GPUs, and --device is {device.type}; leave it out")
+    provq_triton.use_triton_search(*([] if how == "auto" else [1]))
 
 
 class CurriculumTrainer(ABC):

@@ -16,6 +16,7 @@ from tokenizer.runtime.ranks import print0
 from tokenizer.runtime.run_config import RunConfig, check_run, with_max_steps
 
 CODEBOOK_INITS = ("auto", "kmeans", "latents", "none")
+CODE_SEARCHES = ("blocks", "triton", "auto")
 INIT_FROM = ("weights to begin with, of a run, an export or {}: under a new optimizer, from step 0; codes stay where "
              "nothing places them; none: drawn by --global-seed")
 
@@ -44,6 +45,8 @@ class CurriculumConfig(QuantizerConfig, RunConfig):
     recluster: bool = arg(False, "k-means again where the transition ends; ours, not in the paper")
     recluster_at: tuple[int, ...] = arg((), "k-means again at these steps; ours, not in the paper")
     codebook_lr_scale: float = arg(1.0, "learning rate of the codes, in units of --lr; ours, not in the paper: 1")
+    code_search: str = arg("blocks", "nearest codes on a GPU: blocks of distances, or triton, one kernel, which no GPU "
+                                     "has timed yet; auto: triton from 65536 codes on", choices=CODE_SEARCHES)
 
 
 def check_curriculum(cfg: CurriculumConfig, world_size: int) -> None:
@@ -55,10 +58,11 @@ def check_curriculum(cfg: CurriculumConfig, world_size: int) -> None:
     if cfg.quantizer in GRIDS:
         for flag, asked in (("--codebook-init", codebook_init(cfg) != "none"), ("--recluster", cfg.recluster),
                             ("--recluster-at", bool(cfg.recluster_at)),
-                            ("--codebook-lr-scale", cfg.codebook_lr_scale != 1)):
+                            ("--codebook-lr-scale", cfg.codebook_lr_scale != 1),
+                            ("--code-search", cfg.code_search != "blocks")):
             if asked:
                 raise ValueError(f"{flag}: the codes of --quantizer {cfg.quantizer} lie on a fixed grid, which nothing "
-                                 "places or trains; leave it out")
+                                 "places, trains or searches; leave it out")
     config.require_at_least(cfg, 0, "kmeans_batches kmeans_iters adaptive_warmup_patience adaptive_warmup_min_steps "
                             "warmup_steps transition_steps")
     config.require_positive(cfg, "codebook_lr_scale")

@@ -49,12 +49,10 @@ __all__ = ["QUANTIZERS", "SCHEDULES", "AdaptiveWarmup", "Curriculum", "EMAVector
            "LinearVectorQuantizer", "ProVQ", "ProVQOutput", "Quantized", "Quantizer", "VectorQuantizer",
            "code_statistics", "kmeans", "make_quantizer", "nearest_code"]
 
-# Elements of the N x K distance matrix that exist at a time: on a CPU, per thread, as many as its cache holds (or twice
-# that; see evaluations/benchmarks/run_all.py); a GPU wants fewer, larger launches (128 MiB of float32).
+# Distances that exist at a time: on a CPU, per thread, as many as its cache holds, or twice that; on a GPU 128 MiB.
 CPU_SEARCH_ELEMENTS, GPU_SEARCH_ELEMENTS = 2**19, 2**25
-
+fused_search: Callable[..., tuple[Tensor, Tensor] | None] | None = None  # provq_triton.py's: None of what it leaves
 _is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling  # public since torch 2.3
-
 # Before torch 2.5 a compiled graph need not see attributes change, and the warm-up's would serve all stages: no graph.
 _guarded = torch.compiler.disable if torch.__version__ < "2.5" else lambda forward: forward
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7
@@ -702,13 +700,15 @@ def _search(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     """Nearest row of codes (K, D) for each row of x (N, D): squared distances (N,), indices (N,) int64."""
     # Inside a compiled region process-wide settings are the host's: changing them there would break the graph.
     traced = _is_compiling() or torch.jit.is_tracing()
-    if not traced and x.device.type == "cpu" and (n := torch.get_num_threads()) > 1 and len(x) * len(codes) >= 2**25:
+    if not traced and x.device.type == "cpu" and (n := torch.get_num_threads()) > 1 and len(x) * len(codes) >= 2**15:
         # A share of the tokens for each thread: if all met after every block, they would wait for one another wherever
         # cores are busy. set_num_threads is for the calling thread, and for those that begin later.
+        shares = x.detach().chunk(max(1, min(n, len(x) * len(codes) // 2**22)))  # less is not worth a thread
         torch.set_num_threads(1)
         try:
             with ThreadPoolExecutor(n) as pool:
-                found = list(pool.map(lambda share: _search_blocks(share, codes.detach()), x.detach().chunk(n)))
+                at_once = pool.map if len(shares) > 1 else map
+                found = list(at_once(lambda share: _search_blocks(share, codes.detach()), shares))
         finally:
             torch.set_num_threads(n)
         return torch.cat([part[0] for part in found]), torch.cat([part[1] for part in found])
@@ -729,10 +729,10 @@ def _search_blocks(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     # far out would drag it along. On a GPU the median has no deterministic form, for use_deterministic_algorithms.)
     centre = codes.sort(0).values[(len(codes) - 1) // 2] if codes.is_cuda else codes.median(0).values
     x, codes = x - centre, codes - centre
-    sq, elements = codes.square().sum(1), len(x) * len(codes)
+    sq, few = codes.square().sum(1), x.device.type != "cpu" or len(codes) <= 256 or len(x) * len(codes) < 2**18
     with torch.autocast(x.device.type, enabled=False):
-        few = x.device.type != "cpu" or len(codes) <= 256 or elements < 2**18
-        value, index = (_search_whole if few else _search_groups)(x, codes, sq)
+        found = None if fused_search is None else fused_search(x, codes, sq)
+        value, index = found or (_search_whole if few else _search_groups)(x, codes, sq)
     return (value + x.square().sum(1)).clamp_min_(0.0), index
 
 

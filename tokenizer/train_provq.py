@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from tokenizer import losses
 from tokenizer.code_meter import PaceMeter, count_
-from tokenizer.curriculum import CurriculumTrainer, build_curriculum, code_usage
+from tokenizer.curriculum import CurriculumTrainer, build_curriculum, choose_code_search, code_usage
 from tokenizer.curriculum_config import kmeans_batches, with_length
 from tokenizer.data import (
     BadImageCounter,
@@ -96,6 +96,7 @@ class Trainer(CurriculumTrainer):
         set_tf32(convolutions=cfg.tf32, matmul=False)  # a compiled model searches its codes at this precision
         if cfg.sync_batchnorm and device.type != "cuda":
             raise ValueError(f"--sync-batchnorm works on GPUs only, not on --device {device.type}; leave it out")
+        choose_code_search(cfg.code_search, device)
         fingerprints = self._open_data(cfg)  # before LPIPS: a wrong path is no reason to look for weights
         self.lpips = _open_lpips(cfg).to(device) if cfg.perceptual_weight else None
         cfg = with_length(cfg, len(self.train_set))

@@ -21,6 +21,7 @@ PROGRAMS: list[tuple[str, str, dict[str, str], tuple[str, ...]]] = [
     ("image training", "image_training.py", {"llamagen": "--peer"}, ("repeats", "threads")),
     ("extraction", "extraction.py", {"llamagen": "--peer"}, ("repeats", "threads")),
     ("structure training", "structure_model.py", {"stb": "--peer-stb", "esm": "--peer-esm"}, ("repeats", "threads")),
+    ("sharing", "sharing.py", {}, ("repeats",)),
     ("reading images", "input_pipeline.py", {"images": ""}, ("repeats",)),
 ]
 

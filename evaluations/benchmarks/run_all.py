@@ -7,8 +7,8 @@ Peers are packages, of the environment or of --peers (pip install --target FOLDE
 vector-quantize-pytorch), and checkouts; what is missing is named and left out. First nearest codes, k-means, its start
 and a quantizer's step: all ways of a case take turns in one process. Shown are medians of seconds (on a CPU of the
 process's CPU time too: machines are shared), the median and range of each peer's time over ours within a turn, and how
-much a process of its own grew at most, in MiB. Then sampling, training, extraction and reading, each its own program
-(see programs.py). --document replaces the tables between that file's markers. --against ends with status 1 if something
+much a process of its own grew at most, in MiB. Then sampling, training, extraction, shared cores and reading, each its
+own program (see programs.py). --document replaces the tables between that file's markers. --against ends with status 1 if something
 became more than --tolerance times as slow, measured by CPU time on a CPU.
 """
 
@@ -87,8 +87,11 @@ Way = Callable[[], object]
 # What is done, N tokens, K codes, D channels.
 CASES = [
     *(("nearest codes", *size) for size in ((8192, 1024, 8), (8192, 4096, 8), (8192, 16384, 8), (1024, 262144, 8),
-                                            (32768, 4096, 8), (8192, 4096, 64), (4096, 4096, 256))),
-    *(("k-means, 10 iterations", *size) for size in ((32768, 1024, 8), (32768, 4096, 8), (32768, 1024, 64))),
+                                            (32768, 4096, 8), (32768, 16384, 8), (8192, 4096, 64),
+                                            (4096, 4096, 256))),
+    *(("k-means, 10 iterations", *size) for size in ((32768, 1024, 8), (32768, 4096, 8), (262144, 4096, 8),
+                                                     (32768, 1024, 64))),
+    ("k-means, 20 iterations", 262144, 16384, 8),
     *(("k-means++", *size) for size in ((32768, 1024, 8), (65536, 16384, 8))),
     # What a step costs against K, N and D:
     *(("quantizer step", *size) for size in ((8192, 1024, 8), (8192, 4096, 8), (8192, 16384, 8), (8192, 65536, 8),
@@ -136,19 +139,23 @@ def ways(case: tuple[str, int, int, int], args: argparse.Namespace) -> tuple[dic
     cpu = device.type == "cpu"
     if what == "nearest codes":
         found[OURS] = lambda: provq.nearest_code(x, codes)
+        if not cpu and (kernel := package("tokenizer.provq_triton")):
+            found["here, Triton"] = lambda: kernel.nearest(x, codes, codes.square().sum(1))
         if n * k <= MOST_PAIRS:
             found["whole matrix"] = lambda: whole_matrix(x, codes)
         if cpu and (faiss := package("faiss")):
             faiss.omp_set_num_threads(args.threads)
             found["faiss"] = lambda: faiss.knn(x.numpy(), codes.numpy(), 1)
     elif what.startswith("k-means,"):
-        found[OURS] = lambda: provq.kmeans(x, k, iters=10, start="random")
-        if cpu and (cluster := package("sklearn.cluster")):
-            lloyd = functools.partial(cluster.KMeans, k, init=codes.numpy(), n_init=1, max_iter=10, tol=0.0,
+        iters = int(what.split()[1])
+        found[OURS] = lambda: provq.kmeans(x, k, iters=iters, start="random")
+        if cpu and n * k <= 2**30 and (cluster := package("sklearn.cluster")):
+            lloyd = functools.partial(cluster.KMeans, k, init=codes.numpy(), n_init=1, max_iter=iters, tol=0.0,
                                       algorithm="lloyd")
             found["scikit-learn"] = lambda: lloyd().fit(x.numpy())
         if cpu and (faiss := package("faiss")):
-            found["faiss"] = lambda: faiss.Kmeans(d, k, niter=10, max_points_per_centroid=n,
+            faiss.omp_set_num_threads(args.threads)
+            found["faiss"] = lambda: faiss.Kmeans(d, k, niter=iters, max_points_per_centroid=n,
                                                   min_points_per_centroid=1).train(x.numpy())
     elif what == "k-means++":
         found[OURS] = lambda: provq.kmeans(x, k, iters=0)

@@ -111,16 +111,25 @@ def test_a_code_or_a_token_that_is_no_number_is_seen(monkeypatch, codes, element
 
 
 @pytest.mark.parametrize("no_grad", [torch.no_grad, torch.inference_mode])
-def test_threads_share_the_tokens_and_change_nothing(no_grad):
-    before = torch.get_num_threads()
-    x, codes = _normal(16400, 4).requires_grad_(), _normal(2100, 4, seed=1).requires_grad_()
-    assert len(x) * len(codes) >= 2**25, "the premise: enough work to share"
+@pytest.mark.parametrize(("tokens", "shares"), [(16400, 3), (4000, 2), (500, 1)])
+def test_threads_share_the_tokens_and_change_nothing(monkeypatch, no_grad, tokens, shares):
+    before, blocks, seen = torch.get_num_threads(), provq._search_blocks, []
+
+    def watched(x, codes):
+        seen.append((len(x), torch.get_num_threads()))
+        return blocks(x, codes)
+
+    x, codes = _normal(tokens, 4).requires_grad_(), _normal(2100, 4, seed=1).requires_grad_()
     try:
         torch.set_num_threads(1)
         alone = nearest_code(x, codes)
         torch.set_num_threads(3)
+        monkeypatch.setattr(provq, "_search_blocks", watched)
         with no_grad():
             assert torch.equal(nearest_code(x, codes), alone)
+            assert len(seen) == shares
+            assert sum(n for n, _ in seen) == tokens
+            assert {threads for _, threads in seen} == {1}, "no block is shared: threads would wait for one another"
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 assert torch.equal(nearest_code(x, codes), alone)
         assert torch.get_num_threads() == 3, "the caller's number"

@@ -17,6 +17,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from autoregressive import train_c2i
+from tokenizer import provq_triton
 from tokenizer import train_provq as train_images
 from tokenizer.provq import kmeans, nearest_code
 from tokenizer.runtime.precision import set_tf32
@@ -48,8 +49,17 @@ def search(device, codes=16384, tokens=65536):
     distance, least = ((x[sample] - table[index]).square().sum(1) for index in (found[sample], right))
     began = _now(device)
     clusters = kmeans(there[0], codes, iters=5)
-    return {"search_seconds": seconds, "wrong_codes": int((distance > least * (1 + 1e-4)).sum()),
-            "kmeans_seconds": _now(device) - began, "inertia": clusters.inertia}
+    result = {"search_seconds": seconds, "wrong_codes": int((distance > least * (1 + 1e-4)).sum()),
+              "kmeans_seconds": _now(device) - began, "inertia": clusters.inertia}
+    if device.type == "cuda":  # the same as one kernel
+        provq_triton.use_triton_search(1)
+        nearest_code(*there)  # compiles
+        began = _now(device)
+        found = nearest_code(*there).cpu()
+        result["triton_seconds"] = _now(device) - began
+        distance = (x[sample] - table[found[sample]]).square().sum(1)
+        result["wrong_codes"] += int((distance > least * (1 + 1e-4)).sum())
+    return result
 
 
 def _now(device):
