@@ -41,7 +41,7 @@ def build_curriculum(cfg: CurriculumConfig) -> tuple[Curriculum, AdaptiveWarmup 
 
 def choose_code_search(how: str, device: torch.device) -> None:
     """Let provq.py search as --code-search says, in this process. ValueError: no GPU or no Triton for it."""
-    provq.fused_search = None
+    provq.fused_search = lambda *_: None
     if how == "blocks" or (how == "auto" and device.type != "cuda"):
         return
     try:

@@ -51,7 +51,7 @@ __all__ = ["QUANTIZERS", "SCHEDULES", "AdaptiveWarmup", "Curriculum", "EMAVector
 
 # Distances that exist at a time: on a CPU, per thread, as many as its cache holds, or twice that; on a GPU 128 MiB.
 CPU_SEARCH_ELEMENTS, GPU_SEARCH_ELEMENTS = 2**19, 2**25
-fused_search: Callable[..., tuple[Tensor, Tensor] | None] | None = None  # provq_triton.py's: None of what it leaves
+fused_search: Callable[..., tuple[Tensor, Tensor] | None] = lambda *_: None  # noqa: E731 - for provq_triton.py
 _is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling  # public since torch 2.3
 # Before torch 2.5 a compiled graph need not see attributes change, and the warm-up's would serve all stages: no graph.
 _guarded = torch.compiler.disable if torch.__version__ < "2.5" else lambda forward: forward
@@ -725,14 +725,14 @@ def _search(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _search_blocks(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-    # Distances do not change, but a common offset would cancel catastrophically in |e|^2 - 2xe. (Not the mean: one code
-    # far out would drag it along. On a GPU the median has no deterministic form, for use_deterministic_algorithms.)
-    centre = codes.sort(0).values[(len(codes) - 1) // 2] if codes.is_cuda else codes.median(0).values
+    # Distances stay, but a common offset would cancel catastrophically in |e|^2 - 2xe. A median of some codes: one far
+    # out would drag the mean along, and all take long. (On a GPU it has no deterministic form, hence the sort.)
+    some = codes[:: -(-len(codes) // 64)]
+    centre = some.sort(0).values[(len(some) - 1) // 2] if codes.is_cuda else some.median(0).values
     x, codes = x - centre, codes - centre
     sq, few = codes.square().sum(1), x.device.type != "cpu" or len(codes) <= 256 or len(x) * len(codes) < 2**18
     with torch.autocast(x.device.type, enabled=False):
-        found = None if fused_search is None else fused_search(x, codes, sq)
-        value, index = found or (_search_whole if few else _search_groups)(x, codes, sq)
+        value, index = fused_search(x, codes, sq) or (_search_whole if few else _search_groups)(x, codes, sq)
     return (value + x.square().sum(1)).clamp_min_(0.0), index
 
 

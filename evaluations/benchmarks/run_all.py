@@ -8,8 +8,8 @@ vector-quantize-pytorch), and checkouts; what is missing is named and left out. 
 and a quantizer's step: all ways of a case take turns in one process. Shown are medians of seconds (on a CPU of the
 process's CPU time too: machines are shared), the median and range of each peer's time over ours within a turn, and how
 much a process of its own grew at most, in MiB. Then sampling, training, extraction, shared cores and reading, each its
-own program (see programs.py). --document replaces the tables between that file's markers. --against ends with status 1 if something
-became more than --tolerance times as slow, measured by CPU time on a CPU.
+own program (see programs.py). --document replaces the tables between that file's markers. --against ends with status 1
+if something became more than --tolerance times as slow, measured by CPU time on a CPU.
 """
 
 from __future__ import annotations
