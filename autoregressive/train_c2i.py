@@ -23,7 +23,7 @@ from autoregressive.train_config import TrainConfig, check, check_data, parse_co
 from tokenizer.runtime.command import refuse_early
 from tokenizer.runtime.ranks import started_together
 
-PROG = "train_c2i.py"
+PROG = "autoregressive/train_c2i.py"
 
 if __name__ == "__main__":
     refuse_early(PROG, lambda: parse_config(description=__doc__),

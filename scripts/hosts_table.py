@@ -14,7 +14,7 @@ if not __package__:
 
 from tokenizer.runtime.command import command, make_parser, refuse_early
 
-PROG = "hosts_table.py"
+PROG = "scripts/hosts_table.py"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

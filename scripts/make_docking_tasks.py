@@ -31,7 +31,7 @@ from tokenizer.runtime.command import command, make_parser, require_out_folder
 from tokenizer.runtime.config import parse_object
 from tokenizer.runtime.parsing import read_text
 
-PROG = "make_docking_tasks.py"
+PROG = "scripts/make_docking_tasks.py"
 
 
 def read_rows(source: Path) -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ if not __package__:
 from evaluations.benchmarks import host_flags
 from tokenizer.runtime.command import command, make_parser, refuse_early, require_flags_at_least, require_out_file
 
-PROG = "train_hosts.py"
+PROG = "scripts/train_hosts.py"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

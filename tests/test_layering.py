@@ -246,6 +246,19 @@ def check_commands(root):
                     yield f"{path}:{node.lineno}: SystemExit; raise one of USER_ERRORS inside `with command(PROG)`"
 
 
+def check_names(root):
+    """A command calls itself in --help and in errors what one types from the repository root."""
+    for path, tree in python_files(root, (*PACKAGES, "scripts")).items():
+        for node in tree.body if is_entry(tree) else ():
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PROG":
+                if ast.literal_eval(node.value) not in (str(path), str(path.with_suffix(".sh"))):
+                    yield f"{path}:{node.lineno}: PROG is {ast.unparse(node.value)}"
+        for node in ast.walk(tree) if is_entry(tree) else ():
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "command":
+                if ast.unparse(node.args[0]) != "PROG":
+                    yield f"{path}:{node.lineno}: command({ast.unparse(node.args[0])}); give it PROG"
+
+
 def check_length(root):
     shells = [p.relative_to(root) for p in sorted((root / "scripts").rglob("*.sh"))]
     for path in (*python_files(root), *shells):
@@ -331,6 +344,7 @@ CHECKS = [
     (check_forbidden, {"tokenizer/a.py": "m.load_state_dict(s, False)"}, None, 1),
     (check_forbidden, {"scripts/a.py": "np.load(f, allow_pickle=True)"}, None, 1),
     (check_forbidden, {"scripts/a.py": "torch.load(f, weights_only=False)"}, None, 1),
+    (check_names, {"scripts/a.py": "PROG = 'a.py'\n" + MAIN}, None, 1),
     (check_commands, {"scripts/a.py": "import argparse\nargparse.ArgumentParser(description=__doc__)"}, None, 2),
     (check_commands, {"protein/a.py": "try:\n  f()\nexcept OSError as e:\n  raise SystemExit(f'{e}') from e"}, None, 4),
     (check_length, {"tests/a.py": "x = 1\n" * 601}, None, 601),

@@ -15,15 +15,17 @@ SCRIPTS = [str(path) for path, tree in python_files(ROOT, (*PACKAGES, "scripts")
 # What flags mean together, and what only a check before the work finds: the line, and how the command ends.
 REFUSED = {
     "tokenizer/train_provq.py --global-batch-size 0":
-        "train_provq.py: error: --global-batch-size is 0; it must be at least 1",
+        "tokenizer/train_provq.py: error: --global-batch-size is 0; it must be at least 1",
     "autoregressive/train_c2i.py --max-steps 3 --epochs 2":
-        "train_c2i.py: error: give one of --max-steps and --epochs; got 3 and 2",
+        "autoregressive/train_c2i.py: error: give one of --max-steps and --epochs; got 3 and 2",
     "protein/train_provq.py --decoder-width 6":
         "protein/train_provq.py: error: --decoder-width 6 must be an even multiple of --decoder-heads 4",
     "tokenizer/train_provq.py --preset cifar10 --data-path nowhere":
-        "train_provq.py: error: --data-path: data path {here}/nowhere: no such file or folder. Accepted: {accepted}",
+        "tokenizer/train_provq.py: error: --data-path: data path {here}/nowhere: no such file or folder. "
+        "Accepted: {accepted}",
     "autoregressive/train_c2i.py --code-path nowhere":
-        "train_c2i.py: error: --code-path: nowhere is no folder of codes; autoregressive/extract_codes.py makes one",
+        "autoregressive/train_c2i.py: error: --code-path: nowhere is no folder of codes; "
+        "autoregressive/extract_codes.py makes one",
     "protein/train_provq.py --data-path nowhere":
         "protein/train_provq.py: error: --data-path: nowhere: no such folder",
     "tokenizer/reconstruct.py nowhere digits":
@@ -35,8 +37,9 @@ REFUSED = {
     "evaluations/generation.py digits nowhere.npz --out nowhere.json":
         "evaluations/generation.py: error: nowhere.npz: no such file",
     "evaluations/evidence/run.py nowhere.zip --out nowhere.jsonl --arms vanilla":
-        "run.py: error: nowhere.zip: no such file of images",
-    "evaluations/evidence/table.py nowhere.jsonl": "table.py: error: nowhere.jsonl: no such results file",
+        "evaluations/evidence/run.py: error: nowhere.zip: no such file of images",
+    "evaluations/evidence/table.py nowhere.jsonl":
+        "evaluations/evidence/table.py: error: nowhere.jsonl: no such results file",
 }
 
 

@@ -94,7 +94,7 @@ def pick_preset(given: dict[str, Any]) -> str:
     """The preset that the explicit flags ask for: --preset, else the paper's when there are data, else the digits."""
     if given.get("preset", "auto") != "auto":
         return given["preset"]
-    return "imagenet256" if given.get("data_path") else "digits"
+    return "digits" if given.get("data_path") in (None, "digits") else "imagenet256"
 
 
 def parse_config(argv: list[str] | None = None, description: str = "") -> TrainConfig:
@@ -105,7 +105,8 @@ def parse_config(argv: list[str] | None = None, description: str = "") -> TrainC
     preset = pick_preset({"preset": cfg.preset, "data_path": cfg.data_path})
     # Evaluations and extract_codes.py open the recorded paths, from wherever they are started.
     return replace(cfg, preset=preset, results_dir=cfg.results_dir or f"runs/{preset}",
-                   data_path=absolute_path(cfg.data_path), val_path=absolute_path(cfg.val_path))
+                   data_path=None if (preset, cfg.data_path) == ("digits", "digits") else absolute_path(cfg.data_path),
+                   val_path=absolute_path(cfg.val_path))
 
 
 def check(cfg: TrainConfig, world_size: int) -> None:

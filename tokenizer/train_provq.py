@@ -22,7 +22,7 @@ from tokenizer.runtime.command import refuse_early
 from tokenizer.runtime.ranks import started_together
 from tokenizer.train_config import RESUMABLE, TrainConfig, check, check_data, parse_config, tokens_per_batch
 
-PROG = "train_provq.py"
+PROG = "tokenizer/train_provq.py"
 
 if __name__ == "__main__":
     refuse_early(PROG, lambda: parse_config(description=__doc__),

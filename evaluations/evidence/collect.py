@@ -27,9 +27,11 @@ from tokenizer.runtime.files import atomic_write_text
 from tokenizer.runtime.parsing import from_json, read_text
 from tokenizer.runtime.ranks import print0
 
+PROG = "evaluations/evidence/collect.py"
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser("evaluations/evidence/collect.py", __doc__)
+    parser = make_parser(PROG, __doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs, called ROW-sSEED")
     parser.add_argument("--out", type=Path, required=True, help="file to write, NAME.json")
     trained.add_table_flags(parser)
@@ -86,7 +88,7 @@ def gathered(runs: Sequence[Run]) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    with command("collect.py", one_process=True):
+    with command(PROG, one_process=True):
         require_out_file(args.out)
         found = gathered(read_runs(args.runs))
         table = trained.table(found["runs"], args)  # before anything is written

@@ -26,6 +26,8 @@ from tokenizer.runtime.files import atomic_write_text
 from tokenizer.runtime.parsing import read_text
 from tokenizer.runtime.ranks import print0
 
+PROG = "evaluations/evidence/document.py"
+
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 _KINDS = {"table": selection, "pace": pace, "runs": trained, "hosts": hosts}
 _TABLE = re.compile(rf"(<!-- (?P<kind>{'|'.join(_KINDS)}): (?P<words>[^>]*?) -->\n)(?P<rows>.*?)(?P<end><!-- end -->)",
@@ -55,14 +57,14 @@ def filled(text: str, results: Path = RESULTS) -> tuple[str, int]:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser("evaluations/evidence/document.py", __doc__)
+    parser = make_parser(PROG, __doc__)
     parser.add_argument("document", type=Path, help="such as RESULTS.md")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    with command("document.py", one_process=True):
+    with command(PROG, one_process=True):
         before = read_text(args.document)
         text, count = filled(before)
         if text != before:

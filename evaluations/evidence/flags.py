@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 from evaluations.evidence.setting import MODELS, Setting
+from tokenizer.runtime.command import require_flags_at_least
 from tokenizer.runtime.config import flag_name
 
 CONFIRM = {"model": "VQ-4", "image_size": 32, "steps": 3000, "batch_size": 64, "warmup_steps": 1000,
@@ -39,13 +40,18 @@ def add_bed(parser: argparse.ArgumentParser) -> None:
                                 f", confirm {CONFIRM[field.name]}" if field.name in CONFIRM else ""))
 
 
+def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with status 2, naming the flag: a number of `add_bed`, or a seed, beyond sense whatever the others are."""
+    require_flags_at_least(parser, args, 1, "jobs disc_start num_codes dim image_size steps batch_size held_out "
+                           "latents_per_code")
+    require_flags_at_least(parser, args, 0, "warmup_steps transition_steps seeds")
+
+
 def setting(args: argparse.Namespace) -> Setting:
     """What the flags of `add_bed` say, but for --features, see bed.with_features.
 
     ValueError: see Setting. FileNotFoundError: no such images.
     """
-    if args.jobs < 1:
-        raise ValueError(f"--jobs is {args.jobs}; it must be at least 1")
     if not args.data_path.exists():
         raise FileNotFoundError(f"{args.data_path}: no such file of images")
     values: dict[str, Any] = dict(CONFIRM) if args.bed == "confirm" else {}

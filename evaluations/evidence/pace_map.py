@@ -16,9 +16,11 @@ from evaluations.evidence import pace, store
 from tokenizer.runtime.command import command, make_parser, require_out_file
 from tokenizer.runtime.ranks import print0
 
+PROG = "evaluations/evidence/pace_map.py"
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser("evaluations/evidence/pace_map.py", __doc__)
+    parser = make_parser(PROG, __doc__)
     pace.add_flags(parser)
     parser.add_argument("--figure", type=Path, help="and draw it to this .png")
     return parser.parse_args(argv)
@@ -26,7 +28,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    with command("pace_map.py"):
+    with command(PROG):
         if args.figure:
             require_out_file(args.figure, "--figure")
         print0(pace.render(args), end="")

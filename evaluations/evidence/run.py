@@ -19,14 +19,20 @@ if not __package__:
 
 from evaluations.evidence import flags
 from evaluations.evidence.arms import ARMS, PLANS
-from tokenizer.runtime.command import command, make_parser, refuse_early
+from tokenizer.runtime.command import (
+    command,
+    make_parser,
+    refuse_early,
+    require_flags_at_least,
+    require_flags_positive,
+)
 
 TUNABLE = ("lr", "code_lr_scale", "beta", "loss_floor", "follow_decay")
-PROG = "run.py"
+PROG = "evaluations/evidence/run.py"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser("evaluations/evidence/run.py", __doc__)
+    parser = make_parser(PROG, __doc__)
     flags.add_bed(parser)
     parser.add_argument("--plan", choices=PLANS, help="a list of arms")
     parser.add_argument("--arms", nargs="+", default=[], choices=ARMS, metavar="ARM",
@@ -37,6 +43,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                             help="in place of the arms' own; several: each of them")
     parser.add_argument("--recluster-at", type=int, nargs="+", metavar="STEP", help="k-means again at these steps")
     args = parser.parse_args(argv)
+    flags.check_numbers(parser, args)
+    require_flags_positive(parser, args, "lr code_lr_scale")
+    require_flags_at_least(parser, args, 0, "beta loss_floor follow_decay recluster_at")
     if not args.plan and not args.arms:
         parser.error("name --plan or --arms")
     return args

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from evaluations.evidence import comparison, store
 from evaluations.evidence.setting import Setting
+from tokenizer.runtime.command import require_flags_at_least
 from tokenizer.runtime.config import flag_name
 
-FIELDS = [field.name for field in dataclasses.fields(Setting)[1:] if field.name != "model"]
+FIELDS = [field.name for field in dataclasses.fields(Setting) if field.name not in ("data", "model", "features")]
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +25,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compared", choices=comparison.METRICS, default="psnr", help="metric of the last column")
     for name in FIELDS:
         parser.add_argument(flag_name(name), type=int, help="only runs of this setting")
+
+
+def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with status 2, naming the flag: a number of no run."""
+    require_flags_at_least(parser, args, 0, " ".join(["seeds", *FIELDS]))
 
 
 def rows(args: argparse.Namespace) -> tuple[list[comparison.Row], comparison.Row]:

@@ -19,18 +19,22 @@ from tokenizer.runtime.command import command, make_parser, require_out_file
 from tokenizer.runtime.files import atomic_write_text
 from tokenizer.runtime.ranks import print0
 
+PROG = "evaluations/evidence/table.py"
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser("evaluations/evidence/table.py", __doc__)
+    parser = make_parser(PROG, __doc__)
     selection.add_flags(parser)
     parser.add_argument("--out", type=Path, help="write the table to this file as well")
     parser.add_argument("--figure", type=Path, help="and draw it to this .png")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    selection.check_numbers(parser, args)
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    with command("table.py"):
+    with command(PROG):
         for flag, path in (("--out", args.out), ("--figure", args.figure)):
             if path:
                 require_out_file(path, flag)

@@ -18,19 +18,21 @@ if not __package__:
 
 from evaluations.evidence import flags, tuning
 from evaluations.evidence.arms import ARMS, PLANS
-from tokenizer.runtime.command import command, make_parser, refuse_early
+from tokenizer.runtime.command import command, make_parser, refuse_early, require_flags_at_least
 
-PROG = "tune.py"
+PROG = "evaluations/evidence/tune.py"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser("evaluations/evidence/tune.py", __doc__)
+    parser = make_parser(PROG, __doc__)
     flags.add_bed(parser)
     parser.add_argument("--plan", choices=PLANS, default="tuned", help="the arms")
     parser.add_argument("--arms", nargs="+", choices=ARMS, metavar="ARM", help="these instead")
     parser.add_argument("--search-seeds", type=int, nargs="+", default=list(tuning.SEARCH_SEEDS))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(tuning.FINAL_SEEDS), help="of the final runs")
     args = parser.parse_args(argv)
+    flags.check_numbers(parser, args)
+    require_flags_at_least(parser, args, 0, "search_seeds")
     if set(args.seeds) & set(args.search_seeds):
         parser.error(f"--seeds and --search-seeds share {sorted(set(args.seeds) & set(args.search_seeds))}: what is "
                      "reported must not have chosen")

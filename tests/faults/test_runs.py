@@ -188,7 +188,7 @@ def test_a_full_disk_ends_training_in_one_line_and_loses_nothing(trained, tmp_pa
     process = training_runs.start(train_provq.__file__, words, processes=processes)
     out, _ = process.communicate()
     (line,) = [line for line in out.splitlines() if "error: " in line]
-    assert line.startswith("train_provq.py: error: [Errno 28] No space left on device (")
+    assert line.startswith("tokenizer/train_provq.py: error: [Errno 28] No space left on device (")
     assert f" MB free): '{run}/" in line
     assert out.partition("torch.distributed.elastic")[0].count("Traceback") == (processes is not None)  # torchrun's own
     done = numbered(run)[-1]

@@ -428,6 +428,9 @@ def test_presets_and_explicit_flags():
     assert parse_config(["--lr", "0.5"]).lr == 0.5
     assert parse_config(["--epochs", "2"]).max_steps is None  # replaces the preset's length
     assert parse_config(["--preset", "cifar10"]).data_path is None
+    cfg = parse_config(["--data-path", "digits"])  # a word, as for extract_codes.py and the evaluations
+    assert (cfg.preset, cfg.data_path) == ("digits", None)
+    assert parse_config(["--data-path", "digits", "--preset", "cifar10"]).data_path == os.path.abspath("digits")
     for name in PRESETS:
         check(parse_config(["--preset", name, "--data-path", "x"]), 1)
     assert isinstance(parse_config([]), TrainConfig)
