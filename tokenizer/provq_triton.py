@@ -36,6 +36,7 @@ LEAST_CODES = 65_536  # with fewer, the search is too small a part of a step to 
 TOKENS, CODES = 32, 128  # of a program, at a time: two registers a thread for each pair, with four warps
 FEW_CHANNELS = 16  # at most so many are multiplied one by one; a matrix product would fill them up with zeros
 CHANNELS = 32  # of a matrix product at a time
+PROGRAMS = 512  # about four for each multiprocessor of an H100, if there are codes for them
 NO_CODE = tl.constexpr(2**31 - 1)
 
 
@@ -89,9 +90,8 @@ def nearest(x: Tensor, codes: Tensor, squares: Tensor, *, shares: int | None = N
     (tokens, channels), num_codes = x.shape, len(codes)
     x, codes, squares = x.contiguous(), codes.contiguous(), squares.contiguous()
     groups = triton.cdiv(tokens, TOKENS)
-    if shares is None:  # for a few rounds of all multiprocessors, and enough codes for each program
-        programs = 4 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-        shares = max(1, min(triton.cdiv(programs, max(groups, 1)), num_codes // (16 * CODES)))
+    if shares is None:
+        shares = max(1, min(PROGRAMS // max(groups, 1), num_codes // (16 * CODES)))
     share = triton.cdiv(triton.cdiv(num_codes, shares), CODES) * CODES
     shares = triton.cdiv(num_codes, share)
     least = x.new_empty(shares, tokens)
