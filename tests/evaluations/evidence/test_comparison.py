@@ -1,5 +1,6 @@
 """Tables: pairs are of one seed, intervals are Student's, and nothing of another setting slips in."""
 
+import argparse
 import dataclasses
 
 import numpy as np
@@ -8,7 +9,7 @@ from evidence_bed import SETTING
 from PIL import Image
 from scipy import stats
 
-from evaluations.evidence import comparison
+from evaluations.evidence import comparison, selection
 from evaluations.evidence.arms import ARMS, Arm
 from evaluations.evidence.store import Result, Run
 
@@ -84,6 +85,19 @@ def test_settings_are_not_mixed():
     other = dataclasses.replace(SETTING, num_codes=32)
     with pytest.raises(ValueError, match="these results have 2: num_codes 16 32"):
         comparison.rows([result("provq", 0, 20.0), result("provq", 0, 20.0, setting=other)])
+
+
+def test_scores_in_other_features_are_not_mixed_but_what_was_trained_is(monkeypatch):
+    other = dataclasses.replace(SETTING, features="5" * 64)
+    found = [result("provq", 0, 20.0), result("vanilla", 0, 19.0, setting=other)]
+    monkeypatch.setattr(selection.store, "read_all", lambda _: found)
+    parser = argparse.ArgumentParser()
+    selection.add_flags(parser)
+    table = selection.render(parser.parse_args(["x.jsonl", "--metrics", "psnr"]))
+    assert "| vanilla | 1 | 19.00 | -1.00 |" in table
+    for words in (["--metrics", "psnr", "rfid"], ["--compared", "rfid"]):
+        with pytest.raises(ValueError, match="these results have 2: features 5555"):
+            selection.render(parser.parse_args(["x.jsonl", *words]))
 
 
 def test_the_baseline_must_be_there():
