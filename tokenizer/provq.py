@@ -703,7 +703,7 @@ def _search(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     if not traced and x.device.type == "cpu" and (n := torch.get_num_threads()) > 1 and len(x) * len(codes) >= 2**15:
         # A share of the tokens for each thread: if all met after every block, they would wait for one another wherever
         # cores are busy. set_num_threads is for the calling thread, and for those that begin later.
-        shares = x.detach().chunk(max(1, min(n, len(x) * len(codes) // 2**22)))  # less is not worth a thread
+        shares = x.detach().chunk(max(1, min(n, len(x) * len(codes) * (x.shape[1] + 16) // 2**28)))  # of 5 ms or more
         torch.set_num_threads(1)
         try:
             with ThreadPoolExecutor(n) as pool:

@@ -26,32 +26,32 @@ PROGRAMS: list[tuple[str, str, dict[str, str], tuple[str, ...]]] = [
 ]
 
 
-def run_programs(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of what they measured, see peer.report; those whose paths were not given are named on standard error.
+def run_program(program: tuple[str, str, dict[str, str], tuple[str, ...]], args: argparse.Namespace,
+                ) -> list[dict[str, Any]]:
+    """Rows of what one of PROGRAMS measured, see peer.report; if a path that it needs was not given, that is said on
+    standard error, and there are none.
 
-    args: of run_all.py. Without --device cuda they see no GPU. CannotContinue: one failed.
+    args: of run_all.py. Without --device cuda it sees no GPU. CannotContinue: it failed.
     """
-    rows: list[dict[str, Any]] = []
+    name, file, paths, others = program
+    if args.only is not None and not name.startswith(args.only):
+        return []
+    if lacking := [f"--{path}" for path in paths if getattr(args, path) is None]:
+        print(f"{name}: left out, missing: {' and '.join(lacking)}", file=sys.stderr)  # noqa: T201
+        return []
+    print(name, file=sys.stderr)  # noqa: T201
     environment = dict(os.environ) if args.device == "cuda" else os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    for name, file, paths, others in PROGRAMS:
-        if args.only is not None and not name.startswith(args.only):
-            continue
-        if lacking := [f"--{path}" for path in paths if getattr(args, path) is None]:
-            print(f"{name}: left out, missing: {' and '.join(lacking)}", file=sys.stderr)  # noqa: T201
-            continue
-        print(name, file=sys.stderr)  # noqa: T201
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "rows.json"
-            words = [sys.executable, str(Path(__file__).with_name(file)), "--out", str(out)]
-            for path, flag in paths.items():
-                words += [*([flag] if flag else []), str(getattr(args, path))]
-            for flag in others:
-                words += [f"--{flag}", str(getattr(args, flag))]
-            done = subprocess.run(words, env=environment, stdout=sys.stderr, check=False)
-            if done.returncode:
-                raise CannotContinue(f"{file} ended with status {done.returncode}, see above")
-            rows += json.loads(out.read_text(encoding="utf-8"))
-    return rows
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "rows.json"
+        words = [sys.executable, str(Path(__file__).with_name(file)), "--out", str(out)]
+        for path, flag in paths.items():
+            words += [*([flag] if flag else []), str(getattr(args, path))]
+        for flag in others:
+            words += [f"--{flag}", str(getattr(args, flag))]
+        done = subprocess.run(words, env=environment, stdout=sys.stderr, check=False)
+        if done.returncode:
+            raise CannotContinue(f"{file} ended with status {done.returncode}, see above")
+        return list(json.loads(out.read_text(encoding="utf-8")))
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -317,12 +317,16 @@ def run(args: argparse.Namespace) -> None:
     names = [*dict.fromkeys(case[0] for case in CASES), *(program[0] for program in programs.PROGRAMS)]
     if args.only is not None and not any(name.startswith(args.only) for name in names):
         raise ValueError(f"--only {args.only!r} begins none of {', '.join(names)}")
-    result = {"machine": machine(args), "clock": "cpu" if args.device == "cpu" else "wall",
-              "rows": [row for case in cases for row in measure(case, args)],
-              "programs": programs.run_programs(args)}
+    result: dict[str, Any] = {"machine": machine(args), "clock": "cpu" if args.device == "cpu" else "wall",
+                              "rows": [], "programs": []}
+    # Kept as they come: an hour's numbers are not lost with the last of them.
+    for field, found in (*(("rows", functools.partial(measure, case, args)) for case in cases),
+                         *(("programs", functools.partial(programs.run_program, program, args))
+                           for program in programs.PROGRAMS)):
+        result[field] += found()
+        if args.out is not None:
+            atomic_write_json(args.out, result)
     print(table(result))  # noqa: T201
-    if args.out is not None:
-        atomic_write_json(args.out, result)
     if args.document is not None:
         atomic_write_text(args.document, put_table(args.document.read_text(encoding="utf-8"), table(result)))
     if old is not None and (slower := regressions(result, old, args.tolerance)):

@@ -111,7 +111,7 @@ def test_a_code_or_a_token_that_is_no_number_is_seen(monkeypatch, codes, element
 
 
 @pytest.mark.parametrize("no_grad", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize(("tokens", "shares"), [(16400, 3), (4000, 2), (500, 1)])
+@pytest.mark.parametrize(("tokens", "shares"), [(30000, 3), (15000, 2), (500, 1)])
 def test_threads_share_the_tokens_and_change_nothing(monkeypatch, no_grad, tokens, shares):
     before, blocks, seen = torch.get_num_threads(), provq._search_blocks, []
 
