@@ -96,7 +96,7 @@ def test_an_unknown_bfactor_costs_its_residue_only(source, tmp_path):
 def test_rows_that_do_not_fit_are_named(source, tmp_path, changes, message):
     failed = convert(changed(source, 2, **changes), tmp_path / "tasks")
     assert failed.returncode == 1
-    assert failed.stderr.strip() == (f"make_docking_tasks.py: error: {source}, line 2: "
+    assert failed.stderr.strip() == (f"scripts/make_docking_tasks.py: error: {source}, line 2: "
                                      + message.format(folder=source.parent))
     assert not (tmp_path / "tasks").exists()
 

@@ -22,6 +22,7 @@ def test_a_small_run_fills_the_table_and_names_missing_peers(tmp_path, capsys, m
 
     monkeypatch.setattr(run_all.importlib, "import_module", without_faiss)
     monkeypatch.setattr(run_all, "CASES", [run_all.CASES[0], run_all.CASES[-1]])
+    monkeypatch.setattr(run_all.programs, "PROGRAMS", [program for program in run_all.programs.PROGRAMS if program[2]])
     monkeypatch.setattr(run_all, "peak_mib", lambda case, way, args: run_all.grown_mib(
         run_all.ways(case, args)[0][way], args.device))
     document, out = tmp_path / "speed.md", tmp_path / "speed.json"
@@ -36,6 +37,19 @@ def test_a_small_run_fills_the_table_and_names_missing_peers(tmp_path, capsys, m
     assert text.endswith(f"{run_all.MARKERS[1]}\n\nafter\n")
     assert text.count("| nearest codes | 81 | 10 | 8 |") == 2
     assert "missing: faiss (not here)" in capsys.readouterr().err
+
+
+def test_what_was_measured_outlives_what_fails_later(tmp_path, monkeypatch):
+    def measure(case, args):  # noqa: ARG001
+        if case[0] == "k-means++":
+            raise ValueError("no memory left")
+        return [{"case": case[0]}]
+
+    monkeypatch.setattr(run_all, "measure", measure)
+    out = tmp_path / "speed.json"
+    with pytest.raises(SystemExit, match="no memory left"):
+        run_all.main(["--out", str(out)])
+    assert {row["case"] for row in json.loads(out.read_text())["rows"]} >= {"nearest codes", "k-means, 10 iterations"}
 
 
 def test_programs_are_run_and_read_back(tmp_path, capfd):

@@ -183,7 +183,6 @@ def test_table_command(here, fake, capsys, tmp_path):
 
 @pytest.mark.parametrize(("extra", "message"), [
     (["--arms", "vanilla", "--steps", "7"], "together at most --steps 7"),
-    (["--arms", "vanilla", "--jobs", "0"], "--jobs is 0"),
     (["--arms", "vanilla", "--held-out", "400"], "--held-out 400 and 256 to look at, of 316 images"),
 ])
 def test_mistakes_are_one_line(here, extra, message):
@@ -198,6 +197,9 @@ def test_more_mistakes(here, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run.main(arguments)
     assert "name --plan or --arms" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run.main([*arguments, "--arms", "vanilla", "--jobs", "0"])
+    assert "run.py: error: --jobs is 0; it must be at least 1" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="no such file of images"):
         run.main([str(tmp_path / "none.zip"), *arguments[1:], "--arms", "vanilla"])
     with pytest.raises(SystemExit, match="no such results file"):
