@@ -66,16 +66,18 @@ def threads(args: argparse.Namespace, busy: int) -> list[dict[str, Any]]:
     try:
         for codes in CODES:
             x, table = torch.randn(args.tokens, DIM), torch.randn(codes, DIM)
+            searches = -(-(2**28) // (len(x) * len(table)))  # long beside a scheduler's slices
 
-            def search(count: int, x: torch.Tensor = x, table: torch.Tensor = table) -> None:
+            def search(count: int, x: torch.Tensor = x, table: torch.Tensor = table, searches: int = searches) -> None:
                 torch.set_num_threads(count)
-                for _ in range(-(-(2**28) // (len(x) * len(table)))):  # long beside a scheduler's slices
+                for _ in range(searches):
                     provq.nearest_code(x, table)
 
             times = peer.compare(lambda search=search: search(2), lambda search=search: search(1),  # type: ignore[misc]
                                  args.repeats)
             beside = f"beside {busy} busy processes" if busy else "alone"
-            rows.append(peer.report(f"search, 2 threads against 1, {beside}, K={codes}", "tokens", args.tokens, *times))
+            rows.append(peer.report(f"search, 2 threads against 1, {beside}, K={codes}", "tokens",
+                                    args.tokens * searches, *times))
     finally:
         for other in others:
             other.terminate()
