@@ -33,7 +33,7 @@ if getattr(provq, "__version__", None) != __version__:
                       f"{getattr(provq, '__version__', None)}: copy both, provq*.py, from one release")
 
 LEAST_CODES = 65_536  # with fewer, the search is too small a part of a step to matter
-TOKENS, CODES = 32, 128  # of a program, at a time: two registers a thread for each pair, with four warps
+TOKENS, CODES = 32, 128  # of a program, at a time; with four warps a thread keeps 32 pairs, each in two registers
 FEW_CHANNELS = 16  # at most so many are multiplied one by one; a matrix product would fill them up with zeros
 CHANNELS = 32  # of a matrix product at a time
 PROGRAMS = 512  # about four for each multiprocessor of an H100, if there are codes for them

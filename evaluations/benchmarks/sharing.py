@@ -1,4 +1,4 @@
-"""Times a quantizer's training step, and the search in it, where something is shared: cores, and a batch.
+"""Times a quantizer's forward and backward, and the search in it, where cores or a batch are shared.
 
     python evaluations/benchmarks/sharing.py
 
@@ -91,16 +91,14 @@ def _train(rank: int, size: int, tokens: int, name: str, codes: int, steps: int,
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size)
     torch.manual_seed(0)
     model: Any = provq.ProVQ(provq.make_quantizer(name, codes, DIM), provq.Curriculum(0, 0), channel_dim=-1)
-    encoder: Any = torch.nn.Linear(DIM, DIM)
-    core = torch.nn.ModuleDict({"encoder": encoder, "quantize": model})
-    core.forward = lambda x: model(encoder(x))
+    core = torch.nn.Sequential(torch.nn.Linear(DIM, DIM), model)
     net = DistributedDataParallel(core) if size > 1 else core
     x, times = torch.randn(tokens // size, DIM), []
     for step in range(steps + 2):
         model.set_step(step)
         began = time.perf_counter()
-        out_ = net(x)
-        (out_.quantized.square().mean() + out_.loss).backward()
+        found = net(x)
+        (found.quantized.square().mean() + found.loss).backward()
         core.zero_grad()
         times.append(time.perf_counter() - began)
     if rank == 0:

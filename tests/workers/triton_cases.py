@@ -52,7 +52,7 @@ def check_shares():
 
 
 def check_unknown():
-    """NaN of a token and of a code, infinite tokens, codes with an offset through provq's own entrance."""
+    """NaN of a token and of codes: seen, and at the first code that has it."""
     x, codes = torch.randn(70, 6), torch.randn(400, 6)
     x[3, 2] = float("nan")
     value, index = provq_triton.nearest(x, codes, codes.square().sum(1))
@@ -65,7 +65,7 @@ def check_unknown():
 
 
 def check_entrance():
-    """nearest_code with the kernel in place finds the same codes as without."""
+    """nearest_code with the kernel in place finds the same codes as without, far from the origin too."""
     x, codes = torch.randn(300, 8) + 1000, torch.randn(700, 8) + 1000
     before = provq.nearest_code(x, codes)
     calls = []
