@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,8 +36,8 @@ class Extractor(nn.Module):
     """uint8 images (N, 3, H, W) of any size -> Features. In eval mode, float32, TF32 off: features must not depend on
     the batch or the GPU.
 
-    name: "inception", "timm:NAME" or "torchscript". sha256: of the weights' file, 64 hex digits, for protocols and
-    caches. widths: of the features that ADM's references store statistics of; {}: none are stored of this extractor's.
+    name: "inception", "timm:NAME" or "torchscript". sha256: of the weights' file, of a TorchScript file's weights
+    and code, 64 hex digits, for protocols and caches. widths: of the features that ADM's references store statistics of; {}: none are stored of this extractor's.
     """
 
     def __init__(self, name: str, sha256: str, network: nn.Module, run: Callable[[Tensor], Features],
@@ -184,7 +185,23 @@ def _open_torchscript(path: Path) -> Extractor:
         pooled, logits, spatial = [*(p.float() for p in parts), None, None][:3]
         return Features(pooled, logits, spatial)
 
-    return Extractor("torchscript", _sha256(path), network, run)
+    return Extractor("torchscript", _torchscript_sha256(path), network, run)
+
+
+def _torchscript_sha256(path: Path) -> str:
+    """Equal for files of the same weights and code: the bytes also tell paths of the machine that wrote it and the
+    order in which Python's hashes put a class's constants."""
+    digest = hashlib.sha256()
+    with zipfile.ZipFile(path) as archive:
+        for name in sorted(archive.namelist()):
+            _, _, record = name.partition("/")  # before it: the file's own name when it was written
+            if record.endswith((".debug_pkl", "serialization_id")):
+                continue
+            content = archive.read(name)
+            if record.endswith(".py"):
+                content = b"\n".join(sorted(content.splitlines()))
+            digest.update(f"{record} {len(content)} ".encode() + content)
+    return digest.hexdigest()
 
 
 def _sha256(path: Path) -> str:

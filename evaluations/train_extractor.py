@@ -15,6 +15,7 @@ import io
 import math
 import sys
 import warnings
+import zipfile
 from pathlib import Path
 
 if not __package__:
@@ -166,18 +167,28 @@ def train(args: argparse.Namespace, device: torch.device) -> tuple[Extractor, fl
     return model, right / len(val_set)
 
 
+def torchscript(model: nn.Module) -> bytes:
+    """The TorchScript file of a network, without the paths of this machine, which TorchScript notes for debugging."""
+    scripted, archive = io.BytesIO(), io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, yet it alone loads without this class
+        torch.jit.save(torch.jit.script(model), scripted)
+    with zipfile.ZipFile(scripted) as whole, zipfile.ZipFile(archive, "w") as kept:
+        for record in whole.infolist():
+            if not record.filename.endswith(".debug_pkl"):
+                kept.writestr(record, whole.read(record))
+    return archive.getvalue()
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with command(PROG, one_process=True):
         device = distributed.init(args.device)
         check(args)
         model, accuracy = train(args, device)
-        scripted = io.BytesIO()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # deprecated, yet it alone loads without this class
-            torch.jit.save(torch.jit.script(model.cpu()), scripted)
+        archive = torchscript(model.cpu())
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(args.out, lambda file: file.write(scripted.getvalue()))
+        atomic_write(args.out, lambda file: file.write(archive))
         distributed.print0(f"held-out accuracy {accuracy:.4f}; wrote {args.out}")
 
 

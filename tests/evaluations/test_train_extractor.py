@@ -1,10 +1,17 @@
 """The stand-in feature extractor: what it learns, and the contract of its file."""
 
+import os
+import subprocess
+import sys
+import zipfile
+
 import pytest
 import torch
 from PIL import Image
 
 from evaluations import train_extractor
+from evaluations.features import open_extractor
+from places import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +30,30 @@ def test_file_keeps_the_contract(extractor_file):
     assert {t.dtype for t in (pooled, logits, spatial)} == {torch.float32}
     assert not module.training  # an image's features do not depend on the batch
     torch.testing.assert_close(module(images[1:2])[0], pooled[1:2], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.(load|save). is deprecated")
+def test_file_names_no_path_of_the_machine_and_its_digest_only_what_it_computes(extractor_file, tmp_path):
+    with zipfile.ZipFile(extractor_file) as archive:
+        text = b"".join(archive.read(name) for name in archive.namelist())
+    assert str(ROOT).encode() not in text
+    assert sys.prefix.encode() not in text
+    program = ("import sys, torch; from evaluations.train_extractor import Extractor, torchscript; "
+               "model = Extractor(16, 10).eval(); model.load_state_dict(torch.jit.load(sys.argv[1]).state_dict()); "
+               "open(sys.argv[2], 'wb').write(torchscript(model))")
+    digests = {open_extractor(f"torchscript:{extractor_file}").sha256}
+    for hash_seed in ("1", "2"):  # another order of a class's constants
+        out = tmp_path / f"of{hash_seed}.pt"
+        subprocess.run([sys.executable, "-W", "ignore", "-c", program, str(extractor_file), str(out)], cwd=ROOT,
+                       env={**os.environ, "PYTHONHASHSEED": hash_seed}, check=True)
+        digests.add(open_extractor(f"torchscript:{out}").sha256)
+    assert len(digests) == 1
+    other = tmp_path / "other.pt"
+    model = torch.jit.load(str(out))
+    with torch.no_grad():
+        model.head.bias[0] += 1e-3
+    torch.jit.save(model, str(other))
+    assert open_extractor(f"torchscript:{other}").sha256 not in digests
 
 
 def test_it_learns_the_classes(extractor_file, capsys):
