@@ -36,8 +36,9 @@ class Extractor(nn.Module):
     """uint8 images (N, 3, H, W) of any size -> Features. In eval mode, float32, TF32 off: features must not depend on
     the batch or the GPU.
 
-    name: "inception", "timm:NAME" or "torchscript". sha256: of the weights' file, of a TorchScript file's weights
-    and code, 64 hex digits, for protocols and caches. widths: of the features that ADM's references store statistics of; {}: none are stored of this extractor's.
+    name: "inception", "timm:NAME" or "torchscript". sha256: of the weights' file, of a TorchScript file's weights and
+    code, 64 hex digits, for protocols and caches. widths: of the features that ADM's references store statistics of;
+    {}: none are stored of this extractor's.
     """
 
     def __init__(self, name: str, sha256: str, network: nn.Module, run: Callable[[Tensor], Features],

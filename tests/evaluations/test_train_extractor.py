@@ -8,10 +8,10 @@ import zipfile
 import pytest
 import torch
 from PIL import Image
+from places import ROOT
 
 from evaluations import train_extractor
 from evaluations.features import open_extractor
-from places import ROOT
 
 
 @pytest.fixture(scope="module")
