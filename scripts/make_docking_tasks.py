@@ -1,4 +1,5 @@
-"""Makes tasks for protein/benchmark/train_task.py and sensitivity.py from unbound and bound protein structures.
+"""Makes tasks for protein/benchmark/train_task.py and sensitivity.py from unbound and bound protein structures, and
+folders of structures for protein/train_provq.py with the same split.
 
     python scripts/make_docking_tasks.py proteins/benchmark.jsonl tasks
 
@@ -10,6 +11,7 @@ unknown) and bfactor (of CA, unbound; null: unknown). Blank lines are skipped. W
     bfactor.jsonl    regression: B-factor, as the number of standard deviations from the chain's mean (crystals differ
                      in scale). Chains whose B-factors are all alike are left out, and listed
     pairs.jsonl      pairs of conformations, the unbound and the bound form of every chain
+    train/, val/     links to both forms of every chain; val/ has those of the splits valid and test
 """
 
 from __future__ import annotations
@@ -99,8 +101,8 @@ def convert(source: Path, out: Path) -> tuple[dict[str, int], list[str]]:
         "bfactor": [{"task": "B-factor", "kind": "regression"}],
         "pairs": [{"pairs": "Unbound-bound"}],
     }
-    left_out = []
-    for row in read_rows(source):
+    left_out, rows = [], read_rows(source)
+    for row in rows:
         unbound, bound = (os.path.relpath(source.parent / row[form], out) for form in ("unbound", "bound"))
         common = {"id": row["id"], "split": row["split"], "structure": unbound, "residues": row["residues"]}
         labels = [None if label < 0 else label for label in row["interface"]]
@@ -111,10 +113,36 @@ def convert(source: Path, out: Path) -> tuple[dict[str, int], list[str]]:
         else:
             files["bfactor"].append({**common, "labels": scores})
         files["pairs"].append({"id": row["id"], "first": {"structure": unbound}, "second": {"structure": bound}})
+    places = links(rows, source.parent, out)
     out.mkdir(parents=True, exist_ok=True)
-    for name, rows in files.items():
-        (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return {name: len(rows) - 1 for name, rows in files.items()}, left_out
+    link(places)
+    for name, examples in files.items():
+        (out / f"{name}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in examples), encoding="utf-8")
+    return {name: len(examples) - 1 for name, examples in files.items()}, left_out
+
+
+def links(rows: list[dict[str, Any]], folder: Path, out: Path) -> dict[Path, Path]:
+    """-> the structure that each link below out names. ValueError for two structures of one name, and where train/ or
+    val/ hold anything else, which a tokenizer would be trained or validated on."""
+    found: dict[Path, Path] = {}
+    for row in rows:
+        for form in ("unbound", "bound"):
+            file = folder / row[form]
+            place = out / ("train" if row["split"] == "train" else "val") / file.name
+            if not found.setdefault(place, file).samefile(file):
+                raise ValueError(f"{found[place]} and {file} have one name; in {place.parent} each needs its own")
+    for part in ("train", "val"):
+        for place in sorted((out / part).glob("*")):
+            if place not in found or not place.exists() or not place.samefile(found[place]):
+                raise ValueError(f"{place} is not of this split; remove it, or give another folder than {out}")
+    return found
+
+
+def link(found: dict[Path, Path]) -> None:
+    for place, file in found.items():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if not place.exists():
+            place.symlink_to(os.path.relpath(file, place.parent))
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -130,6 +130,7 @@ each() { # rows...: -> folders of their runs
     done
 }
 
+proteins="vanilla provq recluster aminoaseed aminoaseed-provq aminoaseed-recluster" # with ours
 if [ "$scale" = paper ]; then
     [ -n "$data" ] || fail "--data is missing: the folder that the commands shall name"
 fi
@@ -190,14 +191,23 @@ case "$table" in
         collected generation.fid generation.inception_score generation.precision generation.recall
         ;;
     3)
-        [ -n "$data" ] || fail "--data is missing: StructTokenBench's archive, unpacked"
-        [ "$scale" = paper ] || fail "Table 3 is run by protein/benchmark/train_task.py; --scale paper shows how"
-        tokenizers=()
-        for row in vanilla provq aminoaseed aminoaseed-provq; do
-            for seed in $seeds; do tokenizers+=("$row=$runs/table-4-paper/$row-s$seed"); done
+        runs_of_4="$(dirname "$out")/table-4-$scale" tokenizers=()
+        rows="vanilla provq aminoaseed aminoaseed-provq" # the paper's
+        tasks=(--all --data "$data")
+        if [ "$scale" != paper ]; then
+            [ -f "$data/interface.jsonl" ] ||
+                fail "--data is '$data'; it must be a folder that scripts/make_docking_tasks.py made"
+            rows="$proteins"
+            tasks=(--task "$data/interface.jsonl" "$data/bfactor.jsonl" --preset small --learning-rates 0.01 0.001)
+        fi
+        for row in $rows; do
+            for seed in $seeds; do
+                [ "$scale" = paper ] || [ -e "$runs_of_4/$row-s$seed" ] ||
+                    fail "$runs_of_4/$row-s$seed is missing; first: bash scripts/reproduce.sh 4 --scale $scale --data $data"
+                tokenizers+=("$row=$runs_of_4/$row-s$seed")
+            done
         done
-        tool protein/benchmark/train_task.py --all --data "$data" --results-dir "$out" \
-            --tokenizer foldseek "${tokenizers[@]}"
+        tool protein/benchmark/train_task.py "${tasks[@]}" --results-dir "$out" --tokenizer foldseek "${tokenizers[@]}"
         ;;
     4)
         [ "$scale" != confirm ] || [ -n "$data" ] || fail "--data is missing: a folder of structures"
@@ -218,7 +228,7 @@ case "$table" in
             paper) data_flags+=(--preset paper) ;;
         esac
         rows="vanilla provq aminoaseed aminoaseed-provq" # the paper's
-        [ "$scale" = paper ] || rows="vanilla provq recluster aminoaseed aminoaseed-provq aminoaseed-recluster"
+        [ "$scale" = paper ] || rows="$proteins"
         for seed in $seeds; do
             for row in $rows; do
                 # shellcheck disable=SC2046,SC2086

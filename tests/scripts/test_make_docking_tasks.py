@@ -59,6 +59,24 @@ def test_tasks_and_pairs(source, tmp_path):
     assert [(pair.first.name, pair.second.name) for pair in pairs] == [(f"{i}u", f"{i}b") for i in range(4)]
 
 
+def test_the_split_as_folders(source, tmp_path):
+    out = tmp_path / "tasks"
+    for _ in range(2):  # the same again changes nothing
+        assert convert(source, out).returncode == 0
+        found = {part: {file.name: file.read_text() for file in (out / part).iterdir()} for part in ("train", "val")}
+        assert [sorted(files) for files in found.values()] == [["0b.pdb", "0u.pdb", "1b.pdb", "1u.pdb"],
+                                                               ["2b.pdb", "2u.pdb", "3b.pdb", "3u.pdb"]]
+        assert found["val"]["3u.pdb"] == (source.parent / "s" / "3u.pdb").read_text()
+    moved = convert(changed(source, 2, split="test"), out)
+    assert moved.stderr.strip().endswith(f"{out / 'train' / '1b.pdb'} is not of this split; remove it, or give another "
+                                         f"folder than {out}")
+    assert len(list((out / "val").iterdir())) == 4
+    write_helix(source.parent / "other", "0u", 6, seed=5)
+    same = convert(changed(source, 2, split="train", bound="other/0u.pdb"), tmp_path / "new")
+    assert "have one name; in" in same.stderr
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_row_without_a_field_is_named(source, tmp_path):
     source.write_text(source.read_text().replace('"interface"', '"surface"', 1))
     failed = convert(source, tmp_path / "tasks")

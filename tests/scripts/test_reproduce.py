@@ -15,7 +15,7 @@ from autoregressive import train_config as gpt_config
 from protein import train_config as protein_config
 from tokenizer import train_config
 
-SCALES = {"small": "1 2 4 5 6 core rivals", "confirm": "1 2 4 5 6 core rivals", "paper": "1 2 3 4 5 6"}
+SCALES = {"small": "1 2 3 4 5 6 core rivals", "confirm": "1 2 3 4 5 6 core rivals", "paper": "1 2 3 4 5 6"}
 CONFIGS = {"tokenizer/train_provq.py": train_config, "protein/train_provq.py": protein_config,
            "autoregressive/train_c2i.py": gpt_config}
 
@@ -37,10 +37,25 @@ def reproduce(tmp_path):
     return call
 
 
+def make_tasks(folder, scale, seeds):
+    """-> the data of Table 3 on a CPU; beside its runs to be are those of Table 4."""
+    data = folder / "the tasks"
+    data.mkdir()
+    for name in ("interface", "bfactor"):
+        (data / f"{name}.jsonl").touch()
+    for row in ("vanilla", "provq", "recluster", "aminoaseed", "aminoaseed-provq", "aminoaseed-recluster"):
+        for seed in seeds.split():
+            (folder / f"table-4-{scale}" / f"{row}-s{seed}").mkdir(parents=True)
+    return str(data)
+
+
 @pytest.mark.parametrize(("scale", "table"), [(scale, table) for scale, tables in SCALES.items()
                                               for table in tables.split()])
 def test_every_command_exists_with_its_flags(reproduce, tmp_path, scale, table):
-    done = reproduce(table, "--scale", scale, "--data", "the data", "--seeds", "3 4", "--out", str(tmp_path / "out"))
+    data = "the data"
+    if table == "3" and scale != "paper":
+        data = make_tasks(tmp_path, scale, "3 4")
+    done = reproduce(table, "--scale", scale, "--data", data, "--seeds", "3 4", "--out", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     lines = [shlex.split(line) for line in done.stdout.splitlines()]
     assert lines
@@ -74,6 +89,19 @@ def test_structures_that_are_split_are_validated_on_their_own_and_whole(reproduc
         assert folder in lines[-1]
 
 
+def test_probes_need_the_tokenizers_of_table_4(reproduce, tmp_path):
+    data = make_tasks(tmp_path, "small", "0")
+    done = reproduce("3", "--data", data, "--seeds", "0 1", "--out", str(tmp_path / "out"))
+    assert done.returncode == 2
+    assert done.stderr.strip() == (f"reproduce.sh: error: {tmp_path}/table-4-small/vanilla-s1 is missing; first: "
+                                   f"bash scripts/reproduce.sh 4 --scale small --data {data}")
+    done = reproduce("3", "--data", data, "--seeds", "0", "--out", str(tmp_path / "out"))
+    words = shlex.split(done.stdout)
+    assert words[words.index("--tokenizer") + 1 :] == ["foldseek", *(
+        f"{row}={tmp_path}/table-4-small/{row}-s0"
+        for row in ("vanilla", "provq", "recluster", "aminoaseed", "aminoaseed-provq", "aminoaseed-recluster"))]
+
+
 @pytest.mark.parametrize(("words", "message"), [
     ((), "the table is ''; it must be 1 to 6, core or rivals"),
     (("7",), "the table is '7'"),
@@ -84,7 +112,7 @@ def test_structures_that_are_split_are_validated_on_their_own_and_whole(reproduc
     (("5", "--seeds", "x"), "--seeds is 'x'; it must be numbers"),
     (("5", "--frobnicate", "1"), "unknown flag --frobnicate"),
     (("core", "--scale", "paper", "--data", "x"), "core is not in the paper"),
-    (("3", "--data", "x"), "--scale paper shows how"),
+    (("3", "--data", "x"), "--data is 'x'; it must be a folder that scripts/make_docking_tasks.py made"),
     (("4", "--scale", "confirm"), "--data is missing: a folder of structures"),
 ])
 def test_mistakes_are_named(reproduce, words, message):
