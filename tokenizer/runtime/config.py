@@ -375,5 +375,8 @@ def _unknown_words(words: Sequence[str], flags: Mapping[str, _Flag]) -> str:
 
 
 def _nearest(name: str, valid: Iterable[str]) -> str:
-    match = difflib.get_close_matches(name, valid, n=1, cutoff=0.7)  # below: mere likeness, not a slip
-    return f"; did you mean {match[0]}?" if match else ""
+    words = {word.lstrip("-"): word for word in valid}  # the dashes of a flag are no likeness
+    name = name.lstrip("-")
+    match = [word for word in words if len(name) > 2 and word.startswith(name)]
+    match = match or difflib.get_close_matches(name, words, n=1, cutoff=0.7)  # below: mere likeness, not a slip
+    return f"; did you mean {words[match[0]]}?" if match else ""

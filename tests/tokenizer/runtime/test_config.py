@@ -64,6 +64,7 @@ def test_flag_spelling():
         (["--run-dir", "r", "--learning_rate=1"], ["--learning_rate", "did you mean --learning-rate?"]),
         (["--run-dir", "r", "--batch", "1"], ["unknown flag --batch", "--batch-size"]),  # no abbreviations
         (["--run-dir", "r", "--vq-ckpt", "1"], ["unknown flag --vq-ckpt\n"]),  # too far from any to guess
+        (["--run-dir", "r", "--mearn-bate", "1"], ["unknown flag --mearn-bate\n"]),  # nor for two dashes and an ending
         (["--run-dir", "r", "stray"], ["unexpected 'stray'"]),
         (["--run-dir", "r", "--batch-size", "8.5"], ["--batch-size", "'8.5'", "an integer"]),
         (["--run-dir", "r", "--batch-size", "none"], ["--batch-size", "'none'", "an integer"]),
