@@ -95,7 +95,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # Data may move: the sets' fingerprints are compared, not their paths.
 RESUMABLE = RESUMABLE_RUN | {"preset", "data_path", "val_path", "num_workers", "max_bad_structures",
-                             "stop_after"}
+                             "stop_after", "code_search"}
 
 
 def pick_preset(given: dict[str, Any]) -> str:

@@ -87,7 +87,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 # What may differ when a run is resumed: its length, its cadence, its machine. Anything else would be another
 # experiment. Data may move: the sources' fingerprints are compared, not their paths.
 RESUMABLE = RESUMABLE_RUN | {"preset", "data_path", "val_path", "num_workers", "compile", "max_bad_images",
-                             "lpips_vgg_weights", "stop_after", "image_key", "max_image_mb"}
+                             "lpips_vgg_weights", "stop_after", "image_key", "max_image_mb", "code_search"}
 
 
 def pick_preset(given: dict[str, Any]) -> str:
