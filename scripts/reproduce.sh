@@ -142,8 +142,8 @@ case "$table-$scale" in
     1-*) bed vanilla llamagen simvq provq provq+recluster ;;
     5-*) bed simvq simvq+soft vanilla soft warmup adaptive provq ;;
     6-*) bed provq provq-linear provq-exp provq-hard provq-lambda0 provq-lambda.25 provq-lambda1 ;;
-    core-*) bed vanilla vanilla+x10 vanilla+follow warmup warmup+recluster provq provq+x10 provq+recluster \
-        provq+recluster+x10 ;;
+    core-*) bed vanilla vanilla+x10 vanilla+follow warmup warmup+recluster provq provq+follow provq+x10 \
+        provq+recluster provq+recluster+x10 ;;
     rivals-*) bed vanilla llamagen ema ema-restart simvq rotation diveq nsvq fsq lfq gumbel soft-to-hard adaptive provq ;;
 esac
 case "$table" in
