@@ -5,9 +5,10 @@
 #
 # TABLE   1 reconstruction, 2 generation, 3 StructTokenBench, 4 protein structures, 5 and 6 the paper's ablations;
 #         core and rivals, which are not in the paper: what RESULTS.md compares
-# SCALE   small    hours of a CPU (the default). 1, 5, 6, core, rivals: the evidence bed, --data CIFAR10 images;
-#                  2: digits; 4: generated backbones, or 600 steps on the structures in --data
-#         confirm  days of a CPU. The evidence bed at 32x32; 2: CIFAR-10; 4: structures in --data
+# SCALE   small    minutes to hours of a CPU (the default). 1, 5, 6, core, rivals: the evidence bed, --data CIFAR10
+#                  images; 2: digits; 3: probes on what 4 has trained beside it, --data made by make_docking_tasks.py;
+#                  4: generated backbones, or 600 steps on the structures in --data
+#         confirm  days of a CPU. The evidence bed at 32x32; 2: CIFAR-10; 3: as small; 4: structures in --data
 #         paper    prints the commands for 8 GPUs and runs none; the last one makes the table of what they have trained.
 #                  --data ImageNet's folder of train/ and val/; 3 and 4: the archive, the cache of structures
 # Table 4 validates on --data's val/ and trains on its train/ where it has these folders; else a tenth is held out.
@@ -203,7 +204,7 @@ case "$table" in
         for row in $rows; do
             for seed in $seeds; do
                 [ "$scale" = paper ] || [ -e "$runs_of_4/$row-s$seed" ] ||
-                    fail "$runs_of_4/$row-s$seed is missing; first: bash scripts/reproduce.sh 4 --scale $scale --data $data"
+                    fail "$runs_of_4/$row-s$seed is missing; first: reproduce.sh 4 --scale $scale --data $data"
                 tokenizers+=("$row=$runs_of_4/$row-s$seed")
             done
         done

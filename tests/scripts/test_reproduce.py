@@ -94,7 +94,7 @@ def test_probes_need_the_tokenizers_of_table_4(reproduce, tmp_path):
     done = reproduce("3", "--data", data, "--seeds", "0 1", "--out", str(tmp_path / "out"))
     assert done.returncode == 2
     assert done.stderr.strip() == (f"reproduce.sh: error: {tmp_path}/table-4-small/vanilla-s1 is missing; first: "
-                                   f"bash scripts/reproduce.sh 4 --scale small --data {data}")
+                                   f"reproduce.sh 4 --scale small --data {data}")
     done = reproduce("3", "--data", data, "--seeds", "0", "--out", str(tmp_path / "out"))
     words = shlex.split(done.stdout)
     assert words[words.index("--tokenizer") + 1 :] == ["foldseek", *(
