@@ -143,6 +143,9 @@ ARMS: dict[str, Arm] = {
     "aminoaseed+provq": Arm("aminoaseed", "provq"),
     "ema+provq+recluster": Arm("ema", "provq", recluster=True),
     "l2+provq": Arm("l2", "provq"),
+    "rotation+provq+recluster": Arm("rotation", "provq", recluster=True),
+    "nsvq+provq+recluster": Arm("nsvq", "provq", recluster=True, restart=True),
+    "nsvq+warmup+recluster": Arm("nsvq", "warmup", recluster=True, restart=True),
 }
 
 PLANS: dict[str, tuple[str, ...]] = {
