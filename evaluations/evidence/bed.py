@@ -181,14 +181,16 @@ class Trainer:
     def _warm_up(self, folder: Path | None) -> int:
         """Do the warm-up, or take it over from another run of the same; -> the step to go on from.
 
-        Its steps are the same whatever the quantizer, bit for bit: that is not called, and forgotten afterwards.
+        Its steps are the same whatever the quantizer, bit for bit, but for unit norm of its latents: nothing else of it
+        is called, and it is forgotten afterwards.
         """
         setting, last = self.setting, self.setting.warmup_steps
         if folder is None or not last or self.arm.curriculum not in ("warmup", "provq") or self._adversarial(last - 1):
             return 0
         shared = dataclasses.asdict(dataclasses.replace(setting, num_codes=1, transition_steps=0, latents_per_code=1,
                                                         disc_start=None, features=None))
-        key = hashlib.sha256(json.dumps([shared, self.seed, self.arm.lr], sort_keys=True).encode()).hexdigest()[:16]
+        of_all = [shared, self.seed, self.arm.lr, self.provq.quantizer.l2_norm]
+        key = hashlib.sha256(json.dumps(of_all, sort_keys=True).encode()).hexdigest()[:16]
         path = folder / f"warmup-{key}.pt"
         parameters = list(self.model.parameters())
         if not path.exists():

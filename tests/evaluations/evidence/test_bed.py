@@ -120,11 +120,13 @@ def test_a_shared_warm_up_is_the_same_run(name, images, tmp_path):
     assert (result["metrics"], result["trace"]) == (expected["metrics"], expected["trace"])
 
 
-@pytest.mark.parametrize(("arm", "seed"), [(Arm(curriculum="provq", lr=2e-3), 1), (ARMS["provq"], 2)])
+@pytest.mark.parametrize(("arm", "seed"), [
+    (Arm(curriculum="provq", lr=2e-3), 1), (ARMS["provq"], 2), (ARMS["l2+provq"], 1)])
 def test_other_warm_ups_are_not_shared(arm, seed, images, tmp_path):
-    for one, number in ((ARMS["provq"], 1), (arm, seed)):
-        Trainer(one, SETTING, number, images).run(tmp_path)
+    Trainer(ARMS["provq"], SETTING, 1, images).run(tmp_path)
+    after = Trainer(arm, SETTING, seed, images).run(tmp_path)["metrics"]
     assert len(list(tmp_path.iterdir())) == 2
+    assert after == Trainer(arm, SETTING, seed, images).run()["metrics"]
 
 
 @pytest.mark.parametrize("name", ["vanilla", "adaptive"])
