@@ -49,7 +49,12 @@ class Arm:
                              f"{self.quantizer!r}, {self.curriculum!r}")
         if min(self.lr, self.code_lr_scale) <= 0:
             raise ValueError(f"lr {self.lr} and code_lr_scale {self.code_lr_scale} must be positive")
-        object.__setattr__(self, "recluster_at", tuple(self.recluster_at))  # JSON has lists
+        if not (0 <= self.loss_floor <= 1 and 0 <= self.follow_decay < 1 and self.beta >= 0):
+            raise ValueError(f"loss_floor {self.loss_floor} must lie in [0, 1], follow_decay {self.follow_decay} in "
+                             f"[0, 1), and beta {self.beta} must be at least 0")
+        object.__setattr__(self, "recluster_at", tuple(sorted(self.recluster_at)))  # JSON has lists
+        if len(set(self.recluster_at)) < len(self.recluster_at):
+            raise ValueError(f"recluster_at {' '.join(map(str, self.recluster_at))} names a step twice")
         kind = KINDS[self.quantizer]
         if not kind.table and (self.curriculum in ("warmup", "provq", "adaptive") or self.reclusters):
             raise ValueError(f"{self.quantizer} has no codes that k-means could set: no warm-up, no recluster")
@@ -65,6 +70,14 @@ class Arm:
     @property
     def reclusters(self) -> bool:
         return self.recluster or bool(self.recluster_at)
+
+    @property
+    def idle(self) -> set[str]:
+        """Those of the arm's numbers that change nothing in it."""
+        kind = KINDS[self.quantizer]
+        has = {"beta": kind.beta, "code_lr_scale": kind.trained, "loss_floor": self.curriculum in ("soft", "provq"),
+               "follow_decay": self.follow}
+        return {name for name, changes in has.items() if not changes}
 
 
 KINDS: dict[str, Kind] = {

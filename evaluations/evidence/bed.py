@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,34 @@ def tokens(z: Tensor) -> Tensor:
     return z.movedim(1, -1).flatten(0, -2)
 
 
+def recluster_steps(arm: Arm, setting: Setting) -> set[int]:
+    """Steps at which codes are set once more. ValueError: there are no codes then, or they never are."""
+    first = {"warmup": setting.warmup_steps, "provq": setting.warmup_steps,
+             "adaptive": setting.discrete_from}.get(arm.curriculum, 0)
+    if first >= setting.steps:
+        raise ValueError(f"--steps {setting.steps} end before the warm-up of {first} steps has, and there are no codes")
+    if arm.recluster and setting.discrete_from in arm.recluster_at:
+        raise ValueError(f"--recluster-at {setting.discrete_from} is where the transition ends: there is that already")
+    steps = {*arm.recluster_at, *([setting.discrete_from] if arm.recluster else [])}
+    for step in sorted(steps):
+        if step >= setting.steps:
+            raise ValueError(f"re-clustering at step {step} of {setting.steps} never comes: give the setting more "
+                             "steps, or shorter stages")
+        if first and step <= first:
+            raise ValueError(f"re-clustering at step {step} is not after the warm-up of {first} steps, when codes are "
+                             "first set: give a later step, or a transition")
+    return steps
+
+
+def require_trainable(name: str, arm: Arm, setting: Setting) -> None:
+    """ValueError, with the arm's name: the setting is not for it, its numbers make no sense, a package is missing."""
+    try:
+        recluster_steps(arm, setting)
+        make_provq(arm, setting.num_codes, setting.dim, setting.warmup_steps, setting.transition_steps)
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"arm {name}: {error}") from error
+
+
 class Trainer:
     """One run. `run()` returns its metrics and its trace, JSON-able."""
 
@@ -134,10 +162,7 @@ class Trainer:
                              f"{extractor.sha256 if extractor else None}")
         self.arm, self.setting, self.seed, self.images, self.extractor = arm, setting, seed, images, extractor
         self.kind = KINDS[arm.quantizer]
-        self.recluster_steps = {*arm.recluster_at, *([setting.discrete_from] if arm.recluster else [])}
-        if any(step >= setting.steps for step in self.recluster_steps):
-            raise ValueError(f"re-clustering at step {max(self.recluster_steps)} of {setting.steps} never comes: give "
-                             "the setting more steps, or shorter stages")
+        self.recluster_steps = recluster_steps(arm, setting)
         torch.manual_seed(fold(seed, WEIGHTS))
         self.model = Autoencoder(setting)  # equal in all arms of a seed
         torch.manual_seed(fold(seed, CODES))
@@ -217,17 +242,15 @@ class Trainer:
         if provq.adaptive and provq.stage == 1 and step % max(1, setting.discrete_from // ADAPTIVE_CHECKS) == 0:
             provq.observe(self._probe()["psnr"])
         if provq.needs_init:
-            provq.init_codebook(self._latents(step), optimizers=[self.optimizer], seed=self.seed)
-            self._refer()
+            self._set_codes(provq.init_codebook, step, seed=self.seed)
         elif step == 0 and provq.stage > 1:
             if self.kind.from_latents or self.arm.from_latents:
-                provq.init_codebook(self._latents(step), iters=0, start="random", optimizers=[self.optimizer],
-                                    seed=self.seed)
-            self._refer()
+                self._set_codes(provq.init_codebook, step, iters=0, start="random", seed=self.seed)
+            else:
+                self._refer()
         if step in self.recluster_steps:
             self._look(step)
-            provq.recluster(self._latents(step), optimizers=[self.optimizer], seed=fold(self.seed, step))
-            self._refer()
+            self._set_codes(provq.recluster, step, seed=fold(self.seed, step))
         if step % max(1, setting.steps // 6) == 0:
             self._look(step)
 
@@ -260,9 +283,17 @@ class Trainer:
         parts = [tokens(self.model.encode(self.images.batch(min(CHUNK, wanted - done), generator)))
                  for done in range(0, wanted, CHUNK)]
         latents = torch.cat(parts)
-        if not latents.isfinite().all():
-            raise Diverged(f"the latents are not finite at step {step}")
+        _require_finite(latents, step)
         return latents
+
+    def _set_codes(self, place: Callable[..., object], step: int, **options: Any) -> None:
+        """To k-means of latents as they are at this step, or what options say. Diverged: the latents are no good."""
+        latents = self._latents(step)
+        try:
+            place(latents, optimizers=[self.optimizer], **options)
+        except ValueError as error:  # such as of an encoder that has collapsed
+            raise Diverged(f"step {step}: {error}") from error
+        self._refer()
 
     # -------------------------------------------------------------------------------------------------- measuring
 
@@ -274,11 +305,13 @@ class Trainer:
         self.model.train(), self.provq.train()
 
     def _forward(self, indices: np.ndarray) -> Iterator[tuple[Tensor, Tensor, Any]]:
-        """Images, latents (B, D, h, w) and what ProVQ makes of them, in chunks, in eval()."""
+        """Images, latents (B, D, h, w) and what ProVQ makes of them, in chunks, in eval(). Diverged: latents that are
+        not finite."""
         with self._evaluating():
             for i in range(0, len(indices), CHUNK):
                 x = self.images.floats(indices[i : i + CHUNK])
                 z = self.model.encode(x)
+                _require_finite(z, int(self.provq.step))
                 yield x, z, self.provq(z)
 
     def _probe(self) -> dict[str, Any]:
@@ -309,11 +342,12 @@ class Trainer:
             codes = self._codes()
             line |= {"code_spread": spread(codes), "latents_moved": moved(self.reference[0], probe["latents"]),
                      "codes_moved": moved(self.reference[1], codes)}
-        self.trace.append(line)
+        self.trace.append(_finite(line))
 
     def score(self) -> dict[str, float]:
         """Metrics of the held-out images. PSNR (dB), SSIM and MSE are means over images, of pixels in [-1, 1]; rfid is
-        the Fréchet distance of the extractor's pooled features of reconstructions from those of the images."""
+        the Fréchet distance of the extractor's pooled features of reconstructions from those of the images. Latents
+        that are all equal have no relative_error. Diverged: something is not finite."""
         quality: dict[str, list[Tensor]] = {"psnr": [], "ssim": [], "mse": []}
         features: tuple[list[Tensor], list[Tensor]] = ([], [])
         counts = torch.zeros(self.setting.num_codes, dtype=torch.int64)
@@ -336,12 +370,24 @@ class Trainer:
         if self.extractor:
             metrics["rfid"] = frechet_distance(*(gaussian_statistics(torch.cat(kept)) for kept in features))
         mean = moments[0, 1:] / moments[0, 0]
-        variance = (moments.diagonal()[1:] / moments[0, 0] - mean.square()).mean().item()
+        variance = max(0.0, (moments.diagonal()[1:] / moments[0, 0] - mean.square()).mean().item())  # but for rounding
         metrics |= {"effective_rank": effective_rank(moments), "latent_spread": math.sqrt(variance)}
         if self.kind.table:
             codes = self._codes()
-            metrics |= {"code_spread": spread(codes), "code_distance": mean_pairwise_distance(codes),
-                        "relative_error": error / count / variance}  # of what a token's code leaves, to their variance
-        if not math.isfinite(metrics["psnr"]):
-            raise Diverged(f"the PSNR is {metrics['psnr']}")
-        return metrics
+            metrics |= {"code_spread": spread(codes), "code_distance": mean_pairwise_distance(codes)}
+            if variance > 0:
+                metrics["relative_error"] = error / count / variance  # of what a token's code leaves, to their variance
+        return _finite(metrics)
+
+
+def _finite(numbers: dict[str, float]) -> dict[str, float]:
+    """numbers. Diverged, naming it: one is not finite."""
+    for name, value in numbers.items():
+        if not math.isfinite(value):
+            raise Diverged(f"{name} is {value}")
+    return numbers
+
+
+def _require_finite(latents: Tensor, step: int) -> None:
+    if not latents.isfinite().all():
+        raise Diverged(f"the latents are not finite at step {step}")

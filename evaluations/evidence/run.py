@@ -13,19 +13,22 @@ import argparse
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from evaluations.evidence import flags
-from evaluations.evidence.arms import ARMS, PLANS
+from evaluations.evidence.arms import ARMS, PLANS, Arm
 from tokenizer.runtime.command import (
+    as_flag_errors,
     command,
     make_parser,
     refuse_early,
     require_flags_at_least,
     require_flags_positive,
 )
+from tokenizer.runtime.config import flag_name
 
 TUNABLE = ("lr", "code_lr_scale", "beta", "loss_floor", "follow_decay")
 PROG = "evaluations/evidence/run.py"
@@ -48,27 +51,46 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     require_flags_at_least(parser, args, 0, "beta loss_floor follow_decay recluster_at")
     if not args.plan and not args.arms:
         parser.error("name --plan or --arms")
+    with as_flag_errors(parser):
+        for name in chosen(args):
+            variants(name, args)
     return args
+
+
+def chosen(args: argparse.Namespace) -> list[str]:
+    """Names of arms, each once."""
+    return list(dict.fromkeys([*(PLANS[args.plan] if args.plan else ()), *args.arms]))
+
+
+def variants(name: str, args: argparse.Namespace) -> list[Arm]:
+    """The arm, with each combination of what the flags put in place of its own numbers.
+
+    ValueError: the arm does not have what a flag asks for.
+    """
+    arms = [ARMS[name]]
+    for field in TUNABLE:
+        values = getattr(args, field) or [getattr(ARMS[name], field)]
+        ignored = [value for value in values if field in ARMS[name].idle and value != getattr(ARMS[name], field)]
+        if ignored:
+            raise ValueError(f"{flag_name(field)} {ignored[0]:g} changes nothing in the arm {name}; leave one of them "
+                             "out")
+        arms = [_with(arm, name, **{field: value}) for value in values for arm in arms]
+    return [_with(arm, name, recluster_at=args.recluster_at) for arm in arms] if args.recluster_at else arms
+
+
+def _with(arm: Arm, name: str, **changes: Any) -> Arm:
+    try:
+        return dataclasses.replace(arm, **changes)
+    except ValueError as error:
+        raise ValueError(f"{flag_name(*changes)}, arm {name}: {error}") from error
 
 
 if __name__ == "__main__":
     refuse_early(PROG, parse_args, flags.setting)
 
-from evaluations.evidence.arms import Arm
 from evaluations.evidence.bed import with_features
 from evaluations.evidence.store import Run
 from evaluations.evidence.sweep import sweep
-
-
-def variants(name: str, args: argparse.Namespace) -> list[Arm]:
-    """The arm, with each combination of what the flags put in place of its own numbers."""
-    arms = [ARMS[name]]
-    for field in TUNABLE:
-        values = getattr(args, field)
-        arms = [dataclasses.replace(arm, **{field: value}) for value in values for arm in arms] if values else arms
-    if args.recluster_at:
-        arms = [dataclasses.replace(arm, recluster_at=args.recluster_at) for arm in arms]
-    return arms
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -76,9 +98,8 @@ def main(argv: list[str] | None = None) -> None:
     flags.end_cleanly_on_sigterm()
     with command(PROG):
         setting = with_features(flags.setting(args), args.features)
-        names = dict.fromkeys([*(PLANS[args.plan] if args.plan else ()), *args.arms])
         # Seeds outermost: an interrupted sweep has all arms on fewer seeds.
-        arms = [(name, arm) for name in names for arm in variants(name, args)]
+        arms = [(name, arm) for name in chosen(args) for arm in variants(name, args)]
         jobs = [(name, Run(arm, setting, seed)) for seed in args.seeds for name, arm in arms]
         sweep(jobs, args.out, args.data_path, workers=args.jobs, cache=args.cache, features=args.features)
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from evaluations.evidence import store
-from evaluations.evidence.bed import Diverged, Images, Trainer, prepare
+from evaluations.evidence.bed import Diverged, Images, Trainer, prepare, require_trainable
 from evaluations.evidence.store import Result, Run
 from evaluations.features import open_extractor
 from tokenizer.runtime.distributed import print0
@@ -51,6 +51,8 @@ def sweep(
     with store.writing(path) as writer:
         done = {result.run for result in store.read(path)}
         todo = {run: name for name, run in jobs if run not in done}
+        for (arm, setting), name in {(run.arm, run.setting): name for run, name in todo.items()}.items():
+            require_trainable(name, arm, setting)
         print0(f"{path}: {len({run for _, run in jobs}) - len(todo)} of {len({run for _, run in jobs})} runs are there")
         if todo:
             caches = {setting: prepare(data, setting, folder) for setting in {run.setting for run in todo}}

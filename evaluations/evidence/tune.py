@@ -42,7 +42,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     refuse_early(PROG, parse_args, flags.setting)
 
-from evaluations.evidence.bed import with_features
+from evaluations.evidence.bed import require_trainable, with_features
 from evaluations.evidence.comparison import label
 from evaluations.evidence.store import Run
 from evaluations.evidence.sweep import sweep
@@ -54,8 +54,11 @@ def main(argv: list[str] | None = None) -> None:
     flags.end_cleanly_on_sigterm()
     with command(PROG):
         setting = with_features(flags.setting(args), args.features)
+        names = dict.fromkeys(args.arms or PLANS[args.plan])
+        for name in names:
+            require_trainable(name, ARMS[name], setting)
         # Arm by arm: an interrupted search has some arms whole.
-        for name in args.arms or PLANS[args.plan]:
+        for name in names:
             points = tuning.grid(ARMS[name])
             search = [(name, Run(point, setting, seed)) for seed in args.search_seeds for point in points]
             results = sweep(search, args.out, args.data_path, workers=args.jobs, cache=args.cache,

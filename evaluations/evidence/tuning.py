@@ -8,7 +8,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from evaluations.evidence.arms import KINDS, Arm
+from evaluations.evidence.arms import Arm
 from evaluations.evidence.setting import Setting
 from evaluations.evidence.store import Result, Run
 
@@ -23,9 +23,7 @@ FINAL_SEEDS = (0, 1, 2, 3, 4)
 
 def grid(arm: Arm) -> list[Arm]:
     """The arm at every point of GRID. What its quantizer does not have is left as it is: no run would differ."""
-    kind = KINDS[arm.quantizer]
-    has = {"lr": True, "code_lr_scale": kind.trained, "beta": kind.beta}
-    axes = [values if has[name] else (getattr(arm, name),) for name, values in GRID.items()]
+    axes = [(getattr(arm, name),) if name in arm.idle else values for name, values in GRID.items()]
     return [dataclasses.replace(arm, **dict(zip(GRID, point, strict=True))) for point in itertools.product(*axes)]
 
 
@@ -42,7 +40,5 @@ def best(arm: Arm, setting: Setting, seeds: Sequence[int], results: Mapping[Run,
 
 def edges(chosen: Arm) -> list[str]:
     """Fields whose chosen value is the least or the largest of GRID: a wider grid might find a better one."""
-    kind = KINDS[chosen.quantizer]
-    has = {"lr": True, "code_lr_scale": kind.trained, "beta": kind.beta}
     return [name for name, values in GRID.items()
-            if has[name] and getattr(chosen, name) in (min(values), max(values))]
+            if name not in chosen.idle and getattr(chosen, name) in (min(values), max(values))]

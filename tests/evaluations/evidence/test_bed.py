@@ -163,9 +163,27 @@ def test_reclustering_happens_where_it_should(images, monkeypatch):
     assert len({seed for _, seed in happened}) == 3
 
 
-def test_reclustering_that_never_comes_is_refused(images):
-    with pytest.raises(ValueError, match="re-clustering at step 12 of 12 never comes"):
-        Trainer(Arm(recluster_at=(12,)), SETTING, 0, images)
+@pytest.mark.parametrize(("arm", "changes", "message"), [
+    (Arm(recluster_at=(12,)), {}, "re-clustering at step 12 of 12 never comes"),
+    (Arm(curriculum="provq", recluster_at=(3,)), {}, "step 3 is not after the warm-up of 4 steps"),
+    (Arm(curriculum="adaptive", recluster_at=(8,)), {}, "step 8 is not after the warm-up of 8 steps"),
+    (ARMS["provq+recluster"], {"transition_steps": 0}, "step 4 is not after the warm-up of 4"),
+    (Arm(recluster=True, recluster_at=(8,)), {}, "--recluster-at 8 is where the transition ends"),
+    (ARMS["warmup"], {"warmup_steps": 12, "transition_steps": 0}, "--steps 12 end before the warm-up of 12"),
+    (ARMS["adaptive"], {"transition_steps": 8}, "--steps 12 end before the warm-up of 12 steps has"),
+    (ARMS["adaptive"], {"warmup_steps": 0, "transition_steps": 0}, "adaptive needs a warm-up to end"),
+    (ARMS["fsq"], {"num_codes": 12}, r"need a codebook size 2\^n"),
+])
+def test_what_would_fail_while_it_trains_is_refused_before(arm, changes, message):
+    with pytest.raises(ValueError, match=f"arm its name: .*{message}"):
+        bed.require_trainable("its name", arm, dataclasses.replace(SETTING, **changes))
+
+
+def test_what_can_be_trained_is_not_refused():
+    for name, arm in ARMS.items():
+        bed.require_trainable(name, arm, SETTING)
+    for arm in (Arm(recluster_at=(0, 11)), Arm(curriculum="warmup", recluster=True, recluster_at=(5,))):
+        bed.require_trainable("", arm, SETTING)
 
 
 def test_codes_start_where_they_should(images):
@@ -182,7 +200,7 @@ def test_codes_start_where_they_should(images):
 
 
 def test_an_adaptive_warm_up_ends_by_itself(images, monkeypatch):
-    setting = dataclasses.replace(SETTING, warmup_steps=6, transition_steps=6)
+    setting = dataclasses.replace(SETTING, warmup_steps=6, transition_steps=5)
     scores = iter([10.0, 11.0, 11.0, 11.0, 11.0, 11.0])
     trainer = Trainer(ARMS["adaptive"], setting, 0, images)
     whole = trainer._probe
@@ -192,10 +210,49 @@ def test_an_adaptive_warm_up_ends_by_itself(images, monkeypatch):
     assert trainer.provq.stage == 3
 
 
-@pytest.mark.parametrize("name", ["vanilla", "warmup+recluster"])
+@pytest.mark.parametrize("name", ["vanilla", "warmup+recluster", "adaptive"])
 def test_divergence_is_reported(name, images):
     trainer = Trainer(dataclasses.replace(ARMS[name], lr=1e30), SETTING, 0, images)
     with pytest.raises(Diverged, match=r"not finite|the loss is"):
+        trainer.run()
+
+
+def after_step(trainer, step, change, monkeypatch):
+    """Let the trainer's latents be changed once a step is done, for good."""
+    whole = trainer._step
+
+    def then(now):
+        whole(now)
+        if now == step:
+            with torch.no_grad():
+                change(trainer.model.before)
+            trainer.model.encoder.requires_grad_(False), trainer.model.before.requires_grad_(False)
+
+    monkeypatch.setattr(trainer, "_step", then)
+
+
+@pytest.mark.parametrize("name", ["vanilla", "fsq", "adaptive"])
+def test_divergence_by_the_last_step_is_reported(name, images, monkeypatch):
+    trainer = Trainer(ARMS[name], SETTING, 0, images)
+    after_step(trainer, 11, lambda layer: layer.weight.fill_(torch.nan), monkeypatch)
+    with pytest.raises(Diverged, match="the latents are not finite at step 12"):
+        trainer.run()
+    assert torch.is_grad_enabled()
+
+
+def test_latents_that_collapse_are_a_result_or_a_divergence(images, monkeypatch):
+    def collapse(layer):
+        layer.weight.zero_(), layer.bias.fill_(0.3)
+
+    trainer = Trainer(ARMS["vanilla"], SETTING, 0, images)
+    after_step(trainer, 2, collapse, monkeypatch)
+    metrics = trainer.run()["metrics"]
+    assert metrics["codes_used"] == 1
+    assert metrics["latent_spread"] == 0
+    assert "relative_error" not in metrics, "of no variance"
+    trainer = Trainer(ARMS["provq"], SETTING, 0, images)
+    after_step(trainer, 2, collapse, monkeypatch)
+    with pytest.raises(Diverged, match="step 4: k-means: all latents are equal"):
         trainer.run()
 
 

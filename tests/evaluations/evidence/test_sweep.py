@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -112,8 +113,39 @@ def test_a_grid_of_numbers(here, fake):
     arguments, _ = here
     run.main([*arguments, "--arms", "vanilla", "--seeds", "5", "--lr", "0.1", "0.2", "--code-lr-scale", "1", "7"])
     assert {(arm.lr, arm.code_lr_scale) for _, arm, _ in fake} == {(0.1, 1), (0.1, 7), (0.2, 1), (0.2, 7)}
-    run.main([*arguments, "--arms", "vanilla", "--seeds", "5", "--recluster-at", "3", "9"])
+    run.main([*arguments, "--arms", "vanilla", "--seeds", "5", "--recluster-at", "9", "3"])
     assert fake[-1][1] == Arm(recluster_at=(3, 9))
+    run.main([*arguments, "--arms", "ema", "fsq", "--seeds", "5", "--code-lr-scale", "1"])
+    assert [arm for _, arm, _ in fake[-2:]] == [Arm("ema"), Arm("fsq")]
+
+
+@pytest.mark.parametrize(("arm", "words", "message"), [
+    ("ema", ("--code-lr-scale", "1", "10"), "--code-lr-scale 10 changes nothing in the arm ema"),
+    ("fsq", ("--beta", "1"), "--beta 1 changes nothing in the arm fsq"),
+    ("warmup", ("--loss-floor", "0"), "--loss-floor 0 changes nothing in the arm warmup"),
+    ("provq", ("--follow-decay", "0.5"), "--follow-decay 0.5 changes nothing in the arm provq"),
+    ("provq", ("--loss-floor", "2"), "--loss-floor, arm provq: loss_floor 2.0 must lie in"),
+    ("provq+follow", ("--follow-decay", "1"), r"--follow-decay, arm provq\+follow: .* follow_decay 1.0 in"),
+    ("lfq", ("--recluster-at", "9"), "--recluster-at, arm lfq: lfq has no codes that k-means could set"),
+    ("vanilla", ("--recluster-at", "9", "9"), "--recluster-at, arm vanilla: recluster_at 9 9 names a step twice"),
+])
+def test_numbers_that_an_arm_does_not_have_are_refused(here, fake, arm, words, message, capsys):
+    arguments, out = here
+    with pytest.raises(SystemExit):
+        run.main([*arguments, "--arms", arm, *words])
+    assert re.search(message, capsys.readouterr().err)
+    assert not fake
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(("command", "words"), [
+    (run, ("--recluster-at", "4")), (tune, ("--warmup-steps", "12", "--transition-steps", "0"))])
+def test_a_sweep_with_an_arm_that_cannot_be_trained_never_begins(here, fake, command, words):
+    arguments, out = here
+    with pytest.raises(SystemExit, match="arm provq: "):
+        command.main([*arguments, "--arms", "vanilla", "provq", *words])
+    assert not fake
+    assert not out.exists() or not out.read_text()
 
 
 # ------------------------------------------------------------------------------------------------------- tuning
