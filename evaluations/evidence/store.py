@@ -15,9 +15,12 @@ from typing import Any, NamedTuple
 
 from evaluations.evidence.arms import Arm
 from evaluations.evidence.setting import Setting
+from tokenizer.runtime.command import require_out_file
+from tokenizer.runtime.files import located
 from tokenizer.runtime.parsing import from_json, read_text
 
 ROOT = Path(__file__).resolve().parents[2]
+HEAD = '{"arm": '  # what a line begins with, see result_line
 
 
 class Run(NamedTuple):
@@ -35,36 +38,72 @@ class Result(NamedTuple):
     name: str  # of the arm
     metrics: dict[str, float] | None  # None: the run diverged
     line: dict[str, Any]  # all of it
+    where: str = ""  # FILE:NUMBER
 
 
 def read(path: Path) -> list[Result]:
-    """Results in the file's order; none if there is no file. An end without a newline is an append that was cut off.
+    """Results in the file's order; none if there is no file. Of an append that was cut off, nothing.
 
     Settings that a line lacks are newer than it is, and have their defaults. ValueError, naming file and line: no JSON
-    of a result, or settings that this version does not know.
+    of a result, numbers that are not finite, settings that this version does not know, a run that is there twice with
+    other numbers.
     """
-    if not path.exists():
-        return []
-    results = []
-    for number, text in enumerate(read_text(path).split("\n")[:-1], 1):
+    results: dict[Run, Result] = {}
+    *lines, end = read_text(path).split("\n") if path.exists() else [""]
+    for number, text in enumerate([*lines, *([] if not end or _is_cut_off(end) else [end])], 1):
+        where = f"{path}:{number}"
         try:
-            line = from_json(text, path)
-            run = Run(Arm(**line["options"]), Setting(**line["setting"]), line["seed"])
-            results.append(Result(run, line["arm"], line["metrics"], line))
+            result = _result(text, where)
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}:{number}: no result of a run ({error!r}); remove the line") from error
-    return results
+            raise ValueError(f"{where}: no result of a run ({error!r}); remove the line, or name another file"
+                             ) from error
+        _add(results, result)
+    return list(results.values())
 
 
 def read_all(paths: Iterable[Path]) -> list[Result]:
-    """Of several files, which must exist; a run that is in two of them counts once, the first time."""
+    """Of several files, which must exist; a run that is in two of them counts once. ValueError: as `read`."""
     results: dict[Run, Result] = {}
     for path in paths:
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such results file")
         for result in read(path):
-            results.setdefault(result.run, result)
+            _add(results, result)
     return list(results.values())
+
+
+def _result(text: str, where: str) -> Result:
+    line = from_json(text, where)
+    json.dumps(line, allow_nan=False)  # Python's JSON has NaN: ValueError
+    run = Run(Arm(**line["options"]), Setting(**line["setting"]), line["seed"])
+    name, metrics = line["arm"], line["metrics"]
+    hash(run)
+    if type(run.seed) is not int or not isinstance(name, str):
+        raise TypeError(f"seed {run.seed!r}, arm {name!r}")
+    for metric in () if metrics is None else ("psnr", *metrics):
+        if type(metrics[metric]) not in (int, float):
+            raise TypeError(f"{metric} is {metrics[metric]!r}")
+    return Result(run, name, metrics, line, where)
+
+
+def _add(results: dict[Run, Result], result: Result) -> None:
+    """ValueError: the same run is there with other numbers."""
+    other = results.setdefault(result.run, result)
+    ours, theirs = result.metrics, other.metrics
+    if (ours is None) != (theirs is None) or any(
+            ours[name] != theirs[name] for name in (ours or {}).keys() & (theirs or {}).keys()):
+        raise ValueError(f"{result.where} and {other.where} are of one run, with other numbers: keep one of them")
+
+
+def _is_cut_off(text: str) -> bool:
+    """Whether a file's last line, without a newline, is the beginning of one that `Writer` wrote."""
+    if not (text.startswith(HEAD) or HEAD.startswith(text)):
+        return False
+    try:
+        from_json(text, "")
+    except ValueError:
+        return True
+    return False  # the newline alone is missing, as editors leave it out
 
 
 class Writer:
@@ -74,14 +113,21 @@ class Writer:
         self._descriptor, self.path = descriptor, path
 
     def append(self, line: dict[str, Any]) -> None:
-        """One write of one whole line, on disk when this returns."""
-        os.write(self._descriptor, (json.dumps(line, allow_nan=False) + "\n").encode())
-        os.fsync(self._descriptor)
+        """A whole line, on disk when this returns. OSError names the file, such as of a full disk."""
+        content = (json.dumps(line, allow_nan=False) + "\n").encode()
+        with located(self.path):
+            while content:  # a disk that is nearly full takes a part
+                content = content[os.write(self._descriptor, content) :]
+            os.fsync(self._descriptor)
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[Writer]:
-    """Open a results file to append to it; cuts off what an interrupted append left. ValueError: another run has it."""
+    """Open a results file to append to it; cuts off what an interrupted append left.
+
+    ValueError, and nothing is changed: another run has it, or it is something else.
+    """
+    require_out_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
@@ -89,8 +135,13 @@ def writing(path: Path) -> Iterator[Writer]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(f"--out {path}: another process is writing to it; wait, or name another file") from error
-        text = path.read_bytes()
-        os.ftruncate(descriptor, text.rfind(b"\n") + 1)
+        read(path)  # raises
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content) and not _is_cut_off(content[whole:].decode()):
+            os.write(descriptor, b"\n")
+        else:
+            os.ftruncate(descriptor, whole)
         yield Writer(descriptor, path)
     finally:
         os.close(descriptor)
