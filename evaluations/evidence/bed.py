@@ -30,6 +30,8 @@ from evaluations.image_sets import in_colour
 from tokenizer.code_meter import effective_rank, mean_pairwise_distance, moved, second_moments, spread
 from tokenizer.data import ImageDataset, split_holdout
 from tokenizer.discriminator import NLayerDiscriminator
+from tokenizer.image_names import to_line
+from tokenizer.image_readers import FileImages
 from tokenizer.image_sources import open_images
 from tokenizer.losses import disc_active, discriminator_loss, generator_loss
 from tokenizer.pixels import from_uint8, mse, psnr, ssim, to_uint8
@@ -37,6 +39,7 @@ from tokenizer.provq import VectorQuantizer, code_statistics
 from tokenizer.provq_codes import RESTART_EVERY, DeadCodeRestart
 from tokenizer.runtime.checkpoint import load_file
 from tokenizer.runtime.files import atomic_write
+from tokenizer.runtime.parsing import parsing
 from tokenizer.runtime.seeding import fold
 from tokenizer.vq_model import Decoder, Encoder
 
@@ -62,24 +65,45 @@ def with_features(setting: Setting, which: str | None) -> Setting:
 def prepare(path: Path, setting: Setting, folder: Path) -> Path:
     """Decode the images of `path` at the setting's size, once: a memory-mappable uint8 array (n, 3, S, S) in folder.
 
-    ValueError: too few images. OSError: no such file.
+    ValueError: too few images, or some cannot be read; a damaged array. OSError: no such file.
     """
-    stat = path.stat()
-    key = json.dumps([str(path.resolve()), stat.st_size, stat.st_mtime_ns, setting.image_size])
+    key = json.dumps([str(path.resolve()), *_stamps(path), setting.image_size])
     cache = folder / f"images-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
     if not cache.exists():
         source = open_images(str(path), channels=3)
         images = ImageDataset(source, setting.image_size)
         pixels = np.empty((len(images), 3, setting.image_size, setting.image_size), dtype=np.uint8)
+        unread = list(source.damaged)
         for i in range(len(images)):
-            pixels[i] = images[i]["image"].numpy()
+            item = images[i]
+            pixels[i] = item["image"].numpy()
+            unread += item["bad"][:1]  # whose place another image takes
+        if unread:
+            raise ValueError(f"{path}: {len(unread)} images cannot be read, such as {to_line(unread[0])}; mend or "
+                             "remove them: in a comparison another must not take their place")
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write(cache, lambda file: np.save(file, pixels))
-    count = np.load(cache, mmap_mode="r").shape[0]
+    with parsing(cache, "a damaged array of images; remove it"):
+        count = len(np.load(cache, mmap_mode="r"))
     if count <= setting.held_out + PROBE:
         raise ValueError(f"--held-out {setting.held_out} and {PROBE} to look at, of {count} images in {path}, leave "
                          "none to train on")
     return cache
+
+
+def _stamps(path: Path) -> list[tuple[int, int]]:
+    """Sizes and times of the files in which the images of `path` are."""
+    files = [path]
+    if path.is_dir() or path.suffix.lower() in (".txt", ".csv"):
+        source = open_images(str(path), channels=3)
+        files += [Path(source.root, name) for name in source.names] if isinstance(source, FileImages) else sorted(
+            path.rglob("*"))
+    return [(stat.st_size, stat.st_mtime_ns) for stat in (file.stat() for file in files if file.exists())]
+
+
+def pixels_sha256(cache: Path) -> str:
+    """Of a prepared array, 16 hex digits: results say which images they are of, whatever file has these."""
+    return hashlib.sha256(np.load(cache, mmap_mode="r")).hexdigest()[:16]
 
 
 class Images:

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from evaluations.evidence import store
-from evaluations.evidence.bed import Diverged, Images, Trainer, prepare, require_trainable
+from evaluations.evidence.bed import Diverged, Images, Trainer, pixels_sha256, prepare, require_trainable
+from evaluations.evidence.setting import Setting
 from evaluations.evidence.store import Result, Run
 from evaluations.features import open_extractor
 from tokenizer.runtime.distributed import print0
@@ -49,16 +50,32 @@ def sweep(
     """
     folder = cache or Path(tempfile.gettempdir()) / "provq-evidence"
     with store.writing(path) as writer:
-        done = {result.run for result in store.read(path)}
+        there = store.read(path)
+        done = {result.run for result in there}
         todo = {run: name for name, run in jobs if run not in done}
         for (arm, setting), name in {(run.arm, run.setting): name for run, name in todo.items()}.items():
             require_trainable(name, arm, setting)
         print0(f"{path}: {len({run for _, run in jobs}) - len(todo)} of {len({run for _, run in jobs})} runs are there")
+        settings = {run.setting for run in todo}
+        # Of another file of the same name, nothing that is there may be taken for a result.
+        settings |= {run.setting for _, run in jobs if any("images" in result.line for result in there)}
+        caches = {setting: prepare(data, setting, folder) for setting in settings}
+        for setting, images in caches.items():
+            _require_same(there, setting, pixels_sha256(images), path)
         if todo:
-            caches = {setting: prepare(data, setting, folder) for setting in {run.setting for run in todo}}
             _run_all(todo, caches, writer, workers, features)
     wanted = {run for _, run in jobs}
     return {result.run: result for result in store.read(path) if result.run in wanted}
+
+
+def _require_same(there: Sequence[Result], setting: Setting, images: str, path: Path) -> None:
+    """ValueError: a result is of other images that are called so."""
+    for result in there:
+        other = result.run.setting
+        if (other.data, other.image_size) == (setting.data, setting.image_size) and result.line.get(
+                "images", images) != images:
+            raise ValueError(f"--out {path}: {result.where} is of other images called {setting.data} (sha256 "
+                             f"{result.line['images']} there, {images} now): name another file, or restore the images")
 
 
 def _end_with_parent() -> None:
@@ -77,6 +94,7 @@ def _run_all(
     todo: dict[Run, str], caches: dict[Any, Path], writer: store.Writer, workers: int, features: str | None
 ) -> None:
     machine, began = store.machine(), time.monotonic()
+    images = {setting: {"images": pixels_sha256(cache)} for setting, cache in caches.items()}
     # Before the workers start: each has its core, and more threads than one would change the rounding.
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("spawn")
@@ -86,7 +104,7 @@ def _run_all(
         try:
             for count, future in enumerate(as_completed(futures), 1):
                 run = futures[future]
-                line = store.result_line(todo[run], run, future.result() | machine)
+                line = store.result_line(todo[run], run, future.result() | images[run.setting] | machine)
                 writer.append(line)
                 minutes = (time.monotonic() - began) / 60
                 left = minutes / count * (len(todo) - count)

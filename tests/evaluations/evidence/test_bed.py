@@ -7,7 +7,7 @@ import pytest
 import scipy.linalg
 import torch
 from evidence_bed import HELD_OUT, SETTING, make_images, write_pictures
-from image_files import picture
+from image_files import encoded, picture, write_folder, write_zip
 from torch.nn import functional as F
 
 from evaluations.evidence import bed
@@ -38,6 +38,38 @@ def test_prepared_pixels_are_those_of_the_files_and_are_decoded_once(tmp_path, m
     assert {image.tobytes() for image in np.load(cache)} == expected
     monkeypatch.setattr(bed, "open_images", None)
     assert prepare(path, SETTING, tmp_path / "cache") == cache
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_another_image_in_a_folder_or_list_is_another_array(listed, tmp_path):
+    files = {f"a/{i}.png": encoded(picture(i, 8, 8)) for i in range(HELD_OUT + PROBE + 1)}
+    path = write_folder(tmp_path / "images", files)
+    if listed:
+        path = tmp_path / "list.txt"
+        path.write_text("".join(f"images/{name}\n" for name in files))
+    before = np.load(prepare(path, SETTING, tmp_path / "cache"))
+    assert prepare(path, SETTING, tmp_path / "cache") == prepare(path, SETTING, tmp_path / "cache")
+    (tmp_path / "images" / "a" / "0.png").write_bytes(encoded(picture(999, 8, 8)))  # the folder's own time stays
+    after = np.load(prepare(path, SETTING, tmp_path / "cache"))
+    assert (before != after).any((1, 2, 3)).sum() == 1
+
+
+def test_unreadable_images_are_named(tmp_path):
+    """Another would take the place of each, and be held out as well as trained on."""
+    path = write_zip(tmp_path / "pictures.zip", {
+        f"{i:03d}.png": encoded(picture(i, 8, 8)) if i % 100 else b"no image" for i in range(HELD_OUT + PROBE + 40)})
+    with pytest.raises(ValueError, match=r"pictures.zip: 4 images cannot be read, such as 000.png; mend or remove"):
+        prepare(path, SETTING, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_damaged_array_is_named(tmp_path):
+    path = write_pictures(tmp_path)
+    cache = prepare(path, SETTING, tmp_path / "cache")
+    for content in (cache.read_bytes()[:-1], b"", b"no array"):
+        cache.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{cache}: a damaged array of images; remove it"):
+            prepare(path, SETTING, tmp_path / "cache")
 
 
 def test_parts_are_apart_and_floats_span_the_pixels(images):

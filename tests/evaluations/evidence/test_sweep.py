@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 
 import pytest
 from evidence_bed import FLAGS, SETTING, make_images, write_pictures
@@ -107,6 +108,33 @@ def test_another_setting_is_another_run(here, fake):
     for extra in ([], ["--num-codes", "8"], ["--steps", "13"], ["--lr", "0.1"], []):
         run.main([*arguments, "--arms", "vanilla", "--seeds", "5", *extra])
     assert len(fake) == 4
+
+
+def test_other_images_of_the_same_name_are_not_taken_for_these(here, tmp_path, capsys):
+    arguments, out = here
+    words = ["--arms", "vanilla", "--seeds", "5"]
+    run.main([*arguments, *words])
+    there = out.read_text()
+    other = tmp_path / "other" / SETTING.data
+    other.parent.mkdir()
+    with zipfile.ZipFile(arguments[0]) as archive, zipfile.ZipFile(other, "w") as changed:
+        *names, last = archive.namelist()
+        for name, content in [*((name, name) for name in names), (last, names[0])]:
+            changed.writestr(name, archive.read(content))
+    for more in ([], ["--lr", "2e-3"]):
+        with pytest.raises(SystemExit, match=f"--out {out}: {out}:1 is of other images called pictures.zip"):
+            run.main([str(other), *arguments[1:], *words, *more])
+    assert out.read_text() == there
+    apart = tmp_path / "apart.jsonl"
+    run.main([str(other), *arguments[1:], *words, "--lr", "2e-3", "--out", str(apart)])
+    with pytest.raises(SystemExit, match=f"{out}:1 and {apart}:1 are of other images of one name"):
+        table.main([str(out), str(apart)])
+    old = tmp_path / "old.jsonl"  # of a version that did not tell
+    old.write_text(re.sub('"images": "[0-9a-f]{16}", ', "", there))
+    assert old.read_text() != there
+    run.main([str(other), *arguments[1:], *words, "--out", str(old)])
+    table.main([str(old), str(apart)])
+    assert "| vanilla (lr 0.002) | 1 |" in capsys.readouterr().out
 
 
 def test_a_grid_of_numbers(here, fake):
