@@ -104,28 +104,34 @@ def markdown(
 ) -> str:
     """Mean ± standard deviation over seeds of each metric; the last column is the paired difference of `compared`.
 
-    shown_as: heading and digits of the metrics.
+    What is of fewer or more seeds than its row says, says so. shown_as: heading and digits of the metrics.
     """
     heading, digits = shown_as[compared]
     lines = ["| arm | seeds | " + " | ".join(shown_as[metric][0] for metric in metrics)
              + f" | {heading} against {baseline.label} [95 %] |", "|---" * (len(metrics) + 3) + "|"]
     for row in table:
-        cells = [_cell(row.merged(metric), shown_as[metric][1]) for metric in metrics]
+        count = len(row.values.get(compared, {}))
+        cells = [_cell(row.merged(metric), shown_as[metric][1], count) for metric in metrics]
         gap = difference(row, baseline, compared)
         shown = "" if row is baseline else "-"
         if gap and row is not baseline:
             shown = f"{gap.mean:+.{digits}f}"
             shown += f" [{gap.interval[0]:+.{digits}f}, {gap.interval[1]:+.{digits}f}]" if gap.interval else ""
-        seeds = str(len(row.values.get(compared, {}))) + (f", {row.diverged} diverged" if row.diverged else "")
+            shown += _of(gap.seeds, count)
+        seeds = str(count) + (f", {row.diverged} diverged" if row.diverged else "")
         lines.append(f"| {row.label} | {seeds} | {' | '.join(cells)} | {shown} |")
     return "\n".join(lines) + "\n"
 
 
-def _cell(value: Merged | None, digits: int) -> str:
+def _cell(value: Merged | None, digits: int, seeds: int) -> str:
     if value is None:
         return "-"
     spread = "" if value.deviation is None else f" ± {value.deviation:.{digits}f}"
-    return f"{value.mean:.{digits}f}{spread}"
+    return f"{value.mean:.{digits}f}{spread}{_of(value.seeds, seeds)}"
+
+
+def _of(seeds: int, expected: int) -> str:
+    return "" if seeds == expected else f" ({seeds} seed{'s' * (seeds > 1)})"
 
 
 def figure(table: Sequence[Row], baseline: Row, metrics: Sequence[str], path: Path, compared: str = "psnr") -> None:

@@ -41,8 +41,8 @@ def rows(args: argparse.Namespace) -> tuple[list[comparison.Row], comparison.Row
     if not results:
         raise ValueError(f"no result in {' '.join(map(str, args.results))} is of these seeds and setting")
     if "rfid" not in (args.compared, *args.metrics):  # what is scored changes no run
-        results = [result._replace(run=result.run._replace(setting=dataclasses.replace(
-            result.run.setting, features=None))) for result in results]
+        results = store.unique(result._replace(run=result.run._replace(setting=dataclasses.replace(
+            result.run.setting, features=None))) for result in results)
     found = comparison.rows(results)
     if args.arms:
         found = [comparison.find(found, name, "--arms") for name in args.arms]

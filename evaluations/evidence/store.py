@@ -48,28 +48,38 @@ def read(path: Path) -> list[Result]:
     of a result, numbers that are not finite, settings that this version does not know, a run that is there twice with
     other numbers.
     """
-    results: dict[Run, Result] = {}
+    results = []
     *lines, end = read_text(path).split("\n") if path.exists() else [""]
     for number, text in enumerate([*lines, *([] if not end or _is_cut_off(end) else [end])], 1):
         where = f"{path}:{number}"
         try:
-            result = _result(text, where)
+            results.append(_result(text, where))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{where}: no result of a run ({error!r}); remove the line, or name another file"
                              ) from error
-        _add(results, result)
-    return list(results.values())
+    return unique(results)
 
 
 def read_all(paths: Iterable[Path]) -> list[Result]:
     """Of several files, which must exist; a run that is in two of them counts once. ValueError: as `read`."""
-    results: dict[Run, Result] = {}
+    found = []
     for path in paths:
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such results file")
-        for result in read(path):
-            _add(results, result)
-    return list(results.values())
+        found += read(path)
+    return unique(found)
+
+
+def unique(results: Iterable[Result]) -> list[Result]:
+    """Each run once. ValueError, naming both lines: one is there twice with other numbers."""
+    found: dict[Run, Result] = {}
+    for result in results:
+        other = found.setdefault(result.run, result)
+        ours, theirs = result.metrics, other.metrics
+        if (ours is None) != (theirs is None) or any(
+                ours[name] != theirs[name] for name in (ours or {}).keys() & (theirs or {}).keys()):
+            raise ValueError(f"{result.where} and {other.where} are of one run, with other numbers: keep one of them")
+    return list(found.values())
 
 
 def _result(text: str, where: str) -> Result:
@@ -84,15 +94,6 @@ def _result(text: str, where: str) -> Result:
         if type(metrics[metric]) not in (int, float):
             raise TypeError(f"{metric} is {metrics[metric]!r}")
     return Result(run, name, metrics, line, where)
-
-
-def _add(results: dict[Run, Result], result: Result) -> None:
-    """ValueError: the same run is there with other numbers."""
-    other = results.setdefault(result.run, result)
-    ours, theirs = result.metrics, other.metrics
-    if (ours is None) != (theirs is None) or any(
-            ours[name] != theirs[name] for name in (ours or {}).keys() & (theirs or {}).keys()):
-        raise ValueError(f"{result.where} and {other.where} are of one run, with other numbers: keep one of them")
 
 
 def _is_cut_off(text: str) -> bool:

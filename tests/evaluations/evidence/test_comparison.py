@@ -57,12 +57,14 @@ def test_markdown():
         *(result("vanilla", seed, 20.0 + seed, codes=100) for seed in range(3)),
         *(result("provq", seed, 21.0 + seed + 0.1 * (seed == 0), codes=200 + seed) for seed in range(3)),
         result("soft", 0, 19.0), result("soft", 1, None), result("warmup", 8, 5.0)])
+    del rows[0].values["codes_used"][2]  # of an older version
+    rows[1].values["psnr"][9] = 22.03333
     lines = comparison.markdown(rows, rows[0], ["psnr", "codes_used"]).splitlines()
     assert lines == [
         "| arm | seeds | PSNR (dB) | codes used | PSNR (dB) against vanilla [95 %] |",
         "|---|---|---|---|---|",
-        "| vanilla | 3 | 21.00 ± 1.00 | 100 ± 0 |  |",
-        "| provq | 3 | 22.03 ± 0.95 | 201 ± 1 | +1.03 [+0.89, +1.18] |",
+        "| vanilla | 3 | 21.00 ± 1.00 | 100 ± 0 (2 seeds) |  |",
+        "| provq | 4 | 22.03 ± 0.78 | 201 ± 1 (3 seeds) | +1.03 [+0.89, +1.18] (3 seeds) |",
         "| soft | 1, 1 diverged | 19.00 | 10 | -1.00 |",
         "| warmup | 1 | 5.00 | 10 | - |",
     ]
@@ -89,12 +91,14 @@ def test_settings_are_not_mixed():
 
 def test_scores_in_other_features_are_not_mixed_but_what_was_trained_is(monkeypatch):
     other = dataclasses.replace(SETTING, features="5" * 64)
-    found = [result("provq", 0, 20.0), result("vanilla", 0, 19.0, setting=other)]
+    found = [result("provq", 0, 20.0), result("vanilla", 0, 19.0, setting=other), result("soft", 0, None),
+             result("soft", 0, None, setting=other)]
     monkeypatch.setattr(selection.store, "read_all", lambda _: found)
     parser = argparse.ArgumentParser()
     selection.add_flags(parser)
     table = selection.render(parser.parse_args(["x.jsonl", "--metrics", "psnr"]))
     assert "| vanilla | 1 | 19.00 | -1.00 |" in table
+    assert "| soft | 0, 1 diverged |" in table, "one run, with and without features"
     for words in (["--metrics", "psnr", "rfid"], ["--compared", "rfid"]):
         with pytest.raises(ValueError, match="these results have 2: features 5555"):
             selection.render(parser.parse_args(["x.jsonl", *words]))
