@@ -32,21 +32,37 @@ class Point(NamedTuple):
 
 
 def points(results: Sequence[store.Result]) -> list[Point]:
-    """Of the results, those that have a hard switch to be compared with. ValueError: none has."""
-    hard = {_shared(result): result.metrics for result in results if _is_hard(result) and result.metrics}
-    found = []
+    """Of the results, those that have a hard switch to be compared with.
+
+    ValueError: none has, one has two, or they differ in more than a map shows.
+    """
+    hard: dict[object, store.Result] = {}
+    for result in results:
+        if _is_hard(result) and result.metrics and hard.setdefault(_shared(result), result) is not result:
+            raise ValueError(f"{hard[_shared(result)].where} and {result.where} are both the hard switch of the same "
+                             "runs: leave out the files of one")
+    found, kinds = [], {}
     for result in results:
         other = hard.get(_shared(result))
         if result.run.arm.curriculum != "provq" or _is_hard(result) or not result.metrics or not other:
             continue
         arm, setting = result.run.arm, result.run.setting
-        spread = next(line["latent_spread"] for line in result.line["trace"] if line["step"] >= setting.warmup_steps)
-        pace = arm.lr * arm.code_lr_scale * setting.transition_steps / spread
-        gain = {metric: result.metrics[metric] - other[metric] for metric in METRICS}
+        kinds[dataclasses.replace(arm, code_lr_scale=1.0), dataclasses.replace(setting, transition_steps=0)] = result
+        try:
+            spread = next(row["latent_spread"] for row in result.line["trace"] if row["step"] >= setting.warmup_steps)
+            pace = arm.lr * arm.code_lr_scale * setting.transition_steps / spread
+            gain = {metric: result.metrics[metric] - (other.metrics or {})[metric] for metric in METRICS}
+        except (KeyError, TypeError, StopIteration, ZeroDivisionError) as error:
+            raise ValueError(f"{result.where}, or its hard switch {other.where}, lacks what a map shows ({error!r})"
+                             ) from error
         found.append(Point(setting.transition_steps, arm.code_lr_scale, result.run.seed, pace, gain))
     if not found:
         raise ValueError("no run with a soft transition has a hard switch of its seed, rates and number of steps: run "
                          "run.py with --arms provq-hard --transition-steps 0, and otherwise equal")
+    if len(kinds) > 1:
+        one, another, *_ = kinds.values()
+        raise ValueError(f"{one.where} and {another.where} differ in more than their seed, transition's length and "
+                         "codes' learning rate: no map can show both; leave out the files of one")
     return found
 
 

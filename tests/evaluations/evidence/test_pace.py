@@ -40,6 +40,26 @@ def test_a_run_is_compared_with_the_hard_switch_of_its_seed_and_rates(tmp_path):
         "| x1 | -0.25 (0.15) | +4.00 (0.8) |", "| x10 | -1.00 (1) | - |"]
 
 
+@pytest.mark.parametrize(("more", "message"), [
+    ([("provq-hard", 50, 100, 20.0)], r"a.jsonl:1 and \S+a.jsonl:3 are both the hard switch"),
+    ([("provq-linear", 50, 100, 20.0)], r"a.jsonl:2 and \S+a.jsonl:3 differ in more"),
+    ([("provq-lambda0", 50, 100, 20.0), ("provq-lambda0", 0, 100, 20.0)], r"a.jsonl:2 and \S+a.jsonl:3 differ in more"),
+])
+def test_what_a_map_would_mix_is_refused(more, message, tmp_path):
+    path = written(tmp_path / "a.jsonl", [line("provq-hard", 0, 100, 20.0), line("provq", 50, 100, 20.5),
+                                          *(line(*each) for each in more)])
+    with pytest.raises(SystemExit, match=message):
+        pace_map.main([str(path)])
+
+
+def test_a_line_without_a_trace_is_named(tmp_path):
+    without = line("provq", 50, 100, 20.5)
+    del without["trace"]
+    path = written(tmp_path / "a.jsonl", [line("provq-hard", 0, 100, 20.0), without])
+    with pytest.raises(SystemExit, match=r"a.jsonl:2, or its hard switch \S+a.jsonl:1, lacks what a map shows"):
+        pace_map.main([str(path)])
+
+
 def test_command_and_document_show_the_same(tmp_path, capsys):
     path = written(tmp_path / "a.jsonl", [line("provq-hard", 0, 100, 20.0), line("provq", 50, 100, 20.5)])
     pace_map.main([str(path), "--metric", "codes_used", "--figure", str(tmp_path / "figures" / "a.png")])
