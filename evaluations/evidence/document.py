@@ -6,12 +6,13 @@ A table stands between `<!-- table: core-512.jsonl --seeds 100 101 -->`, which i
 of evaluations/results/, and `<!-- end -->`. The command line may go on in the next line. `<!-- pace: map-512.jsonl -->`
 is the same for pace_map.py, `<!-- runs: digits.json --metrics psnr -->` for what collect.py gathered, and
 `<!-- hosts: every-host.json --data sound -->` for what scripts/train_hosts.py trained. What stands there already is
-replaced.
+replaced. Marks in a fence of ``` are text.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import shlex
 import sys
@@ -30,30 +31,46 @@ PROG = "evaluations/evidence/document.py"
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 _KINDS = {"table": selection, "pace": pace, "runs": trained, "hosts": hosts}
-_TABLE = re.compile(rf"(<!-- (?P<kind>{'|'.join(_KINDS)}): (?P<words>[^>]*?) -->\n)(?P<rows>.*?)(?P<end><!-- end -->)",
-                    re.DOTALL)
+_END = "<!-- end -->"
+_FENCE = re.compile(r"^ *(?P<mark>`{3,}|~{3,}).*?^ *(?P=mark)", re.DOTALL | re.MULTILINE)
+_MARK = re.compile(rf"<!-- (?P<kind>{'|'.join(_KINDS)}): (?P<words>.*?) -->(?P<line_end>\r?\n)?", re.DOTALL)
 
 
 def filled(text: str, results: Path = RESULTS) -> tuple[str, int]:
     """The text with its tables as the files in `results` give them, and how many there are.
 
-    CannotContinue: a table's command line is none, or its file is not there.
+    CannotContinue: a table's command line is none, its file is not there, or where it ends is not clear.
     """
-    count = 0
+    fences = [match.span() for match in _FENCE.finditer(text)]
 
-    def write(match: re.Match[str]) -> str:
-        nonlocal count
-        count += 1
-        kind, parser = _KINDS[match["kind"]], make_parser("a table of the document", None)
-        kind.add_flags(parser)
+    def outside(pattern: re.Pattern[str]) -> list[re.Match[str]]:
+        return [match for match in pattern.finditer(text) if not any(a <= match.start() < b for a, b in fences)]
+
+    marks, ends = outside(_MARK), outside(re.compile(re.escape(_END)))
+    parts, done = [], 0
+    for mark, following in itertools.zip_longest(marks, marks[1:]):
+        shown, until = f"<!-- {mark['kind']}: {mark['words']} -->", following.start() if following else len(text)
+        of_mark = [end for end in ends if mark.end() <= end.start() < until]
+        if not of_mark or mark["line_end"] is None:
+            raise CannotContinue(f"{shown}: there must be a line {_END} after it, before the next table")
         try:
-            args = parser.parse_args(shlex.split(match["words"]))
-            args.results = [results / path for path in args.results]
-            return f"{match[1]}{kind.render(args)}{match['end']}"
+            rendered = _rendered(mark["kind"], mark["words"], results)
         except (SystemExit, OSError, ValueError) as error:
-            raise CannotContinue(f"<!-- {match['kind']}: {match['words']} -->: {error}") from error
+            raise CannotContinue(f"{shown}: {error}") from error
+        parts += [text[done : mark.end()], rendered.replace("\n", mark["line_end"])]
+        done = of_mark[0].start()
+    if len(ends) != len(marks):
+        raise CannotContinue(f"{len(marks)} tables begin, {len(ends)} lines {_END} end one: one begins with none of "
+                             f"{', '.join(_KINDS)}, or an end is left over")
+    return "".join([*parts, text[done:]]), len(marks)
 
-    return _TABLE.sub(write, text), count
+
+def _rendered(kind: str, words: str, results: Path) -> str:
+    parser = make_parser("a table of the document", None)
+    _KINDS[kind].add_flags(parser)
+    args = parser.parse_args(shlex.split(words))
+    args.results = [results / path for path in args.results]
+    return _KINDS[kind].render(args)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -68,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         before = read_text(args.document)
         text, count = filled(before)
         if text != before:
-            atomic_write_text(args.document, text)
+            atomic_write_text(args.document.resolve(), text)  # a link stays one
         print0(f"{args.document}: {count} tables, {'written' if text != before else 'all as they were'}")
 
 
