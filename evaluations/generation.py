@@ -65,7 +65,7 @@ def beside(parser: argparse.ArgumentParser, samples: str) -> Path:
 
 def check(args: argparse.Namespace) -> None:
     """ValueError, FileNotFoundError: a report that cannot be written, images that are not there."""
-    require_out_file(args.out)
+    require_out_file(args.out, inputs=[args.reference, args.samples])
     for path in (args.reference, args.samples):
         if path != "digits" and not path.endswith(".npz"):
             path_mode(path)

@@ -65,7 +65,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """ValueError, FileNotFoundError: a report that cannot be written, a model or images that are not there."""
-    require_out_file(args.out)
+    require_out_file(args.out, inputs=[args.vq_ckpt, args.data_path])
     require_stored(args.vq_ckpt, args.weights, "tokenizer")
     if args.data_path not in (None, "digits"):
         path_mode(args.data_path)

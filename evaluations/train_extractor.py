@@ -61,7 +61,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """ValueError, FileNotFoundError: a file that cannot be written, images that are not there."""
-    require_out_file(args.out)
+    require_out_file(args.out, inputs=[args.data_path])
     if args.data_path is not None:
         path_mode(args.data_path)
 

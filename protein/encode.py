@@ -79,7 +79,7 @@ def check(args: argparse.Namespace) -> None:
         require_out_folder(args.export_hf, "--export-hf")
     if args.out and args.out.suffix:
         check_name(args.out)
-        require_out_file(args.out)
+        require_out_file(args.out, inputs=[*args.structures, args.ckpt])
     elif args.out:
         require_out_folder(args.out)
     require_structures(args.structures)

@@ -67,7 +67,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """ValueError, FileNotFoundError: a report that cannot be written, structures or models that are not there."""
-    require_out_file(args.out)
+    require_out_file(args.out, inputs=[*args.structures, *args.ckpt])
     require_structures(args.structures)
     for path in args.ckpt:
         require_stored(path, args.weights, "structure tokenizer")

@@ -43,7 +43,7 @@ def check(args: argparse.Namespace) -> None:
     """ValueError: a file of another kind, or that cannot be written."""
     if args.out.suffix.lower() not in FORMATS:
         raise ValueError(f"--out {args.out}: sentences are kept in {', '.join(FORMATS)}")
-    require_out_file(args.out)
+    require_out_file(args.out, inputs=args.tokens)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,11 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from evaluations.evidence import store, trained
+from evaluations.protocol import differences
 from evaluations.report_runs import Run, differing, number, read_runs
 from tokenizer.runtime.command import command, make_parser, require_out_file
 from tokenizer.runtime.files import atomic_write_text
-from tokenizer.runtime.parsing import from_json, read_text
+from tokenizer.runtime.parsing import from_json, parsing, read_text
 from tokenizer.runtime.ranks import print0
 
 PROG = "evaluations/evidence/collect.py"
@@ -44,39 +45,65 @@ def numbers(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
             for name, value in values.items() if number(value) is not None}
 
 
+def reports(run: Run) -> dict[str, dict[str, Any]]:
+    """By the names of their files. ValueError: one is damaged."""
+    found = {}
+    for path in sorted(run.path.glob("evaluation/*.json")):
+        found[path.stem] = from_json(read_text(path), path)
+        if not isinstance(found[path.stem], dict):
+            raise ValueError(f"{path}: no report, which is a JSON object; remove it")
+    return found
+
+
 def measured(run: Run) -> dict[str, float]:
     """What the run's trainer and its reports say. ValueError: it is not finished, or a report is damaged."""
     if not run.summary:
         raise ValueError(f"{run.path} is no finished run: {'; '.join(run.notes)}")
     found = numbers(run.summary)
-    for path in sorted(run.path.glob("evaluation/*.json")):
-        report = from_json(read_text(path), path)
-        if not isinstance(report, dict):
-            raise ValueError(f"{path}: no report, which is a JSON object; remove it")
+    for name, report in reports(run).items():
         tokenizers = report.get("tokenizers")  # of protein/evaluate.py
         if isinstance(tokenizers, dict) and len(tokenizers) == 1:
             [report] = tokenizers.values()
-        found |= numbers(report, f"{path.stem}.")
+        found |= numbers(report, f"{name}.")
     return found
 
 
-def row_of(run: Run) -> str:
-    """ValueError: the folder is not called ROW-sSEED with the seed of its settings."""
-    match = re.fullmatch(r"(.+)-s(\d+)", run.path.name)
+def require_one_protocol(runs: Sequence[Run]) -> None:
+    """ValueError: reports of one name were measured in other ways. Runs of other seeds may hold other images out."""
+    first: dict[str, tuple[Run, dict[str, Any]]] = {}
+    for run in runs:
+        for name, report in reports(run).items():
+            protocol = report.get("protocol")
+            if not isinstance(protocol, dict):
+                continue
+            for key in (name, f"{name} of seed {run.seed}"):
+                other, there = first.setdefault(key, (run, protocol))
+                apart = [what for what in differences(there, protocol) if key != name or what != "reference.sha256"]
+                if apart:
+                    raise ValueError(f"evaluation/{name}.json of {run.path} and of {other.path} differ in how it was "
+                                     f"measured: {', '.join(apart)}; evaluate one of them again, as the other")
+
+
+def row_of(run: Run, path: Path) -> str:
+    """path: as the run was named. ValueError: it is not called ROW-sSEED with the seed of its settings."""
+    if run.seed is None:
+        raise ValueError(f"{run.path} has settings without a seed: {'; '.join(run.notes) or 'no global_seed'}")
+    match = re.fullmatch(r"(.+)-s(\d+)", Path(os.path.abspath(path)).name)  # a link has its own name
     if not match or run.seed != int(match[2]):
-        raise ValueError(f"{run.path} has the seed {run.seed}; call the folder ROW-s{run.seed}, a row for each setting")
+        raise ValueError(f"{path} has the seed {run.seed}; call the folder ROW-s{run.seed}, a row for each setting")
     return match[1]
 
 
-def gathered(runs: Sequence[Run]) -> dict[str, Any]:
-    """What is written."""
+def gathered(runs: Sequence[Run], paths: Sequence[Path]) -> dict[str, Any]:
+    """What is written. paths: as the runs were named."""
+    require_one_protocol(runs)
     settings = [{name: value for name, value in run.config.items()
                  if name != "global_seed" and not (isinstance(value, str) and os.sep in value)} for run in runs]
     names = {"results_dir", *differing(settings)}
     rows: dict[str, dict[str, Any]] = {}
     lines = []
-    for run, mine in zip(runs, settings, strict=True):
-        row, own = row_of(run), {name: mine[name] for name in mine if name in names - {"results_dir"}}
+    for run, path, mine in zip(runs, paths, settings, strict=True):
+        row, own = row_of(run, path), {name: mine[name] for name in mine if name in names - {"results_dir"}}
         if rows.setdefault(row, own) != own:
             raise ValueError(f"runs of the row {row} differ in {', '.join(differing([rows[row], own]))}: name another")
         lines.append({"run": row, "seed": run.seed, **measured(run)})
@@ -90,7 +117,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with command(PROG, one_process=True):
         require_out_file(args.out)
-        found = gathered(read_runs(args.runs))
+        if args.out.exists():
+            with parsing(f"--out {args.out}", "is there and no file of this command; name another"):
+                trained.read(args.out)
+        found = gathered(read_runs(args.runs), args.runs)
         table = trained.table(found["runs"], args)  # before anything is written
         head = {name: value for name, value in found.items() if name != "runs"}
         lines = ",\n".join("  " + json.dumps(line) for line in found["runs"])

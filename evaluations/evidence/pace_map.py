@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with command(PROG):
         if args.figure:
-            require_out_file(args.figure, "--figure")
+            require_out_file(args.figure, "--figure", inputs=args.results)
         print0(pace.render(args), end="")
         if args.figure:
             pace.figure(pace.points(store.read_all(args.results)), args.figure)

@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     with command(PROG):
         for flag, path in (("--out", args.out), ("--figure", args.figure)):
             if path:
-                require_out_file(path, flag)
+                require_out_file(path, flag, inputs=args.results)
         text = selection.render(args)
         print0(text, end="")
         if args.out:

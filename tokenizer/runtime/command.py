@@ -34,7 +34,7 @@ import io
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any, NoReturn
@@ -135,10 +135,15 @@ def require_one_process() -> None:
         raise ValueError("runs on one process; start it with python, not torchrun")
 
 
-def require_out_file(path: Path, flag: str = "--out") -> None:
-    """Before any work, on the process that writes: ValueError unless `path` can become a file."""
+def require_out_file(path: Path, flag: str = "--out", *, inputs: Iterable[str | Path | None] = ()) -> None:
+    """Before any work, on the process that writes: ValueError unless `path` can become a file.
+
+    inputs: what is read, which it must not replace.
+    """
     if not is_main():
         return
+    if path.resolve() in (Path(each).resolve() for each in inputs if each):
+        raise ValueError(f"{flag} {path} is what is read, and would be lost; name another file")
     if path.is_dir():
         raise ValueError(f"{flag} {path} is a folder; name a file in it")
     if path.exists() and not path.is_file():  # such as /dev/null, which a new file would replace

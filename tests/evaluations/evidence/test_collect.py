@@ -84,6 +84,44 @@ def test_a_seed_that_a_row_has_twice_is_refused(tmp_path):
         collected(folders, tmp_path)
 
 
+def test_a_link_is_a_row_of_its_own_name(tmp_path):
+    plain = make_run(tmp_path, "vanilla", 0, 20.0)
+    link = tmp_path / "best-s1"
+    link.symlink_to(make_run(tmp_path, "trial", 1, 22.0))
+    found = collected([plain, link], tmp_path)
+    assert [(run["run"], run["seed"]) for run in found["runs"]] == [("vanilla", 0), ("best", 1)]
+
+
+def test_reports_of_other_protocols_share_no_table(tmp_path):
+    def run(row, seed, held_out, extractor="inception"):
+        protocol = {"extractor": {"name": extractor}, "reference": {"sha256": held_out, "count": 5}, "samples": row}
+        return make_run(tmp_path, row, seed, 20.0, reports={"reconstruction": {"rfid": 1.5, "protocol": protocol}})
+
+    folders = [run("vanilla", 0, "a"), run("vanilla", 1, "b"), run("provq", 0, "a")]
+    assert collected(folders, tmp_path)["runs"][2]["reconstruction.rfid"] == 1.5
+    with pytest.raises(SystemExit, match=r"json of \S+provq-s1 and of \S+vanilla-s0 differ in .*: extractor.name;"):
+        collected([*folders, run("provq", 1, "b", "torchscript")], tmp_path)
+    with pytest.raises(SystemExit, match=r"soft-s1 and of \S+vanilla-s1 differ in how .*: reference.sha256; evaluate"):
+        collected([*folders, run("soft", 1, "c")], tmp_path)
+
+
+def test_files_of_something_else_are_no_output(tmp_path):
+    run = make_run(tmp_path, "vanilla", 0, 20.0)
+    config = (run / "config.json").read_text()
+    with pytest.raises(SystemExit, match=r"--out \S+config.json: is there and no file of this command; name another"):
+        collect.main([str(run), "--out", str(run / "config.json"), "--metrics", "psnr"])
+    assert (run / "config.json").read_text() == config
+    collected([run], tmp_path)
+    collected([run], tmp_path)
+
+
+def test_a_run_without_settings_is_named(tmp_path):
+    run = make_run(tmp_path, "vanilla", 0, 20.0)
+    (run / "config.json").unlink()
+    with pytest.raises(SystemExit, match=r"has settings without a seed: config.json cannot be read"):
+        collected([run], tmp_path)
+
+
 def test_files_of_something_else_are_named(tmp_path):
     path = tmp_path / "other.json"
     path.write_text("[]")

@@ -66,6 +66,8 @@ def test_command_and_document_show_the_same(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "+0 (0.1)" in shown
     assert (tmp_path / "figures" / "a.png").stat().st_size > 10_000
+    with pytest.raises(SystemExit, match="is what is read, and would be lost"):
+        pace_map.main([str(path), "--figure", str(path)])
     text, count = document.filled("<!-- pace: a.jsonl --metric codes_used -->\n<!-- end -->\n", tmp_path)
     assert (count, text) == (1, f"<!-- pace: a.jsonl --metric codes_used -->\n{shown}<!-- end -->\n")
 

@@ -239,6 +239,11 @@ def test_table_command(here, fake, capsys, tmp_path):
     assert "| vanilla | 2 | 20.05 ± 0.07 | 1 ± 0 | 1 ± 0 | -1.00 [-1.00, -1.00] |" in shown
     assert text.read_text() == shown
     assert picture.stat().st_size > 1000
+    there = out.read_text()
+    for flag in ("--out", "--figure"):
+        with pytest.raises(SystemExit, match=f"{flag} {out} is what is read, and would be lost"):
+            table.main([str(out), "--num-codes", "16", flag, str(out)])
+    assert out.read_text() == there
 
 
 @pytest.mark.parametrize(("extra", "message"), [

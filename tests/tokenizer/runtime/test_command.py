@@ -6,10 +6,12 @@ import platform
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from places import ROOT
 
+from evaluations import generation, train_extractor
 from tokenizer.runtime.command import (
     CannotContinue,
     as_flag_errors,
@@ -159,6 +161,20 @@ def test_outputs_that_cannot_be_written_are_named(check, out, message, tmp_path)
         check(tmp_path / out, "--picture")
     assert sorted(tmp_path.rglob("*")) == before
     assert (tmp_path / "file").read_text() == "precious"
+
+
+@pytest.mark.parametrize("out", ["data.zip", "link.zip", "a/../data.zip"])
+def test_an_output_replaces_nothing_that_is_read(out, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("data.zip").write_text("precious")
+    Path("link.zip").symlink_to("data.zip")
+    with pytest.raises(ValueError, match=f"--out {out} is what is read, and would be lost; name another file"):
+        require_out_file(Path(out), inputs=[None, "other", str(tmp_path / "data.zip")])
+    with pytest.raises(ValueError, match="is what is read"):
+        train_extractor.check(train_extractor.parse_args(["--data-path", "data.zip", "--out", out]))
+    with pytest.raises(ValueError, match="is what is read"):
+        generation.check(generation.parse_args(["digits", "data.zip", "--out", out]))
+    require_out_file(Path("other.zip"), inputs=[None, "data.zip"])
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write into any folder")
