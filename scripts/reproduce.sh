@@ -28,7 +28,7 @@ case "$table" in
     1 | 2 | 3 | 4 | 5 | 6 | core | rivals) shift ;;
     *) fail "the table is '$table'; it must be 1 to 6, core or rivals" ;;
 esac
-scale=small data= out= seeds= jobs=1
+scale=small data= out= seeds="0 1 2" jobs=
 while [ $# -gt 0 ]; do
     [ $# -ge 2 ] && [ -n "$2" ] || fail "$1 needs a value"
     case "$1" in
@@ -42,11 +42,23 @@ while [ $# -gt 0 ]; do
     shift 2
 done
 case "$scale" in small | confirm | paper) ;; *) fail "--scale is '$scale'; it must be small, confirm or paper" ;; esac
-[ -z "${seeds//[0-9 ]/}" ] || fail "--seeds is '$seeds'; it must be numbers such as \"0 1 2\""
+numbers=()
+for seed in ${seeds//[^0-9 ]/x}; do
+    [[ "$seed" =~ ^(0|[1-9][0-9]{0,17})$ ]] || fail "--seeds is '$seeds'; it must be numbers such as \"0 1 2\""
+    [[ " ${numbers[*]} " != *" $seed "* ]] || fail "--seeds is '$seeds'; it names $seed twice"
+    numbers+=("$seed")
+done
+[ "${#numbers[@]}" -gt 0 ] || fail "--seeds is '$seeds'; it must be numbers such as \"0 1 2\""
+case "$table-$scale" in
+    [156]-small | [156]-confirm | core-* | rivals-*) ;;
+    *) [ -z "$jobs" ] || fail "--jobs $jobs is for the evidence bed, on which table $table at scale $scale is not" ;;
+esac
+[[ "${jobs:=1}" =~ ^[1-9][0-9]*$ ]] || fail "--jobs is '$jobs'; it must be at least 1"
+[ "$table-$scale" != 2-small ] || [ -z "$data" ] ||
+    fail "--data $data: table 2 at the scale small is of scikit-learn's digits; leave it out, or use --scale confirm"
 runs="$ROOT/runs"
 [ "$scale" != paper ] || runs=runs
 out="${out:-$runs/table-$table-$scale}"
-seeds="${seeds:-0 1 2}"
 
 run() { # a command, which the scale paper only shows
     if [ "$scale" = paper ]; then
@@ -75,12 +87,10 @@ tool() { # a command of one process
 
 bed() { # arms...: on the evidence bed, and their table
     [ -n "$data" ] || fail "--data is missing: the images of the evidence bed, such as cifar10_train.zip"
-    local numbers
-    read -ra numbers <<<"$seeds"
     tool evaluations/evidence/run.py "$data" --bed "$scale" --jobs "$jobs" --seeds "${numbers[@]}" --arms "$@" \
         --out "$out/results.jsonl"
-    tool evaluations/evidence/table.py "$out/results.jsonl" --metrics psnr ssim codes_used perplexity code_distance \
-        --out "$out/table.md" --figure "$out/table.png"
+    tool evaluations/evidence/table.py "$out/results.jsonl" --arms "$@" --seeds "${numbers[@]}" \
+        --metrics psnr ssim codes_used perplexity code_distance --out "$out/table.md" --figure "$out/table.png"
 }
 
 # What each row of a table adds to the trainers' defaults, which are ProVQ's.
@@ -112,7 +122,7 @@ images() { # rows...: image tokenizers of every seed
         paper) data_flags=(--preset imagenet256 --data-path "$data/train" --val-path "$data/val") ;;
     esac
     for row in "$@"; do
-        for seed in $seeds; do
+        for seed in "${numbers[@]}"; do
             # shellcheck disable=SC2046  # several words
             launch tokenizer/train_provq.py "${data_flags[@]}" $(flags_of "$row") --global-seed "$seed" \
                 --results-dir "$out/$row-s$seed"
@@ -121,13 +131,15 @@ images() { # rows...: image tokenizers of every seed
 }
 
 collected() { # metrics... of the rows in $gathered: what their runs measured, as a file and a table
-    # shellcheck disable=SC2046,SC2086  # several words
-    tool evaluations/evidence/collect.py $(each $gathered) --out "$out/table.json" --metrics "$@"
+    # shellcheck disable=SC2086  # rows are words
+    find_folders $gathered
+    tool evaluations/evidence/collect.py "${folders[@]}" --out "$out/table.json" --metrics "$@"
 }
 
-each() { # rows...: -> folders of their runs
+find_folders() { # rows...: sets folders to those of their runs
+    folders=()
     for row in "$@"; do
-        for seed in $seeds; do echo "$out/$row-s$seed"; done
+        for seed in "${numbers[@]}"; do folders+=("$out/$row-s$seed"); done
     done
 }
 
@@ -152,11 +164,12 @@ case "$table" in
         if [ "$scale" = paper ]; then
             # shellcheck disable=SC2086  # rows are words
             images $rows
-            for folder in $(each $rows); do
+            # shellcheck disable=SC2086
+            find_folders $rows
+            for folder in "${folders[@]}"; do
                 launch evaluations/reconstruction.py --vq-ckpt "$folder" --data-path "$data/val"
             done
-            # shellcheck disable=SC2046
-            tool evaluations/report.py $(each $rows) --out "$out/table.html"
+            tool evaluations/report.py "${folders[@]}" --out "$out/table.html"
         fi
         ;;
     2)
@@ -178,7 +191,7 @@ case "$table" in
             features=(--features "torchscript:$out/extractor.pt" --image-size 32)
         fi
         for row in $rows; do
-            for seed in $seeds; do
+            for seed in "${numbers[@]}"; do
                 run_folder="$out/$row-s$seed" gpt="$out/gpt-$row-s$seed"
                 launch autoregressive/extract_codes.py --vq-ckpt "$run_folder"
                 launch autoregressive/train_c2i.py "${training[@]}" --code-path "$run_folder/codes" \
@@ -202,7 +215,7 @@ case "$table" in
             tasks=(--task "$data/interface.jsonl" "$data/bfactor.jsonl" --preset small --learning-rates 0.01 0.001)
         fi
         for row in $rows; do
-            for seed in $seeds; do
+            for seed in "${numbers[@]}"; do
                 [ "$scale" = paper ] || [ -e "$runs_of_4/$row-s$seed" ] ||
                     fail "$runs_of_4/$row-s$seed is missing; first: reproduce.sh 4 --scale $scale --data $data"
                 tokenizers+=("$row=$runs_of_4/$row-s$seed")
@@ -230,7 +243,7 @@ case "$table" in
         esac
         rows="vanilla provq aminoaseed aminoaseed-provq" # the paper's
         [ "$scale" = paper ] || rows="$proteins"
-        for seed in $seeds; do
+        for seed in "${numbers[@]}"; do
             for row in $rows; do
                 # shellcheck disable=SC2046,SC2086
                 launch protein/train_provq.py "${data_flags[@]}" $(flags_of "$row") --global-seed "$seed" \
