@@ -172,6 +172,10 @@ def _open_torchscript(path: Path) -> Extractor:
             network = torch.jit.load(str(path), map_location="cpu")
     except Exception as error:  # as above
         raise ValueError(f"--features torchscript:{path}: not a TorchScript file") from error
+    try:
+        digest = _torchscript_sha256(path)
+    except Exception as error:  # of a sum that is wrong, which torch does not look at
+        raise ValueError(f"--features torchscript:{path}: damaged ({error})") from error
 
     def run(images: Tensor) -> Features:
         out = network(images)
@@ -186,7 +190,7 @@ def _open_torchscript(path: Path) -> Extractor:
         pooled, logits, spatial = [*(p.float() for p in parts), None, None][:3]
         return Features(pooled, logits, spatial)
 
-    return Extractor("torchscript", _torchscript_sha256(path), network, run)
+    return Extractor("torchscript", digest, network, run)
 
 
 def _torchscript_sha256(path: Path) -> str:

@@ -126,6 +126,18 @@ def test_weights_are_hashed(tmp_path):
     assert len(first.sha256) == 64
 
 
+def test_damaged_weights_are_named(tmp_path):
+    path = tmp_path / "net.pt"
+    torch.jit.script(torch.nn.Linear(100, 100)).save(str(path))
+    content = bytearray(path.read_bytes())
+    at = content.find(torch.jit.load(str(path)).weight.detach().numpy().tobytes())
+    content[at + 1000] ^= 1
+    path.write_bytes(content)
+    torch.jit.load(str(path))
+    with pytest.raises(ValueError, match=r"torchscript:\S+net.pt: damaged \(Bad CRC-32"):
+        open_extractor(f"torchscript:{path}")
+
+
 def test_missing_weights_say_where_they_belong(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="--inception-weights PATH") as caught:
