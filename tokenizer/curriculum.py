@@ -20,7 +20,6 @@ from tokenizer.curriculum_config import CurriculumConfig, codebook_init
 from tokenizer.init_from import load_tokenizer_weights
 from tokenizer.provq import AdaptiveWarmup, Curriculum, ProVQ, code_statistics
 from tokenizer.provq_codes import DeadCodeRestart
-from tokenizer.quantizer_config import QuantizerConfig
 from tokenizer.runtime import distributed
 from tokenizer.runtime.command import CannotContinue
 from tokenizer.runtime.ema import EMA
@@ -297,16 +296,20 @@ class CurriculumTrainer(ABC):
         }
 
 
-def pace_flag(cfg: QuantizerConfig) -> str:
-    """The next thing to try against codes that fall behind, as a flag with its value. cfg: a CurriculumConfig."""
-    assert isinstance(cfg, CurriculumConfig)
+def pace_flag(cfg: Any) -> str:
+    """The next thing to try against codes that fall behind, as a flag with its value, which a run of these settings
+    takes. cfg: a trainer's, its length decided."""
     if cfg.quantizer == "ema" and cfg.codebook_ema_decay > 0.9:
         return "--codebook-ema-decay 0.9"
     if cfg.quantizer != "ema" and cfg.codebook_lr_scale < 10:
         return "--codebook-lr-scale 10"
-    if cfg.transition_steps and not cfg.recluster:
+    end = cfg.warmup_steps + cfg.transition_steps
+    if cfg.transition_steps and not cfg.recluster and end < cfg.max_steps and end not in cfg.recluster_at:
         return "--recluster"
-    return f"--recluster-at {cfg.warmup_steps + cfg.transition_steps + max(1, cfg.transition_steps)}"
+    later = min(end + max(1, cfg.transition_steps), (end + cfg.max_steps) // 2)
+    if end < later and later not in cfg.recluster_at:
+        return f"--recluster-at {later}"
+    return f"--lr {cfg.lr / 2:g}"
 
 
 def code_usage(row: dict[str, Any]) -> dict[str, float | None]:

@@ -86,6 +86,8 @@ def check_curriculum(cfg: CurriculumConfig, world_size: int) -> None:
         raise ValueError("--recluster is for the end of the transition, and there is none with --transition-steps 0; "
                          "give --recluster-at STEP")
     config.require_at_least(cfg, 0, "recluster_at")
+    if len(set(cfg.recluster_at)) < len(cfg.recluster_at):
+        raise ValueError(f"--recluster-at {' '.join(map(str, cfg.recluster_at))} names a step twice")
     if not _fractions(cfg):  # else with_length knows
         _require_order(cfg)
     if cfg.max_steps is not None:
@@ -111,6 +113,10 @@ def _require_order(cfg: CurriculumConfig) -> None:
         if step <= cfg.warmup_steps:
             raise ValueError(f"--recluster-at {step} is not after --warmup-steps {cfg.warmup_steps}, where the first "
                              "k-means is; before it there are no codes")
+    end = cfg.warmup_steps + cfg.transition_steps
+    if cfg.recluster and end in cfg.recluster_at and not cfg.adaptive_warmup_patience:
+        raise ValueError(f"--recluster-at {end} is the end of the transition, where --recluster is; leave one of them "
+                         "out")
 
 
 def with_length(cfg: Any, samples: int) -> Any:

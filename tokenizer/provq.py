@@ -601,8 +601,8 @@ class EMAVectorQuantizer(VectorQuantizer):
 
     def __init__(self, num_codes: int, dim: int, *, decay: float = 0.99, eps: float = 1e-5, restart_below: float = 0.0,
                  **options: Any):
-        if not 0.0 <= decay < 1.0 or restart_below < 0:
-            raise ValueError(f"need 0 <= decay < 1 and restart_below >= 0, got {decay=} {restart_below=}")
+        if not 0.0 <= decay < 1.0 or not 0.0 <= restart_below <= 1.0:
+            raise ValueError(f"need 0 <= decay < 1 and 0 <= restart_below <= 1, got {decay=} {restart_below=}")
         super().__init__(num_codes, dim, **options)
         self.decay, self.eps, self.restart_below = decay, eps, restart_below
 

@@ -78,7 +78,7 @@ def check_quantizer(cfg: QuantizerConfig, *, flags: bool = False) -> None:
     if cfg.quantizer not in (*QUANTIZERS, *GRIDS):
         raise ValueError(f"{said('quantizer')} is unknown; choose one of {', '.join((*QUANTIZERS, *GRIDS))}")
     limits = {"codebook_size": (1, MAX_CODES), "codebook_embed_dim": (1, MAX_WIDTH),
-              "commit_loss_beta": (0, math.inf), "codebook_restart_below": (0, math.inf)}
+              "commit_loss_beta": (0, math.inf), "codebook_restart_below": (0, 1)}
     for name, (low, high) in limits.items():
         if not getattr(cfg, name) >= low:  # so that NaN is refused
             raise ValueError(f"{said(name)} must be at least {low}")

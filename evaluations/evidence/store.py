@@ -75,9 +75,8 @@ def unique(results: Iterable[Result]) -> list[Result]:
     found: dict[Run, Result] = {}
     for result in results:
         other = found.setdefault(result.run, result)
-        ours, theirs = result.metrics, other.metrics
-        if (ours is None) != (theirs is None) or any(
-                ours[name] != theirs[name] for name in (ours or {}).keys() & (theirs or {}).keys()):
+        ours, theirs = result.metrics or {}, other.metrics or {}
+        if bool(ours) != bool(theirs) or any(ours[name] != theirs[name] for name in ours.keys() & theirs.keys()):
             raise ValueError(f"{result.where} and {other.where} are of one run, with other numbers: keep one of them")
     return list(found.values())
 

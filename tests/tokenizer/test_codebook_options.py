@@ -9,8 +9,9 @@ import training_runs
 from test_train_provq import STEPS, TRANSITION, WARMUP, flags
 from training_runs import Killed, assert_same_run, kill_at_step, rows
 
-from tokenizer import train_provq
+from tokenizer import train_config, train_provq
 from tokenizer.code_meter import PaceMeter
+from tokenizer.curriculum import pace_flag
 from tokenizer.curriculum_config import CurriculumConfig
 from tokenizer.pretrained import load_tokenizer, save_pretrained, to_llamagen_state_dict, tokenizer_hash
 from tokenizer.provq_codes import DeadCodeRestart
@@ -164,12 +165,19 @@ def test_every_quantizer_reclusters(tmp_path, changes, capsys):
     ({"codebook_follow": True, "codebook_l2_norm": True}, "--codebook-l2-norm gives them unit norm"),
     ({"codebook_restart_below": 1}, "--codebook-restart-below is 1.0; it must be below 1"),
     ({"recluster": True, "max_steps": 8}, "--recluster comes after step 8, --max-steps 8: the run ends there"),
+    ({"recluster_at": 8, "recluster": True}, "--recluster-at 8 is the end of the transition, where --recluster is"),
+    ({"codebook_restart_below": 2, "quantizer": "ema"}, "--codebook-restart-below is 2.0; it must be at most 1"),
 ])
 def test_refused_by_name(tmp_path, capsys, changes, said):
     with pytest.raises(SystemExit) as stopped:
         train_provq.main(flags(tmp_path / "run", **changes))
     assert said in f"{stopped.value} {capsys.readouterr().err}"
     assert not (tmp_path / "run").exists()
+
+
+def test_steps_that_repeat_are_refused(tmp_path):
+    with pytest.raises(SystemExit, match="--recluster-at 9 10 9 names a step twice"):
+        train_provq.main([*flags(tmp_path / "run"), "--recluster-at", "9", "10", "9"])
 
 
 def test_a_run_that_stops_before_may_ask_for_it(tmp_path):
@@ -294,6 +302,28 @@ def test_advice_is_given_once_also_over_a_resume(tmp_path, monkeypatch, capsys):
     assert len(said) == 1
     assert "since k-means the spread of the latents went from" in said[0]
     assert "--codebook-lr-scale 10, in another --results-dir" in said[0]
+
+
+@pytest.mark.parametrize(("changes", "flag"), [
+    ({}, "--codebook-lr-scale 10"),
+    ({"quantizer": "ema"}, "--codebook-ema-decay 0.9"),
+    ({"codebook_lr_scale": 10}, "--recluster"),
+    ({"codebook_lr_scale": 10, "recluster": True}, "--recluster-at 10"),
+    ({"codebook_lr_scale": 10, "recluster_at": 8}, "--recluster-at 10"),
+    ({"codebook_lr_scale": 10, "recluster_at": 10}, "--recluster"),
+    ({"codebook_lr_scale": 10, "recluster": True, "recluster_at": 10}, "--lr 0.0005"),
+    ({"codebook_lr_scale": 10, "transition_steps": 8}, "--lr 0.0005"),
+    ({"codebook_lr_scale": 10, "transition_steps": 0}, "--recluster-at 5"),
+    ({"codebook_lr_scale": 10, "transition_steps": 0, "max_steps": 5}, "--lr 0.0005"),
+    ({"codebook_lr_scale": 10, "transition_steps": 0, "warmup_steps": 0, "codebook_init": "kmeans"},
+     "--recluster-at 1"),
+])
+def test_what_is_advised_can_be_done(tmp_path, changes, flag):
+    words = flags(tmp_path, **changes)
+    cfg = train_config.parse_config(words)
+    train_config.check(cfg, 1)
+    assert pace_flag(cfg) == flag
+    train_config.check(train_config.parse_config([*words, *flag.split()]), 1)
 
 
 def test_a_run_from_before_these_options_goes_on(straight_of_old, tmp_path):

@@ -423,7 +423,7 @@ def test_bad_construction_is_reported():
     for options in ({"num_codes": 0}, {"dim": 0}, {"beta": -1.0}):
         with pytest.raises(ValueError, match="need"):
             VectorQuantizer(**{"num_codes": 8, "dim": 4, **options})
-    for options in ({"decay": 1.0}, {"decay": -0.1}, {"restart_below": -1.0}):
+    for options in ({"decay": 1.0}, {"decay": -0.1}, {"restart_below": -1.0}, {"restart_below": 1.5}):
         with pytest.raises(ValueError, match="decay"):
             EMAVectorQuantizer(8, 4, **options)
     for options in ({"patience": 0}, {"min_steps": -1}, {"mode": "best"}):
