@@ -38,7 +38,7 @@ from tokenizer.pixels import from_uint8, mse, psnr, ssim, to_uint8
 from tokenizer.provq import VectorQuantizer, code_statistics
 from tokenizer.provq_codes import RESTART_EVERY, DeadCodeRestart
 from tokenizer.runtime.checkpoint import load_file
-from tokenizer.runtime.files import atomic_write
+from tokenizer.runtime.files import atomic_write, require_writable
 from tokenizer.runtime.parsing import parsing
 from tokenizer.runtime.seeding import fold
 from tokenizer.vq_model import Decoder, Encoder
@@ -65,11 +65,13 @@ def with_features(setting: Setting, which: str | None) -> Setting:
 def prepare(path: Path, setting: Setting, folder: Path) -> Path:
     """Decode the images of `path` at the setting's size, once: a memory-mappable uint8 array (n, 3, S, S) in folder.
 
-    ValueError: too few images, or some cannot be read; a damaged array. OSError: no such file.
+    ValueError: too few images, or some cannot be read; a damaged array, or a folder that takes none. OSError: no such
+    file.
     """
     key = json.dumps([str(path.resolve()), *_stamps(path), setting.image_size])
     cache = folder / f"images-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
     if not cache.exists():
+        require_writable(folder, "--cache")
         source = open_images(str(path), channels=3)
         images = ImageDataset(source, setting.image_size)
         pixels = np.empty((len(images), 3, setting.image_size, setting.image_size), dtype=np.uint8)

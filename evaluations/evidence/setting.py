@@ -36,6 +36,8 @@ class Setting:
         for name in ("num_codes", "dim", "image_size", "steps", "batch_size", "held_out", "latents_per_code"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        if self.features is not None and self.held_out < 2:
+            raise ValueError(f"--held-out {self.held_out}: the rFID of --features needs at least 2 images")
         if self.disc_start is not None and not 0 < self.disc_start <= self.steps:
             raise ValueError(f"--disc-start {self.disc_start} must be a step of 1 to --steps {self.steps}")
         if self.disc_start is not None and self.image_size < DISC_MIN_IMAGE_SIZE:

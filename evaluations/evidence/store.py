@@ -135,7 +135,10 @@ def writing(path: Path) -> Iterator[Writer]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(f"--out {path}: another process is writing to it; wait, or name another file") from error
-        read(path)  # raises
+        try:
+            read(path)
+        except ValueError as error:
+            raise ValueError(f"--out {error}") from error
         content = path.read_bytes()
         whole = content.rfind(b"\n") + 1
         if whole < len(content) and not _is_cut_off(content[whole:].decode()):

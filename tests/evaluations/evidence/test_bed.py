@@ -63,6 +63,13 @@ def test_unreadable_images_are_named(tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_cache_that_takes_no_file_is_named_before_images_are_decoded(tmp_path, monkeypatch):
+    path = write_pictures(tmp_path)
+    monkeypatch.setattr(bed, "open_images", None)
+    with pytest.raises(ValueError, match=f"--cache {path}: no files can be written there"):
+        prepare(path, SETTING, path)
+
+
 def test_a_damaged_array_is_named(tmp_path):
     path = write_pictures(tmp_path)
     cache = prepare(path, SETTING, tmp_path / "cache")
@@ -90,6 +97,7 @@ def test_too_few_images(tmp_path):
     ({"image_size": 9}, "--image-size 9 is no multiple of 2"), ({"warmup_steps": 9}, "together at most --steps 12"),
     ({"disc_start": 13}, "--disc-start 13 must be a step of 1 to --steps 12"),
     ({"disc_start": 0}, "--disc-start 0 must"), ({"disc_start": 1}, "--image-size 8 are too small for the discrim"),
+    ({"features": "5" * 64, "held_out": 1}, "--held-out 1: the rFID of --features needs at least 2 images"),
     ({"transition_steps": -1}, "must be at least 0"), ({"latents_per_code": 0}, "--latents-per-code is 0"),
 ])
 def test_settings_refused(values, message):

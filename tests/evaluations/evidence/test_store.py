@@ -85,7 +85,7 @@ def test_a_whole_line_without_its_newline_is_a_result(tmp_path):
 def test_a_file_of_something_else_stays_as_it_is(content, tmp_path):
     path = tmp_path / "other"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"{path}(:1: no result of a run .*name another file|: cannot be read)"):
+    with pytest.raises(ValueError, match=rf"--out {path}(:1: no result of a run .*name another file|: cannot be read)"):
         append(path, line(1))
     assert path.read_bytes() == content
 
