@@ -98,6 +98,13 @@ def find(table: Sequence[Row], name: str, flag: str) -> Row:
     raise ValueError(f"{flag} {name!r} is none of the arms: {'; '.join(row.label for row in table)}")
 
 
+def require_measured(table: Sequence[Row], metrics: Sequence[str], compared: str) -> None:
+    """ValueError, naming the flag: no run has one of them."""
+    for flag, metric in (*(("--metrics", metric) for metric in metrics), ("--compared", compared)):
+        if not any(metric in row.values for row in table):
+            raise ValueError(f"{flag} {metric}: no run has it")
+
+
 def markdown(
     table: Sequence[Row], baseline: Row, metrics: Sequence[str], compared: str = "psnr",
     shown_as: Mapping[str, tuple[str, int]] = METRICS,

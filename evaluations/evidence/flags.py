@@ -45,6 +45,15 @@ def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     require_flags_at_least(parser, args, 1, "jobs disc_start num_codes dim image_size steps batch_size held_out "
                            "latents_per_code")
     require_flags_at_least(parser, args, 0, "warmup_steps transition_steps seeds")
+    require_once(parser, args, "seeds")
+
+
+def require_once(parser: argparse.ArgumentParser, args: argparse.Namespace, name: str) -> None:
+    """End with status 2, naming the flag: one of its values is there twice."""
+    values = getattr(args, name)
+    for value in values:
+        if values.count(value) > 1:
+            parser.error(f"{flag_name(name)} names {value} twice; a run is of one seed")
 
 
 def setting(args: argparse.Namespace) -> Setting:

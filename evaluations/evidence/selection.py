@@ -46,6 +46,8 @@ def rows(args: argparse.Namespace) -> tuple[list[comparison.Row], comparison.Row
     found = comparison.rows(results)
     if args.arms:
         found = [comparison.find(found, name, "--arms") for name in args.arms]
+    if any(row.values for row in found):  # else all have diverged
+        comparison.require_measured(found, args.metrics, args.compared)
     return found, comparison.find(found, args.baseline, "--baseline") if args.baseline else found[0]
 
 

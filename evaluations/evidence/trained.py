@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluations.evidence import comparison
+from evaluations.report_runs import number
 from tokenizer.runtime.parsing import from_json, read_text
 
 METRICS = comparison.METRICS | {  # a trainer's last validation, and under a report's name what the report says
@@ -44,8 +45,11 @@ def read(path: Path) -> list[dict[str, Any]]:
         raise FileNotFoundError(f"{path}: no such results file")
     try:
         runs = from_json(read_text(path), path)["runs"]
-        [(run["run"], run["seed"]) for run in runs]
-    except (KeyError, TypeError) as error:
+        for run in runs:
+            wrong = [metric for metric in run.keys() & METRICS.keys() if number(run[metric]) is None]
+            if wrong or not isinstance(run["run"], str) or type(run["seed"]) is not int:
+                raise TypeError(f"{wrong[0] if wrong else 'name or seed'} of {run['run']}, seed {run['seed']}")
+    except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: no file of collect.py ({error!r})") from error
     return list(runs)
 
@@ -76,7 +80,6 @@ def table(runs: Sequence[Mapping[str, Any]], args: argparse.Namespace) -> str:
     if args.rows:
         found = [comparison.find(found, name, "--rows") for name in args.rows]
     baseline = comparison.find(found, args.baseline, "--baseline") if args.baseline else found[0]
-    missing = [metric for metric in args.metrics if not any(metric in row.values for row in found)]
-    if missing:
-        raise ValueError(f"--metrics {missing[0]}: no run has it")
-    return comparison.markdown(found, baseline, args.metrics, args.compared or args.metrics[0], METRICS)
+    compared = args.compared or args.metrics[0]
+    comparison.require_measured(found, args.metrics, compared)
+    return comparison.markdown(found, baseline, args.metrics, compared, METRICS)

@@ -10,6 +10,7 @@ The grid (evaluations/evidence/tuning.py) is equal for all arms; what chooses is
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     flags.check_numbers(parser, args)
     require_flags_at_least(parser, args, 0, "search_seeds")
+    flags.require_once(parser, args, "search_seeds")
     if set(args.seeds) & set(args.search_seeds):
         parser.error(f"--seeds and --search-seeds share {sorted(set(args.seeds) & set(args.search_seeds))}: what is "
                      "reported must not have chosen")
@@ -64,6 +66,9 @@ def main(argv: list[str] | None = None) -> None:
             results = sweep(search, args.out, args.data_path, workers=args.jobs, cache=args.cache,
                             features=args.features)
             chosen = tuning.best(ARMS[name], setting, args.search_seeds, results)
+            if tuning.score(chosen, setting, args.search_seeds, results) == -math.inf:
+                print0(f"{name}: each of {len(points)} diverged on a search seed; nothing is trained on --seeds")
+                continue
             edges = tuning.edges(chosen)
             print0(f"{name}: best of {len(points)} is {label(name, chosen)}"
                    + (f"; at the grid's edge: {', '.join(edges)}" if edges else ""))

@@ -65,6 +65,7 @@ def test_runs_that_would_make_a_table_wrong(change, message, tmp_path):
 
 @pytest.mark.parametrize(("words", "message"), [
     (("--metrics", "rmsd"), "--metrics rmsd: no run has it"),
+    (("--compared", "rmsd"), "--compared rmsd: no run has it"),
     (("--rows", "nobody"), "--rows 'nobody' is none of the arms: vanilla; provq"),
     (("--baseline", "nobody"), "--baseline 'nobody' is none"),
 ])
@@ -124,6 +125,8 @@ def test_a_run_without_settings_is_named(tmp_path):
 
 def test_files_of_something_else_are_named(tmp_path):
     path = tmp_path / "other.json"
-    path.write_text("[]")
-    with pytest.raises(ValueError, match=r"other.json: no file of collect.py"):
-        trained.read(path)
+    for runs in (None, [1], [{"run": "a", "seed": "0"}], *(
+            [{"run": "a", "seed": 0, "psnr": psnr}] for psnr in (float("nan"), "9"))):
+        path.write_text(json.dumps({"runs": runs} if runs else []))
+        with pytest.raises(ValueError, match=r"other.json: no file of collect.py"):
+            trained.read(path)

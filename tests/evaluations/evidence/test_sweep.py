@@ -217,6 +217,24 @@ def test_tune_searches_then_trains_the_best_on_other_seeds(here, fake, capsys):
     assert len(fake) == count, "all of it was there"
 
 
+def test_an_arm_that_always_diverges_is_not_trained_on(here, fake, capsys):
+    arguments, _ = here
+    fake.scores = lambda arm, _: None if arm.quantizer == "fsq" else 20.0
+    tune.main([*arguments, "--arms", "fsq", "lfq", "--seeds", "0"])
+    assert [name for name, _, seed in fake if seed == 0] == ["lfq"]
+    assert "fsq: each of 3 diverged on a search seed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("command", "flag"), [(run, "--seeds"), (tune, "--seeds"), (tune, "--search-seeds")])
+def test_a_seed_twice_is_refused(here, fake, command, flag, capsys):
+    """It would count twice where the best is chosen."""
+    arguments, _ = here
+    with pytest.raises(SystemExit):
+        command.main([*arguments, "--arms", "vanilla", flag, "7", "8", "7"])
+    assert f"{flag} names 7 twice" in capsys.readouterr().err
+    assert not fake
+
+
 def test_search_and_report_are_apart(here, capsys):
     arguments, _ = here
     with pytest.raises(SystemExit):
@@ -239,6 +257,9 @@ def test_table_command(here, fake, capsys, tmp_path):
     assert "| vanilla | 2 | 20.05 ± 0.07 | 1 ± 0 | 1 ± 0 | -1.00 [-1.00, -1.00] |" in shown
     assert text.read_text() == shown
     assert picture.stat().st_size > 1000
+    for flag in ("--metrics", "--compared"):
+        with pytest.raises(SystemExit, match=f"{flag} rfid: no run has it"):
+            table.main([str(out), "--num-codes", "16", flag, "rfid"])
     there = out.read_text()
     for flag in ("--out", "--figure"):
         with pytest.raises(SystemExit, match=f"{flag} {out} is what is read, and would be lost"):
