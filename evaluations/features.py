@@ -8,6 +8,7 @@ the graph, so numbers agree with ADM's evaluator. Its weights are read from a fi
 from __future__ import annotations
 
 import hashlib
+import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -193,9 +194,12 @@ def _open_torchscript(path: Path) -> Extractor:
     return Extractor("torchscript", digest, network, run)
 
 
+_ATTRIBUTES = re.compile(rb"^(  \w+ : [^\n]*\n)+", re.MULTILINE)  # bodies are indented more, or assign
+
+
 def _torchscript_sha256(path: Path) -> str:
     """Equal for files of the same weights and code: the bytes also tell paths of the machine that wrote it and the
-    order in which Python's hashes put a class's constants."""
+    order in which Python's hashes put the attributes of a class."""
     digest = hashlib.sha256()
     with zipfile.ZipFile(path) as archive:
         for name in sorted(archive.namelist()):
@@ -204,7 +208,7 @@ def _torchscript_sha256(path: Path) -> str:
                 continue
             content = archive.read(name)
             if record.endswith(".py"):
-                content = b"\n".join(sorted(content.splitlines()))
+                content = _ATTRIBUTES.sub(lambda found: b"".join(sorted(found[0].splitlines(keepends=True))), content)
             digest.update(f"{record} {len(content)} ".encode() + content)
     return digest.hexdigest()
 

@@ -1,6 +1,7 @@
 """Feature extractors: Inception against torch-fidelity's own run of the same file, TorchScript, and wrong files."""
 
 import argparse
+import zipfile
 
 import pytest
 import timm
@@ -124,6 +125,33 @@ def test_weights_are_hashed(tmp_path):
     first, second = (open_extractor(script(m, tmp_path / f"{i}.pt")) for i, m in enumerate([OneTensor(), TwoTensors()]))
     assert first.sha256 != second.sha256
     assert len(first.sha256) == 64
+
+
+class Wide(torch.nn.Module):
+    """Twice the means of images wider than two pixels."""
+
+    def forward(self, x):
+        if x.size(3) > 2:
+            twice = True
+        else:
+            twice = False
+        means = x.float().mean((2, 3))
+        return means * 2 if twice else means
+
+
+def test_code_is_hashed_in_its_order(tmp_path):
+    plain, flipped = tmp_path / "plain.pt", tmp_path / "flipped.pt"
+    torch.jit.script(Wide()).save(str(plain))
+    with zipfile.ZipFile(plain) as archive, zipfile.ZipFile(flipped, "w") as changed:
+        for name in archive.namelist():
+            content = archive.read(name)
+            if name.endswith(".py"):
+                content = (content.replace(b"twice = True", b"twice = ?").replace(b"twice = False", b"twice = True")
+                           .replace(b"twice = ?", b"twice = False"))
+            changed.writestr(name, content)
+    one, other = (open_extractor(f"torchscript:{path}") for path in (plain, flipped))
+    torch.testing.assert_close(one(pictures(4, 6)).pooled, 2 * other(pictures(4, 6)).pooled)
+    assert one.sha256 != other.sha256
 
 
 def test_damaged_weights_are_named(tmp_path):
