@@ -12,6 +12,6 @@ if "$PYTHON" -c 'import ruff, mypy' 2>/dev/null; then
 else
     echo "test.sh: $PYTHON has no ruff or mypy, lint and types are left out (pip install -r requirements-dev.txt)" >&2
 fi
-parallel=()
-if "$PYTHON" -c 'import xdist' 2>/dev/null; then parallel=(-n auto --dist loadfile); fi  # one process per core
+parallel=() # a process per core, in the order of tests/conftest.py
+if "$PYTHON" -c 'import xdist' 2>/dev/null; then parallel=(-n auto --dist loadfile --no-loadscope-reorder); fi
 exec "$PYTHON" -m pytest "${parallel[@]}" "$@"
