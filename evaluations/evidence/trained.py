@@ -21,6 +21,7 @@ METRICS = comparison.METRICS | {  # a trainer's last validation, and under a rep
     "structures.normalized_perplexity": ("perplexity / K, whole chains", 3),
     "structures.usage_per_chain": ("usage per chain", 3), "structures.rmsd": ("RMSD (Å), whole chains", 2),
     "structures.lddt": ("lDDT, whole chains", 3), "structures.tm": ("TM, whole chains", 3),
+    "probe.interface": ("interface, AUROC (%)", 1), "probe.bfactor": ("B-factor, Spearman (%)", 1),
 }
 
 
