@@ -17,5 +17,5 @@ LONG = ("tokenizer/test_train_provq.py", "tokenizer/test_codebook_options.py", "
 
 
 def pytest_collection_modifyitems(items):
-    """Files that take the longest, a minute or so each, go first: begun last, they leave the other cores without work."""
+    """Files that take a minute or so go first: begun last, they would leave the other cores without work."""
     items.sort(key=lambda item: item.nodeid.partition("::")[0].removeprefix("tests/") not in LONG)
