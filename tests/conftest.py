@@ -10,12 +10,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-LONG = ("tokenizer/test_train_provq.py", "tokenizer/test_codebook_options.py", "faults/test_runs.py",
-        "faults/test_kills.py", "protein/test_train_structures.py", "tokenizer/test_attach.py",
-        "tokenizer/test_averages.py", "test_graphs.py", "autoregressive/test_train_c2i.py", "faults/test_mutations.py",
-        "evaluations/evidence/test_bed.py", "test_fake_steps.py", "test_first_steps.py", "scripts/test_tour.py")
+LONG = ("faults/test_kills.py", "test_first_steps.py", "scripts/test_tour.py", "scripts/test_slurm.py",
+        "tokenizer/test_codebook_options.py", "protein/test_train_structures.py", "tokenizer/test_provq_distributed.py")
 
 
 def pytest_collection_modifyitems(items):
-    """Files that take a minute or so go first: begun last, they would leave the other cores without work."""
+    """Files of few tests that take long go first: begun last, they would leave the other cores without work."""
     items.sort(key=lambda item: item.nodeid.partition("::")[0].removeprefix("tests/") not in LONG)
