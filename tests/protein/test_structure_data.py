@@ -148,7 +148,6 @@ def test_paths_that_are_no_source(tmp_path):
 
 
 def test_generated_backbones_can_be_divided():
-    pytest.importorskip("protein.backbones")
     generated = open_structures(None, ideal_chains=5, seed=1)
     assert len(generated) == 5
     assert generated.fingerprint() == open_structures(None, ideal_chains=5, seed=1).fingerprint()
