@@ -198,9 +198,9 @@ _ATTRIBUTES = re.compile(rb"^(  \w+ : [^\n]*\n)+", re.MULTILINE)  # bodies are i
 
 
 def _torchscript_sha256(path: Path) -> str:
-    """Equal for files of the same weights and code that a command wrote. Left out: the paths of the machine, and the order
-    in which Python's hashes put the attributes of a class. Left in: the numbers that a process gives its classes, so that
-    files of a process that made other TorchScript before may differ though they compute the same."""
+    """Equal for files of the same weights and code that a command wrote. Left out: paths of the machine, and the order
+    in which Python's hashes put the attributes of a class. Left in: the numbers that a process gives its classes: files
+    of a process that made other TorchScript before may differ though they compute the same."""
     digest = hashlib.sha256()
     with zipfile.ZipFile(path) as archive:
         for name in sorted(archive.namelist()):

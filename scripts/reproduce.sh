@@ -205,7 +205,7 @@ case "$table" in
         collected generation.fid generation.inception_score generation.precision generation.recall
         ;;
     3)
-        runs_of_4="$(dirname "$out")/table-4-$scale" tokenizers=()
+        runs_of_4="$(dirname "$out")/table-4-$scale" tokenizers=() folders=()
         rows="vanilla provq aminoaseed aminoaseed-provq" # the paper's
         tasks=(--all --data "$data")
         if [ "$scale" != paper ]; then
@@ -218,10 +218,12 @@ case "$table" in
             for seed in "${numbers[@]}"; do
                 [ "$scale" = paper ] || [ -e "$runs_of_4/$row-s$seed" ] ||
                     fail "$runs_of_4/$row-s$seed is missing; first: reproduce.sh 4 --scale $scale --data $data"
-                tokenizers+=("$row=$runs_of_4/$row-s$seed")
+                tokenizers+=("$row=$runs_of_4/$row-s$seed") folders+=("$runs_of_4/$row-s$seed")
             done
         done
         tool protein/benchmark/train_task.py "${tasks[@]}" --results-dir "$out" --tokenizer foldseek "${tokenizers[@]}"
+        [ "$scale" = paper ] || tool evaluations/evidence/collect.py "${folders[@]}" --probes "$out" \
+            --out "$out/table.json" --metrics probe.interface probe.bfactor
         ;;
     4)
         [ "$scale" != confirm ] || [ -n "$data" ] || fail "--data is missing: a folder of structures"

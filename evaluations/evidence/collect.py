@@ -3,7 +3,9 @@
     python evaluations/evidence/collect.py runs/table-4-small/*-s? --out table.json --metrics rmsd lddt usage
 
 Of each run: its seed, the trainer's last validation, and under their names the reports in its evaluation/, such as
-reconstruction.rfid. Settings that all runs share stand once, others with each run; paths are left out.
+reconstruction.rfid. Settings that all runs share stand once, others with each run; paths are left out. With --probes
+RESULTS_DIR also what probes on their tokens scored there, such as probe.bfactor, in percent on the test split: pooled
+over residues, at the learning rate that validation chose, mean over the probe's seeds.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from evaluations.evidence import store, trained
+from evaluations.evidence.probes import Probes
 from evaluations.protocol import differences
 from evaluations.report_runs import Run, differing, number, read_runs
 from tokenizer.runtime.command import command, make_parser, require_out_file
@@ -35,6 +38,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(PROG, __doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs, called ROW-sSEED")
     parser.add_argument("--out", type=Path, required=True, help="file to write, NAME.json")
+    parser.add_argument("--probes", nargs="+", type=Path, default=[], metavar="DIR",
+                        help="of these runs: --results-dir of protein/benchmark/train_task.py")
     trained.add_table_flags(parser)
     return parser.parse_args(argv)
 
@@ -94,7 +99,7 @@ def row_of(run: Run, path: Path) -> str:
     return match[1]
 
 
-def gathered(runs: Sequence[Run], paths: Sequence[Path]) -> dict[str, Any]:
+def gathered(runs: Sequence[Run], paths: Sequence[Path], probes: Probes | None = None) -> dict[str, Any]:
     """What is written. paths: as the runs were named."""
     require_one_protocol(runs)
     settings = [{name: value for name, value in run.config.items()
@@ -106,11 +111,16 @@ def gathered(runs: Sequence[Run], paths: Sequence[Path]) -> dict[str, Any]:
         row, own = row_of(run, path), {name: mine[name] for name in mine if name in names - {"results_dir"}}
         if rows.setdefault(row, own) != own:
             raise ValueError(f"runs of the row {row} differ in {', '.join(differing([rows[row], own]))}: name another")
-        lines.append({"run": row, "seed": run.seed, **measured(run)})
+        probed = numbers(probes.of(run.path)) if probes else {}
+        lines.append({"run": row, "seed": run.seed, **measured(run), **probed})
     shared = {name: value for name, value in settings[0].items() if name not in names}
     # Runs do not record where they were made: this is what they were gathered with.
-    return {"date": max(run.written for run in runs), "collected_with": store.machine(), "settings": shared,
-            "rows": rows, "runs": lines}
+    head = {"date": max(run.written for run in runs), "collected_with": store.machine(), "settings": shared,
+            "rows": rows}
+    if probes:
+        others = {source: numbers(values) for source, values in probes.others([run.path for run in runs]).items()}
+        head["probes"] = {"settings": probes.settings, "others": others}
+    return {**head, "runs": lines}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -120,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.out.exists():
             with parsing(f"--out {args.out}", "is there and no file of this command; name another"):
                 trained.read(args.out)
-        found = gathered(read_runs(args.runs), args.runs)
+        found = gathered(read_runs(args.runs), args.runs, Probes(args.probes) if args.probes else None)
         table = trained.table(found["runs"], args)  # before anything is written
         head = {name: value for name, value in found.items() if name != "runs"}
         lines = ",\n".join("  " + json.dumps(line) for line in found["runs"])

@@ -4,8 +4,8 @@ Code vector of each residue's token + learned position -> LayerNorm -> dropout -
 Chains ("classification") average over their residues before the first Linear. Residues of a batch are one long list:
 nothing is padded.
 
-Two protocols go through the same training and are kept apart, see PROTOCOLS. Each picks, by its own score on the
-validation split, the step (and train_task.py the learning rate) whose test numbers it reports.
+Two protocols go through the same training and are kept apart, see PROTOCOLS in choices.py. Each picks, by its own score
+on the validation split, the step (and train_task.py the learning rate) whose test numbers it reports.
 """
 
 from __future__ import annotations
@@ -28,12 +28,6 @@ from protein.benchmark.tasks import Example
 from tokenizer.runtime.seeding import StepSampler, seed_step
 
 POSITIONS = 700  # rows of its table of positions
-PROTOCOLS = {
-    "pooled": "one number over all residues (or chains) of the split; chosen by the same number on validation",
-    "as coded": "StructTokenBench's code: AUROC and F1 are means over batches of 8 chains (64 for classes), where a "
-                "batch of one class scores AUROC 0; chosen by the batches' mean F1 on validation. Spearman's rho is "
-                "pooled",
-}
 
 
 @dataclass(frozen=True)

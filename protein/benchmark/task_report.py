@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from protein.benchmark.probe import PROTOCOLS
+from protein.benchmark.choices import PROTOCOLS
 from protein.benchmark.tasks import METRICS, STRUCTTOKENBENCH
 from tokenizer.runtime import page
 from tokenizer.runtime.config import parse_object
