@@ -1,6 +1,7 @@
 """What torch.compile makes of the models: one graph per stage without a break, and none when alpha moves or a last
 batch is smaller."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -17,7 +18,7 @@ from autoregressive import train_c2i
 from autoregressive.gpt import NextCodeLoss
 from tokenizer import train_provq, vq_model
 from tokenizer.pixels import from_uint8
-from tokenizer.provq import Curriculum
+from tokenizer.provq import Curriculum, ProVQ, VectorQuantizer
 from tokenizer.quantizers import build_restart
 from tokenizer.train_config import PRESETS, TrainConfig
 from tokenizer.vq_model import VQModel, VQModelConfig
@@ -41,6 +42,21 @@ class Graphs:
 def _small(monkeypatch):
     """Tracing takes seconds per layer."""
     monkeypatch.setitem(vq_model.ARCHITECTURES, "VQ-4", TINY_VQ4)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_one_graph_for_batches_of_any_size(stage):
+    """As for a linear layer: one for the first number of tokens, one for all others."""
+    model = ProVQ(VectorQuantizer(16, 4), Curriculum(9, 9), channel_dim=-1)
+    model.set_step({1: 0, 2: 9, 3: 18}[stage])
+    if model.needs_init:
+        model.init_codebook(torch.randn(64, 4))
+    graphs, eager = Graphs(), copy.deepcopy(model)
+    compiled = torch.compile(model, backend=graphs)
+    for count in range(64, 76):
+        x = torch.randn(2, count, 4)
+        torch.testing.assert_close(compiled(x).quantized, eager(x).quantized)
+    assert graphs.count == 2
 
 
 @pytest.mark.usefixtures("_small")

@@ -50,6 +50,9 @@ class GridQuantizer(VectorQuantizer):
         return self.adapter.latent(x.to(torch.promote_types(x.dtype, torch.float32)))
 
     def lookup(self, indices: Tensor) -> Tensor:
+        """Codes of int64 indices (...) -> (..., D). IndexError: there is no such code, and the grid would go on."""
+        if indices.numel() and not (0 <= int(indices.min()) and int(indices.max()) < self.num_codes):
+            raise IndexError(f"codes {int(indices.min())} to {int(indices.max())} of {self.num_codes}")
         return self.adapter.module.indices_to_codes(indices.reshape(1, -1)).reshape(*indices.shape, self.dim)
 
     def forward(self, x: Tensor) -> Quantized:

@@ -147,6 +147,7 @@ class Quantizer(Protocol):
     num_codes: int  # K
     dim: int  # D
     l2_norm: bool  # codes and latents on the unit sphere; False if it is absent
+    placements: int = 0  # how often ProVQ has set the codes since the program began
     @abc.abstractmethod
     def __call__(self, x: Tensor) -> Quantized: ...
     @abc.abstractmethod
@@ -369,11 +370,12 @@ class ProVQ(nn.Module):
 
     @torch.no_grad()
     def _place(self, latents: Tensor | None, optimizers: Any = (), **options: Any) -> dict[str, float]:
-        optimizers = [optimizers] if isinstance(optimizers, optim.Optimizer) else list(optimizers)
+        every = _unwrapped(optimizers)
         info = {} if latents is None else self._fit(self._checked(latents), **options)
-        for each in (*optimizers, *(o.optim for o in optimizers if hasattr(o, "optim"))):  # ZeRO's own
+        for optimizer in every:
             for parameter in self._ask("codebook_parameters"):
-                each.state.pop(parameter, None)
+                optimizer.state.pop(parameter, None)
+        self.quantizer.placements = getattr(self.quantizer, "placements", 0) + 1
         return info
 
     def _fit(self, latents: Tensor, **options: Any) -> dict[str, float]:
@@ -402,7 +404,7 @@ class ProVQ(nn.Module):
             self.best_score.fill_(signed)
             self.stale_checks.zero_()
         if ended := int(self.stale_checks) >= self.adaptive.patience and self._step >= max(1, self.adaptive.min_steps):
-            self.warmup_end.fill_(self._step)
+            self.warmup_end.fill_(self._step + (self._watched[0] == self._step))  # what has trained is of stage 1
             self._mirror()
         return ended
 
@@ -614,7 +616,7 @@ class EMAVectorQuantizer(VectorQuantizer):
         self.register_buffer("ema_counts", torch.ones(self.num_codes))
         # Plain tensors, not buffers: DistributedDataParallel would overwrite other ranks' sums with rank 0's.
         self._pending = torch.zeros(self.num_codes, self.dim + 1, dtype=torch.float64)
-        self._last = torch.zeros(1, self.dim)
+        self._last = torch.zeros(0, self.dim)
 
     def _table(self) -> Tensor:
         return self.codes
@@ -650,11 +652,9 @@ class EMAVectorQuantizer(VectorQuantizer):
         self._pending.zero_()
         if self.restart_below > 0:
             floor = self.restart_below * self.ema_counts.mean()
-            last = self._last.to(stats.device)
-            rows = _broadcast(last[torch.randint(len(last), (self.num_codes,), device=last.device)].contiguous())
-            dead = ((self.ema_counts < floor) & (counts.sum() > 0))[:, None]
-            self.ema_counts.copy_(torch.where(dead[:, 0], floor, self.ema_counts))
-            self.ema_sums.copy_(torch.where(dead, rows * floor, self.ema_sums))
+            rows, dead = _restarts((self.ema_counts < floor) & (counts.sum() > 0), self._last.to(stats.device))
+            self.ema_counts.copy_(torch.where(dead, floor, self.ema_counts))
+            self.ema_sums.copy_(torch.where(dead[:, None], rows * floor, self.ema_sums))
         self.codes.copy_(self.ema_sums / self._smoothed()[:, None])
 
     def _smoothed(self) -> Tensor:
@@ -664,6 +664,18 @@ class EMAVectorQuantizer(VectorQuantizer):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._pending.zero_()
+
+
+def _restarts(dead: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """For dead codes (K,) bool distinct latents of all ranks' last (N_rank, D): (K, D), and for which there is one."""
+    place, world, rank = dead.cumsum(0) - 1, _world(), dist.get_rank() if _world() > 1 else 0
+    mine, at = dead & (place % world == rank) & (place // world < len(last)), place.clamp_min(0) // world
+    rows = last.new_zeros(len(dead), last.shape[1] + 1)
+    if len(last):  # else this rank's batch was masked altogether
+        drawn = last[torch.randperm(len(last), device=last.device)[at.clamp_max(len(last) - 1)]]
+        rows = torch.where(mine[:, None], F.pad(drawn, (0, 1), value=1.0), rows)
+    rows = _all_reduce(rows)
+    return rows[:, :-1], rows[:, -1] > 0
 
 
 QUANTIZERS: dict[str, type[VectorQuantizer]] = {"vq": VectorQuantizer, "simvq": LinearVectorQuantizer,
@@ -690,7 +702,8 @@ def code_statistics(counts: Tensor) -> dict[str, float]:
 def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
     """Index of the Euclidean nearest code: x (N, D), codebook (K, D) -> (N,) int64; of equal distances the lower index.
 
-    In float32 (float64 if given), outside autocast and (eager) TF32, and in blocks: there is never an N x K matrix.
+    In float32, outside autocast and (eager) TF32, and in blocks: there is never an N x K matrix. Squared distances are
+    exact to about 1e-6 of those across all codes: k-means warns of latents for which that is too little.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     return _search(x.to(dtype), codebook.to(dtype))[1]
@@ -740,6 +753,8 @@ def _search_blocks(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
 # allocated tensors: small ones that outlive their block would pin its freed memory behind them.
 def _search_whole(x: Tensor, codes: Tensor, sq: Tensor) -> tuple[Tensor, Tensor]:
     rows = max(1, (CPU_SEARCH_ELEMENTS if x.device.type == "cpu" else GPU_SEARCH_ELEMENTS) // max(1, len(codes)))
+    if len(x) <= rows:  # a graph of this serves batches of any size
+        return torch.addmm(sq, x, codes.t(), alpha=-2.0).min(1)
     value, index = x.new_empty(len(x)), torch.empty(len(x), dtype=torch.int64, device=x.device)
     for start in range(0, len(x), rows):
         part = slice(start, start + rows)
@@ -835,6 +850,9 @@ def kmeans(x: Tensor, num_codes: int, *, iters: int = 20, start: str = "kmeans++
             break
         centroids = new
     inertia = _all_reduce(far.sum(dtype=torch.float64)).item() / total
+    if 0 < inertia < 3e-6 * float(centroids.var(0, correction=0).sum()):
+        warnings.warn("tokens lie in clusters hundreds of times their size apart: among the codes of one a search in "
+                      "float32 errs (see nearest_code). Normalise the latents", stacklevel=2)
     return KMeansResult(centroids, counts.long(), inertia, min(done + 1, iters))
 
 
@@ -904,6 +922,15 @@ def _broadcast(t: Tensor) -> Tensor:
     if _world() > 1:
         dist.broadcast(t, src=0)
     return t
+
+
+def _unwrapped(optimizers: Any) -> list[optim.Optimizer]:
+    """One or several optimizers, and those inside that have the state: ZeroRedundancyOptimizer, timm's Lookahead."""
+    found = [optimizers] if isinstance(optimizers, optim.Optimizer) else list(optimizers)
+    for each in found:  # grows meanwhile
+        inner = getattr(each, "optim", getattr(each, "_base_optimizer", None))
+        found += [inner] if isinstance(inner, optim.Optimizer) else []
+    return found
 
 
 def _recomputing() -> bool:

@@ -20,7 +20,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
 if TYPE_CHECKING or __package__:  # the provq.py beside this file, in a package of any name
@@ -37,6 +36,7 @@ if getattr(provq, "__version__", None) != __version__:
 
 RESTART_EVERY = 50  # optimizer steps between two looks for dead codes
 MIN_SPREAD = 1e-6  # of a channel that no longer varies
+COPIES = ("lookahead_slow_buff", "slow_buffer", "z", "master_param")  # optimizers' own copies of what they train
 
 
 class FollowingVectorQuantizer(provq.VectorQuantizer):
@@ -48,8 +48,9 @@ class FollowingVectorQuantizer(provq.VectorQuantizer):
     sums; `update_()` moves m and s, once per optimizer step (ProVQ.set_step calls it). m and s are constants to the
     gradient. ValueError: l2_norm, since on the unit sphere there is no scale to follow; decay outside [0, 1).
 
-    set_codebook_ is exact. The first update after it expresses the table in units of the latents: while `placed`, an
-    average of the weights must take the table over instead of averaging it with the one in the old units.
+    Set codes are exact, k-means' in units of the latents that it clustered. Those of `set_codebook_`, which knows no
+    latents, are in units of their own until the first update: while `placed`, an average of the weights must take the
+    table over instead of averaging it with the one in the old units.
     """
 
     mean: Tensor  # (D,)
@@ -85,6 +86,18 @@ class FollowingVectorQuantizer(provq.VectorQuantizer):
         self.placed = True
         self._pending.zero_()
 
+    @torch.no_grad()
+    def fit_codebook_(self, x: Tensor, **options: Any) -> dict[str, float]:
+        """Codes := k-means of tokens x (N_rank, D); m and s := theirs, so that no single batch sets the scale."""
+        info = super().fit_codebook_(x, **options)
+        codes = self._table()
+        self._observe(self.latent(x), torch.zeros(0))
+        mean, spread, _ = self._gathered()
+        self._express(codes, mean, spread)
+        self.state.fill_(self.FOLLOWING)
+        self.placed = False
+        return info
+
     def _express(self, codes: Tensor, mean: Tensor, spread: Tensor) -> None:
         self.mean.copy_(mean)
         self.spread.copy_(spread)
@@ -101,14 +114,12 @@ class FollowingVectorQuantizer(provq.VectorQuantizer):
     @torch.no_grad()
     def update_(self) -> None:
         """Move m and s by what the training forwards since the last call gathered, over all ranks. Collective."""
-        tokens, total, squares = provq._all_reduce(self._pending.to(self.mean.device, copy=True))
-        mean = total / tokens.clamp_min(1)
-        spread = (squares / tokens.clamp_min(1) - mean.square()).clamp_min(0).sqrt().clamp_min(MIN_SPREAD)
-        self._pending.zero_()
+        mean, spread, tokens = self._gathered()
         if self.placed:
             if not tokens[0]:
                 return
-            self._express(self._table(), mean, spread)
+            # Of centroids the mean is that of the latents, and the spread less: a batch with less is no sample of them.
+            self._express(self._table(), self.mean, spread.maximum(self.spread.double()))
             self.placed = False
         else:
             # Decided on the device: without tokens nothing moves, and the first statistics replace the initial ones.
@@ -117,6 +128,14 @@ class FollowingVectorQuantizer(provq.VectorQuantizer):
             self.mean.lerp_(mean.to(self.mean.dtype), share)
             self.spread.lerp_(spread.to(self.spread.dtype), share)
         self.state.copy_(torch.where(tokens[0] > 0, self.FOLLOWING, self.state))
+
+    def _gathered(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Collective. Mean, spread and number (D,) of the latents seen since the last call."""
+        tokens, total, squares = provq._all_reduce(self._pending.to(self.mean.device, copy=True))
+        mean = total / tokens.clamp_min(1)
+        spread = (squares / tokens.clamp_min(1) - mean.square()).clamp_min(0).sqrt().clamp_min(MIN_SPREAD)
+        self._pending.zero_()
+        return mean, spread, tokens
 
     @torch.no_grad()
     def folded(self) -> provq.VectorQuantizer:
@@ -143,7 +162,8 @@ class DeadCodeRestart:
     """Restarts codes that hardly any token chooses at latents of the last batch (Jukebox), for any trained codes.
 
     Watches the quantizer's training forwards. `step` after each optimizer step: every `every` calls, codes chosen less
-    than `below` times the mean since then start again at random latents, and optimizers forget those rows.
+    than `below` times the mean since then start again at random latents, and optimizers forget those rows. k-means
+    (ProVQ.init_codebook, recluster) begins the count anew. There are at most as many as the batch has latents.
 
     Its state is what a resume needs, so save it with the model. Build it after the copy for a moving average is made,
     and before torch.compile. ValueError: below outside (0, 1), every < 1. TypeError: EMA codes, which have a restart of
@@ -159,8 +179,8 @@ class DeadCodeRestart:
             raise TypeError(f"{type(quantizer).__name__}: only codes of provq.py and provq_codes.py can be placed "
                             "one by one")
         self.quantizer, self.below, self.every = quantizer, below, every
-        self.counts = torch.zeros(quantizer.num_codes, dtype=torch.int64)  # this rank's, since the last restart
-        self.steps = 0  # since then
+        self.counts = torch.zeros(quantizer.num_codes, dtype=torch.int64)  # this rank's, since the last look for dead
+        self.steps, self._placements = 0, quantizer.placements  # since then
         self.latents = torch.zeros(0, quantizer.dim)
         quantizer.register_forward_hook(self._watch)
 
@@ -183,34 +203,32 @@ class DeadCodeRestart:
 
         copies: the quantizer in moving averages of the model, where these codes restart as well.
         """
+        if self._placements != self.quantizer.placements:  # k-means: how often the codes before were chosen is past
+            self.counts.zero_()
+            self.steps, self._placements = 0, self.quantizer.placements
         if not self.due:
             self.steps += 1
             return 0
-        counts = provq._all_reduce(self.counts.clone()).float()
-        dead = (counts < self.below * counts.mean()).nonzero()[:, 0]
+        counts = self._all_counts().float()
+        rows, restart = provq._restarts(counts < self.below * counts.mean(), self.latents.float().to(counts.device))
         self.counts.zero_()
         self.steps = 0
-        # Each rank gives every world-th code one of its latents, if it has any: a batch may be masked altogether.
-        rank, world = (torch.distributed.get_rank() if provq._world() > 1 else 0), provq._world()
-        places = torch.arange(rank, len(dead), world)
-        given = torch.zeros(len(dead), self.quantizer.dim + 1, device=dead.device)
-        if len(self.latents) and len(places):
-            drawn = self.latents[torch.randint(len(self.latents), (len(places),))]
-            given[places] = F.pad(drawn.float(), (0, 1), value=1.0)
-        provq._all_reduce(given)
-        there = given[:, -1] > 0
-        dead, given = dead[there], given[there, :-1]
+        dead = restart.nonzero()[:, 0]
         if len(dead):
-            place_codes_(self.quantizer, dead, given, optimizers)
+            place_codes_(self.quantizer, dead, rows[dead], optimizers)
             for copy in copies:
                 for name, value in copy.named_parameters():
                     if name == "embedding.weight":  # a frozen table is a buffer, which averages copy
                         value[dead] = dict(self.quantizer.named_parameters())[name][dead]
         return len(dead)
 
+    def _all_counts(self) -> Tensor:
+        """Collective. Of all ranks, on the device of the codes, which alone a process group may serve."""
+        return provq._all_reduce(self.counts.to(self.quantizer.codebook().device, copy=True))
+
     def state_dict(self) -> dict[str, Any]:
         """Collective. Counts of all ranks."""
-        return {"counts": provq._all_reduce(self.counts.clone()).cpu(), "steps": self.steps}
+        return {"counts": self._all_counts().cpu(), "steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Rank 0 takes the counts of all ranks that saved them. ValueError: of another number of codes."""
@@ -238,7 +256,7 @@ def place_codes_(
     elif not isinstance(quantizer, provq.VectorQuantizer) or type(quantizer)._table is not provq.VectorQuantizer._table:
         raise TypeError(f"the codes of {type(quantizer).__name__} are no rows that can be set one by one")
     quantizer.embedding.weight[rows] = codes
-    for optimizer in optimizers:
-        for value in optimizer.state.get(quantizer.embedding.weight, {}).values():
+    for optimizer in provq._unwrapped(optimizers):
+        for name, value in optimizer.state.get(quantizer.embedding.weight, {}).items():
             if isinstance(value, Tensor) and value.shape == quantizer.embedding.weight.shape:
-                value[rows] = 0.0
+                value[rows] = codes.to(value) if name in COPIES else 0.0  # else a moment

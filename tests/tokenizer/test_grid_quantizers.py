@@ -56,6 +56,18 @@ def test_the_whole_curriculum_with_resume_and_export(name, tmp_path):
     assert torch.equal(provq.load(tmp_path / "export").encode(x, value_range=(-1, 1)), model.encode(x))
 
 
+@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("index", [-1, 64])
+def test_codes_that_do_not_exist_are_no_codes(name, index):
+    """A grid's arithmetic would go on and give another code."""
+    quantizer = GridQuantizer(name, 64)
+    with pytest.raises(IndexError, match=f"codes {min(index, 3)} to {max(index, 3)} of 64"):
+        quantizer.lookup(torch.tensor([3, index]))
+    if index > 0:
+        with pytest.raises(IndexError, match="of 64"):
+            ProVQ(quantizer, Curriculum(0, 0)).decode(torch.tensor([[index]]))
+
+
 @pytest.mark.parametrize(("flags", "said"), [
     (["--codebook-embed-dim", "8"], "--codebook-embed-dim is 8; it must be 2, the channels of fsq with 64 codes"),
     (["--codebook-size", "100"], "--codebook-size is 100; it does not fit fsq: .*2\\^n >= 4"),

@@ -233,7 +233,9 @@ def test_encodec_may_ask_for_some_levels(stage):
 
 
 def test_rare_codes_that_a_host_would_replace_are_named():
-    handle = attach(STAND_INS["encodec"].make(), Curriculum(1, 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # attach knows of no tokens yet
+        handle = attach(STAND_INS["encodec"].make(), Curriculum(1, 1))
     handle.quantizer.module(CASES["encodec"].z(0)[:1])  # 12 tokens in a batch, for 8 codes
     handle.collect(_normal(5, 4))
     handle.set_step(1)

@@ -4,6 +4,7 @@ import itertools
 import math
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,30 @@ def test_nearest_code_survives_a_common_offset(offset):
     codes = codes.reshape(-1, 2)
     x = codes + 0.02
     assert torch.equal(nearest_code(x, codes), torch.arange(400))
+
+
+@pytest.mark.parametrize("apart", [10.0, 100.0, 1000.0])
+def test_codes_in_clusters_far_apart(apart):
+    """Their middle is in none of them: what float32 can tell apart is what the docstring says, and float64 all."""
+    side = torch.tensor([-apart / 2, apart / 2])
+    codes = _normal(512, 8) + side.repeat(256)[:, None]
+    x = _normal(3000, 8, seed=1) + side.repeat(1500)[:, None]
+    distances = torch.cdist(x.double(), codes.double()).square()
+    chosen = distances.gather(1, nearest_code(x, codes)[:, None])[:, 0]
+    assert ((chosen - distances.amin(1)) <= 2e-6 * 8 * (apart + 6) ** 2).all()
+    assert torch.equal(nearest_code(x.double(), codes.double()), distances.argmin(1))
+
+
+def test_k_means_warns_where_float32_cannot_tell_codes_apart():
+    for apart, tells in ((1.0, False), (30.0, False), (3000.0, True)):
+        x = _normal(2000, 8) + torch.tensor([-apart / 2, apart / 2]).repeat(1000)[:, None]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            kmeans(x, 64, iters=2)
+        assert [str(w.message)[:37] for w in caught] == ["tokens lie in clusters hundreds of ti"] * tells
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kmeans(_normal(5, 3), 5), kmeans(_normal(50, 3), 1), kmeans(1e4 + _normal(500, 1), 100)  # no sign of clusters
 
 
 def test_nearest_code_keeps_float64():

@@ -516,6 +516,27 @@ def test_the_warm_up_ends_after_patience_checks_without_improvement():
     assert _decisions([5, 5], patience=1)[0] == 20, "equal is not better"
 
 
+@pytest.mark.parametrize("told", [True, False], ids=["after set_step(step + 1)", "before it"])
+@pytest.mark.parametrize("length", [1, 4])
+def test_the_transition_begins_with_the_step_after_a_score(told, length):
+    """Whether a loop has said yet that its step is done: no step that trained in stage 1 becomes one of stage 2."""
+    model = ProVQ(quantizer("vq"), Curriculum(100, length), adaptive=AdaptiveWarmup(patience=1))
+    alphas = []
+    for step in range(10):
+        model.set_step(step)
+        if model.needs_init:
+            model.init_codebook(_normal(100, model.dim))
+        model(_normal(2, model.dim, 15))
+        alphas.append(model.alpha)
+        if told:
+            model.set_step(step + 1)
+        if step in (3, 5):
+            assert model.observe(1.0) is (step == 5)
+    assert alphas[:6] == [1.0] * 6
+    assert alphas[6:] == [model.curriculum.alpha(step) for step in range(6, 10)]
+    assert (alphas[6], model.curriculum.warmup_steps) == (1.0, 6)
+
+
 def test_min_delta_mode_and_min_steps():
     assert _decisions([5, 4.9, 4.8], patience=2, min_delta=0.5)[0] == 30
     assert _decisions([5, 4.4, 3.8], patience=2, min_delta=0.5)[0] is None

@@ -162,6 +162,27 @@ def test_set_codes_are_exact_and_stay_where_they_are_until_the_latents_move():
     torch.testing.assert_close(quantizer.spread, x.std(0, unbiased=False), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("first", [slice(1), slice(0, 0), slice(None)], ids=["one token", "no token", "nearly blank"])
+def test_no_single_batch_sets_the_scale_of_the_codes(first):
+    """After k-means spread is that of its latents; one odd batch moves it by 1 - decay, and not for good."""
+    provq = ProVQ(following(), Curriculum(1, 0), channel_dim=-1)
+    provq.set_step(1)
+    provq.init_codebook(tokens(4096))
+    before = provq.codebook().detach().clone()
+    odd = tokens(300, seed=1)[first] * (0.05 if first == slice(None) else 1.0)
+    for number, x in enumerate([odd, *(tokens(1000, seed=i) for i in range(2, 60))], 1):
+        provq.set_step(number)
+        provq(x)
+    provq.set_step(61)
+    torch.testing.assert_close(provq.codebook(), before, rtol=0, atol=0.15)
+    quantizer = following()  # codes without their latents: the first batch may widen the spread, not narrow it
+    quantizer.set_codebook_(before)
+    quantizer(odd), quantizer.update_()
+    for number in range(2, 60):
+        quantizer(tokens(1000, seed=number)), quantizer.update_()
+    torch.testing.assert_close(quantizer.codebook(), before, rtol=0.2, atol=0.3)
+
+
 def test_folding_is_exact():
     provq, _, _ = trained(FollowingVectorQuantizer(K, D))
     quantizer, x = provq.quantizer.eval(), tokens(1000, seed=5)
@@ -280,6 +301,94 @@ def test_no_code_restarts_where_all_are_used():
     restart.counts, restart.latents = torch.ones(K, dtype=torch.int64), tokens()
     assert restart.step([optimizer]) == 0
     assert torch.equal(provq.codebook(), before)
+
+
+def test_k_means_begins_the_count_anew():
+    """Codes of k-means are not judged by how often those before it were chosen, nor by a single batch."""
+    provq = ProVQ(VectorQuantizer(K, D), Curriculum(3, 0), channel_dim=-1)
+    restart = DeadCodeRestart(provq.quantizer, 0.5, every=4)
+    for number in range(3):  # of the warm-up
+        provq.set_step(number)
+        provq(tokens(50, seed=number))
+        restart.step()
+    assert restart.steps == 3
+    x = tokens(500)
+    provq.set_step(3)
+    provq.init_codebook(x)
+    provq(x[:2])  # most codes are not in it
+    assert restart.step() == 0
+    assert restart.steps == 1
+    provq(x), restart.step()
+    counts = restart.counts.clone()
+    assert torch.equal(counts, provq(x).indices.bincount(minlength=K)), "those of the whole batch alone"
+    provq.recluster(x)
+    provq(x[:2])
+    assert restart.step() == 0
+    assert (restart.steps, int(restart.counts.sum())) == (1, 0)
+
+
+@pytest.mark.parametrize(("latents", "restarted"), [(tokens(40), K - 1), (tokens(K - 1), K - 1), (tokens(5), 5),
+                                                    (tokens(0), 0)])
+def test_codes_restart_at_distinct_latents(latents, restarted):
+    """Two codes at one latent would leave one that nothing can choose."""
+    quantizer = VectorQuantizer(K, D)
+    restart = DeadCodeRestart(quantizer, 0.5, every=1)
+    restart.counts[0], restart.latents = 100, latents
+    assert restart.step() == restarted
+    assert len(quantizer.codebook().unique(dim=0)) == K
+    assert all((code == latents).all(1).any() for code in quantizer.codebook()[1:restarted + 1])
+
+
+@pytest.mark.parametrize(("count", "restarted"), [(40, K - 1), (5, 5), (0, 0)])
+def test_ema_codes_restart_at_distinct_latents_or_stay(count, restarted):
+    quantizer = EMAVectorQuantizer(K, D, restart_below=0.9).train()
+    codes = 100.0 + torch.arange(float(K))[:, None].expand(-1, D)
+    quantizer.set_codebook_(codes)
+    quantizer.ema_counts[1:] = 0.1
+    quantizer.ema_sums[1:] *= 0.1
+    quantizer.codes.copy_(quantizer.ema_sums / quantizer._smoothed()[:, None])
+    quantizer(codes[:1].repeat(30, 1))
+    quantizer._last = last = tokens(count)
+    quantizer.update_()
+    found = quantizer.codebook()[1:]
+    moved = found[found.norm(dim=1) < 90]
+    assert len(moved) == len(moved.unique(dim=0)) == restarted
+    assert all((code - last).abs().amax(1).min() < 1e-2 for code in moved)
+    stayed = found.norm(dim=1) >= 90
+    torch.testing.assert_close(found[stayed], codes[1:][stayed], rtol=2e-3, atol=0)
+
+
+class SlowWeights(torch.optim.Optimizer):
+    """A wrapper with the state in the optimizer inside, as timm's Lookahead."""
+
+    def __init__(self, inner):
+        super().__init__(inner.param_groups, {})
+        self._base_optimizer = inner
+
+    def step(self):
+        self._base_optimizer.step()
+        for group in self._base_optimizer.param_groups:
+            for parameter in group["params"]:
+                state = self._base_optimizer.state[parameter]
+                slow = state.setdefault("lookahead_slow_buff", parameter.detach().clone())
+                slow.add_(parameter.detach() - slow, alpha=0.5)
+                parameter.data.copy_(slow)
+
+
+def test_optimizers_inside_others_forget_as_well():
+    quantizer = VectorQuantizer(K, D)
+    provq = ProVQ(quantizer, Curriculum(0, 0), channel_dim=-1)
+    optimizer = SlowWeights(torch.optim.Adam(quantizer.parameters(), 1e-3))
+    step(provq, optimizer, 0, tokens())
+    state = optimizer._base_optimizer.state[quantizer.embedding.weight]
+    place_codes_(quantizer, torch.tensor([2, 5]), torch.full((2, D), 9.0), optimizer)  # one optimizer, no list
+    assert torch.equal(state["lookahead_slow_buff"][[2, 5]], torch.full((2, D), 9.0)), "a copy of the weights"
+    assert not state["exp_avg"][[2, 5]].any()
+    assert state["exp_avg"][0].any()
+    provq.recluster(tokens(500, offset=5.0), optimizers=optimizer)
+    assert quantizer.embedding.weight not in optimizer._base_optimizer.state
+    step(provq, optimizer, 1, tokens(500, offset=5.0))
+    assert float(provq.codebook().detach().mean()) == pytest.approx(5.0, abs=0.3), "not dragged back to where it was"
 
 
 def test_restart_refuses():

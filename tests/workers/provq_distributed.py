@@ -192,7 +192,14 @@ def ema_restart(rank: int, world: int) -> dict[str, Any]:
         bare(_share(_normal(60, 4, seed=seed), rank, world, first=0.5))
         bare.update_()
     assert (bare.codebook().norm(dim=1) < 20).sum() > 8, "dead codes restarted"
-    return {"codes": bare.codebook()}
+    late = EMAVectorQuantizer(16, 4, decay=0.5, restart_below=0.9)  # a first batch that is masked on rank 0
+    late.set_codebook_(100 + _normal(16, 4))
+    late(10 + _share(_normal(60, 4), rank, world, first=0.0 if world > 1 else 1.0))
+    late.update_()
+    restarted = late.codebook()[late.codebook().norm(dim=1) < 50]
+    assert len(restarted) >= 15 // world  # each rank has latents for its share of them, or the share waits
+    assert restarted.norm(dim=1).min() > 10, "none at the origin, where no latent is"
+    return {"codes": torch.stack([bare.codebook(), late.codebook()])}
 
 
 @scenario
