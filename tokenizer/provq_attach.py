@@ -283,7 +283,7 @@ class Adapter(nn.Module):
             for part in twin.parts():
                 codes = torch.randn(part.table().shape, generator=generator).to(device)
                 codes = F.normalize(codes, dim=-1) if part.l2_norm else codes
-                part.set_codebook_(codes)  # no counts: hosts warn of few tokens, and here are none
+                part.set_codebook_(codes, torch.full((len(codes),), 1e6, device=device))  # few would make hosts warn
             if len({float(part.codebook().detach().double().sum()) for part in twin.parts()}) < len(twin.parts()):
                 raise ValueError(f"{name}: levels that share their codes are not supported: what one leaves over is no "
                                  "latent of another")

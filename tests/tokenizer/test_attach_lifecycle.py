@@ -132,7 +132,7 @@ def test_a_finished_run_goes_on_discretely_in_a_curriculum_of_no_length():
             _forward(model, range(step, step + 1))
             if adaptive:
                 handle.observe(1.0)
-        assert handle.curriculum.warmup_steps == (1 if adaptive else 9)
+        assert handle.curriculum.warmup_steps == (2 if adaptive else 9), "steps 0 and 1 have trained in stage 1"
         tuned = _model(Curriculum(0, 0))
         tuned.load_state_dict(model.state_dict())
         _forward(tuned, range(1))
