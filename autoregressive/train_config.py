@@ -76,16 +76,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "compile": False,
     },
 }
-# What may differ when a run is resumed: its length (a schedule that depends on it, see `resumable`), its cadence, its
-# machine. Data and tokenizer may move: what they hold is compared, not where.
+# What may differ when a run is resumed: its length, its cadence, its machine. Data and tokenizer may move: what they
+# hold is compared, not where.
 RESUMABLE = RESUMABLE_RUN | {"preset", "code_path", "val_code_path", "vq_ckpt", "vq_weights", "codebook_l2_norm",
                              "other_tokenizer", "sample_every", "sample_cfg_scale", "num_workers", "compile",
                              "activation_checkpointing", "data_parallel"}
-
-
-def resumable(cfg: TrainConfig) -> frozenset[str]:
-    """RESUMABLE, less the length when the learning rate depends on it."""
-    return RESUMABLE if cfg.lr_schedule == "constant" else RESUMABLE - {"max_steps", "epochs"}
 
 
 def pick_preset(given: dict[str, Any]) -> str:

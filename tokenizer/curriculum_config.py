@@ -30,8 +30,8 @@ class CurriculumConfig(QuantizerConfig, RunConfig):
     transition_steps: int = arg(20_000, "stage 2, soft transition, likewise; paper: 20000", fraction=True)
     transition: str = arg("cosine", "schedule of alpha in stage 2; paper: cosine", choices=TRANSITIONS)
     loss_lambda: float = arg(0.5, "weight of the quantization loss when stage 2 begins, lambda; paper: 0.5")
-    stop_after: str | None = arg(None, "stage that the run ends with, without a discrete tokenizer; none: it reaches "
-                                       "stage 3, or is refused", choices=("warmup", "transition"))
+    stop_after: str | None = arg(None, "stage that the run ends with, without a discrete tokenizer, on the schedules "
+                                       "of the whole; none: it reaches stage 3, or is refused", choices=("warmup", "transition"))
     adaptive_warmup_patience: int = arg(0, "end stage 1 after this many validations without a lower error, at "
                                            "--warmup-steps at the latest; 0: there; paper: 0")
     adaptive_warmup_min_steps: int = arg(0, "adaptive warm-up: never end before this step")
@@ -120,8 +120,8 @@ def _require_order(cfg: CurriculumConfig) -> None:
 
 
 def with_length(cfg: Any, samples: int) -> Any:
-    """cfg with max_steps decided: of --epochs over so many training samples, and at most up to what --stop-after says;
-    stages that are fractions of it become steps.
+    """cfg with max_steps decided, of --epochs over so many training samples; stages that are fractions of it become
+    steps. It is the planned length, also with --stop-after (see last_step): learning rates are functions of it.
 
     ValueError: the run ends before stage 3, which nobody said.
     """
@@ -133,14 +133,19 @@ def with_length(cfg: Any, samples: int) -> Any:
                                      for name, share in shares.items()))
         _require_order(planned)
     if cfg.stop_after:
-        ends = {"warmup": cfg.warmup_steps, "transition": cfg.warmup_steps + cfg.transition_steps}
-        return replace(planned, max_steps=min(planned.max_steps, ends[cfg.stop_after]))
+        return planned
     length = f"--max-steps {cfg.max_steps}" if cfg.epochs is None else f"--epochs {cfg.epochs} of {samples} samples"
     _require_all_stages(cfg, planned.max_steps, length)
     if planned.max_steps < cfg.warmup_steps + cfg.transition_steps:
         print0(f"note: these {planned.max_steps} steps reach stage 3 only if the adaptive warm-up ends "
                            f"before step {planned.max_steps - cfg.transition_steps}")
     return planned
+
+
+def last_step(cfg: Any) -> int:
+    """Steps that are done when the run ends: max_steps, or fewer if --stop-after says so. cfg: of with_length."""
+    ends = {"warmup": cfg.warmup_steps, "transition": cfg.warmup_steps + cfg.transition_steps}
+    return int(min(cfg.max_steps, ends[cfg.stop_after])) if cfg.stop_after else int(cfg.max_steps)
 
 
 def _require_all_stages(cfg: Any, steps: int, what: str) -> None:

@@ -446,7 +446,7 @@ def test_a_run_too_short_for_its_stages_is_refused(tmp_path, capsys, name, lengt
 def test_a_run_that_says_so_ends_with_a_stage_and_can_be_continued(trained, tmp_path, stage, steps):
     train_provq.main(to_words(TINY | {"results_dir": tmp_path, "stop_after": stage}))
     assert json.loads((tmp_path / "summary.json").read_text())["step"] == steps
-    assert json.loads((tmp_path / "config.json").read_text())["max_steps"] == steps
+    assert json.loads((tmp_path / "config.json").read_text())["max_steps"] == STEPS  # as planned
     train_provq.main(to_words(TINY | {"results_dir": tmp_path}))
     assert rows(tmp_path) == rows(trained / "vq")
 

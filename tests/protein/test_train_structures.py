@@ -233,7 +233,8 @@ def test_another_experiment_cannot_resume_a_run(straight, capsys):
 def test_a_run_from_before_the_newer_flags_resumes(straight, tmp_path, capsys):
     """Settings that its checkpoint does not know had their defaults; another value is another run, and is named."""
     shutil.copytree(straight, tmp_path / "run")
-    newest = tmp_path / "run" / "checkpoints" / f"{STEPS:07d}.pt"
+    (tmp_path / "run" / "checkpoints" / f"{STEPS:07d}.pt").unlink()
+    newest = tmp_path / "run" / "checkpoints" / f"{STEPS - 1:07d}.pt"
     state = load_file(newest)
     newer = {"clusters", "sample_by", "min_plddt", "plddt_from", "codebook_lr_scale", "codebook_follow",
              "codebook_restart_below", "recluster", "recluster_at", "tf32"}
@@ -241,11 +242,41 @@ def test_a_run_from_before_the_newer_flags_resumes(straight, tmp_path, capsys):
     state["config"] = {name: value for name, value in state["config"].items() if name not in newer}
     del state["restart"]
     torch.save(state, newest)
-    assert "min_plddt: None there, 70.0 now" in fails(
-        flags(tmp_path / "run", ema=True, max_steps=STEPS + 1, min_plddt=70), capsys)
-    train_provq.main(flags(tmp_path / "run", ema=True, max_steps=STEPS + 1))
-    assert rows(tmp_path / "run")[:-1] == rows(straight)
+    assert "min_plddt: None there, 70.0 now" in fails(flags(tmp_path / "run", ema=True, min_plddt=70), capsys)
+    train_provq.main(flags(tmp_path / "run", ema=True))
+    assert_same_run(straight, tmp_path / "run")
+
+
+@pytest.mark.parametrize(("stage", "end"), [("warmup", WARMUP), ("transition", WARMUP + TRANSITION)])
+def test_a_run_that_ends_with_a_stage_has_the_schedule_of_the_whole(straight, tmp_path, capsys, stage, end):
+    """Its learning rates fall to --min-lr at --max-steps, where a straight run's do: continued, it is that run."""
+    train_provq.main(flags(tmp_path / "run", ema=True, stop_after=stage))
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["step"] == end
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["max_steps"] == STEPS
+    assert rows(tmp_path / "run") == rows(straight)[:end]
+    train_provq.main(flags(tmp_path / "run", ema=True))
+    assert_same_run(straight, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["step"] == STEPS
+    assert f"is at step {STEPS}, beyond step {end} of --stop-after" in fails(
+        flags(tmp_path / "run", ema=True, stop_after=stage), capsys)
+
+
+def test_the_length_stays_where_the_schedule_depends_on_it(straight, tmp_path, capsys):
+    said = fails(flags(straight, ema=True, max_steps=STEPS + 1), capsys)
+    assert f"max_steps: {STEPS} there, {STEPS + 1} now" in said
+    assert "With --lr-schedule cosine the learning rate of every step depends on the planned length" in said
+    assert "Use its settings to resume it, or use another --results-dir" in said
+    constant = {"lr_schedule": "constant", "min_lr": None, "stop_after": "warmup"}
+    train_provq.main(flags(tmp_path / "run", **constant))
+    train_provq.main(flags(tmp_path / "run", **constant | {"stop_after": None, "max_steps": STEPS + 1}))
     assert rows(tmp_path / "run")[-1]["step"] == STEPS + 1
+
+
+def test_epochs_and_steps_of_one_length_are_one_run(tmp_path):
+    """2 epochs of 18 chains in batches of 4 are the same 9 steps: what schedules depend on is the length alone."""
+    train_provq.main(flags(tmp_path / "run", max_steps=None, epochs=2, stop_after="warmup"))
+    train_provq.main(flags(tmp_path / "run"))
+    assert rows(tmp_path / "run")[-1]["step"] == STEPS
 
 
 def test_structures_that_are_read_otherwise_are_other_data(straight, capsys, monkeypatch):

@@ -39,7 +39,8 @@ class RunConfig:
                            "distances to codes and geometry stay exact; LlamaGen: yes")
 
 
-# What may differ when a run is resumed: its length, its cadence, its machine. Else it would be another experiment.
+# What may differ when a run is resumed: its length (but see length_sets_rate), its cadence, its machine. Else it would
+# be another experiment.
 RESUMABLE_RUN = frozenset({"results_dir", "device", "log_every", "ckpt_every", "val_every", "keep_checkpoints",
                            "dry_run", "wandb", "max_steps", "epochs", "gradient_accumulation_steps"})
 
@@ -72,6 +73,11 @@ def with_max_steps(cfg: Any, samples: int) -> Any:
     if cfg.max_steps is not None:
         return cfg
     return replace(cfg, max_steps=math.ceil(cfg.epochs * samples / cfg.global_batch_size))
+
+
+def length_sets_rate(cfg: Any) -> bool:
+    """Whether learning rates are functions of max_steps: a run of another length has others from its first step on."""
+    return str(getattr(cfg, "lr_schedule", "constant")) != "constant"
 
 
 def check_optimizer(cfg: Any) -> None:
