@@ -11,6 +11,7 @@ from typing import Any
 
 from protein.atom_files import PLDDT_SOURCES
 from protein.structure_config import PRESETS as MODELS
+from tokenizer.choices import GRIDS
 from tokenizer.curriculum_config import CODEBOOK_INITS, INIT_FROM, CurriculumConfig, check_curriculum, with_codes_kept
 from tokenizer.runtime import config
 from tokenizer.runtime.config import arg, flag_name
@@ -26,7 +27,8 @@ class TrainConfig(CurriculumConfig):
                                     "as 0.25; paper: 20000", fraction=True)
     transition_steps: int = arg(10_000, "stage 2, soft transition, likewise; paper: 10000", fraction=True)
     codebook_init: str = arg("auto", "when stage 1 is over: kmeans of latents, latents drawn at random, or none; auto: "
-                                     "kmeans after a warm-up, else latents, as StructTokenBench; paper: kmeans",
+                                     "kmeans after a warm-up, else latents, as StructTokenBench, but none for fsq and "
+                                     "lfq; paper: kmeans",
                              choices=CODEBOOK_INITS)
     loss_lambda: float = arg(1.0, "weight of the quantization loss when stage 2 begins, lambda; paper: 1")
     # data
@@ -116,7 +118,7 @@ def parse_config(argv: list[str] | None = None, description: str = "") -> TrainC
     preset = pick_preset({"preset": cfg.preset, "data_path": cfg.data_path})
     init = cfg.codebook_init
     if init == "auto":
-        init = "kmeans" if cfg.warmup_steps else "latents"
+        init = "none" if cfg.quantizer in GRIDS else "kmeans" if cfg.warmup_steps else "latents"
     return replace(cfg, preset=preset, results_dir=cfg.results_dir or f"runs/protein-{preset}", codebook_init=init)
 
 

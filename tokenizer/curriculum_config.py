@@ -31,7 +31,8 @@ class CurriculumConfig(QuantizerConfig, RunConfig):
     transition: str = arg("cosine", "schedule of alpha in stage 2; paper: cosine", choices=TRANSITIONS)
     loss_lambda: float = arg(0.5, "weight of the quantization loss when stage 2 begins, lambda; paper: 0.5")
     stop_after: str | None = arg(None, "stage that the run ends with, without a discrete tokenizer, on the schedules "
-                                       "of the whole; none: it reaches stage 3, or is refused", choices=("warmup", "transition"))
+                                       "of the whole; none: it reaches stage 3, or is refused",
+                                 choices=("warmup", "transition"))
     adaptive_warmup_patience: int = arg(0, "end stage 1 after this many validations without a lower error, at "
                                            "--warmup-steps at the latest; 0: there; paper: 0")
     adaptive_warmup_min_steps: int = arg(0, "adaptive warm-up: never end before this step")

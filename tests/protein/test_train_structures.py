@@ -174,6 +174,18 @@ def test_options_train_to_the_end(tmp_path, changes):
     assert rows(tmp_path)[-1]["usage"] > 0
 
 
+@pytest.mark.parametrize(("grid", "channels"), [("fsq", 2), ("lfq", 4)])
+def test_codes_on_a_grid_train_and_nothing_places_them(tmp_path, capsys, grid, channels):
+    words = {"quantizer": grid, "codebook_embed_dim": channels, "max_steps": 3, "warmup_steps": 1,
+             "transition_steps": 1, "kmeans_batches": None, "kmeans_iters": None}
+    train_provq.main(flags(tmp_path, **words))
+    assert json.loads((tmp_path / "config.json").read_text())["codebook_init"] == "none"
+    assert [row["stage"] for row in rows(tmp_path)] == [1, 2, 3]
+    assert rows(tmp_path)[-1]["usage"] > 0
+    said = fails(flags(tmp_path / "other", **words, codebook_init="kmeans"), capsys)
+    assert f"--codebook-init: the codes of --quantizer {grid} lie on a fixed grid" in said
+
+
 def test_training_learns(tmp_path):
     train_provq.main(flags(tmp_path, max_steps=40, warmup_steps=40, transition_steps=0, log_every=40, val_every=40,
                            ckpt_every=40, lr=3e-3, stop_after="warmup"))

@@ -56,7 +56,8 @@ class Run:
     are collective: call them on every rank.
 
     cfg: a RunConfig, checked, with max_steps decided, that also has global_batch_size. Steps are optimizer updates.
-    resumable: names of the settings that may differ when a run is resumed; max_steps not if learning rates depend on it.
+    resumable: names of the settings that may differ when a run is resumed; max_steps only if no learning rate depends
+        on it.
     inputs: what the run is fed with, such as fingerprints of data; must not differ either.
     describe: what else every checkpoint says, primitives by name.
     end: steps that are done when the run ends, if --stop-after has it end before max_steps.
