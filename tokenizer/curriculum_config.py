@@ -13,7 +13,7 @@ from tokenizer.quantizer_config import QuantizerConfig, check_quantizer
 from tokenizer.runtime import config
 from tokenizer.runtime.config import arg, flag_name
 from tokenizer.runtime.ranks import print0
-from tokenizer.runtime.run_config import RunConfig, check_run, with_max_steps
+from tokenizer.runtime.run_config import RunConfig, check_run, recorded, with_max_steps
 
 CODEBOOK_INITS = ("auto", "kmeans", "latents", "none")
 CODE_SEARCHES = ("blocks", "triton", "auto")
@@ -91,6 +91,8 @@ def check_curriculum(cfg: CurriculumConfig, world_size: int) -> None:
         raise ValueError(f"--recluster-at {' '.join(map(str, cfg.recluster_at))} names a step twice")
     if not _fractions(cfg):  # else with_length knows
         _require_order(cfg)
+    if not isinstance(cfg.warmup_steps, float):  # likewise
+        _require_early_end(cfg)
     if cfg.max_steps is not None:
         _require_all_stages(cfg, cfg.max_steps, f"--max-steps {cfg.max_steps}")
 
@@ -104,6 +106,30 @@ def _fractions(cfg: Any) -> dict[str, float]:
 def with_whole_stages(cfg: Any, steps: int) -> Any:
     """cfg with fractions as lengths of stages replaced by the steps that they are of so many, at least one."""
     return replace(cfg, **{name: max(1, round(share * steps)) for name, share in _fractions(cfg).items()})
+
+
+def _require_early_end(cfg: CurriculumConfig) -> None:
+    """ValueError: no validation could end the warm-up early, which --adaptive-warmup-patience asks for."""
+    patience, every, warmup = cfg.adaptive_warmup_patience, cfg.val_every, cfg.warmup_steps
+    if not patience:
+        return
+    if not warmup:
+        raise ValueError(f"--adaptive-warmup-patience {patience}: there is no warm-up to end early with "
+                         "--warmup-steps 0; give the most steps that it may take, or leave it out")
+
+    def first(every: int) -> int:  # step of the first that may: one sets the error that `patience` do not lower
+        return every * max(patience + 1, -(-cfg.adaptive_warmup_min_steps // every))
+
+    if first(every) < warmup:
+        return
+    names = ("adaptive_warmup_patience", "adaptive_warmup_min_steps", "val_every", "warmup_steps")
+    if all(recorded(cfg).get(name) == getattr(cfg, name) for name in names):
+        return
+    often = (warmup - 1) // (patience + 1)
+    fix = f"give --val-every {often} or less" if often and first(often) < warmup else "lengthen the warm-up"
+    raise ValueError(f"--adaptive-warmup-patience {patience} could never end the warm-up early: with --val-every "
+                     f"{every} the first validation that may is after step {first(every)}, and --warmup-steps is "
+                     f"{warmup}; {fix}, or leave it out")
 
 
 def _require_order(cfg: CurriculumConfig) -> None:
@@ -133,6 +159,7 @@ def with_length(cfg: Any, samples: int) -> Any:
         print0(", ".join(f"{flag_name(name)} {share} of {planned.max_steps} steps: {getattr(planned, name)}"
                                      for name, share in shares.items()))
         _require_order(planned)
+        _require_early_end(planned)
     if cfg.stop_after:
         return planned
     length = f"--max-steps {cfg.max_steps}" if cfg.epochs is None else f"--epochs {cfg.epochs} of {samples} samples"

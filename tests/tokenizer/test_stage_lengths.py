@@ -74,7 +74,7 @@ def test_a_run_records_the_steps_and_resumes_with_them(tmp_path, capsys):
 
 
 def test_dry_run_prints_notes_beside_the_configuration(tmp_path, capsys):
-    train_provq.main(flags(tmp_path, max_steps=8, warmup_steps=0.75, adaptive_warmup_patience=1,
+    train_provq.main(flags(tmp_path, max_steps=8, warmup_steps=0.75, adaptive_warmup_patience=1, val_every=2,
                            transition_steps=4, disc_weight=0.5, image_size=32, disc_start=100, dry_run=True))
     out, err = capsys.readouterr()
     assert json.loads(out)["warmup_steps"] == 6

@@ -75,6 +75,17 @@ def with_max_steps(cfg: Any, samples: int) -> Any:
     return replace(cfg, max_steps=math.ceil(cfg.epochs * samples / cfg.global_batch_size))
 
 
+def recorded(cfg: Any) -> dict[str, Any]:
+    """Settings of the run that is in the folder of cfg already, by name; empty: none that could be read.
+
+    What would be refused of a new run must not keep one from resuming that an earlier version let begin.
+    """
+    try:
+        return config.load(Path(cfg.results_dir) / "config.json")
+    except (ValueError, OSError):  # a damaged one is for what resumes the run to name
+        return {}
+
+
 def length_sets_rate(cfg: Any) -> bool:
     """Whether learning rates are functions of max_steps: a run of another length has others from its first step on."""
     return str(getattr(cfg, "lr_schedule", "constant")) != "constant"
