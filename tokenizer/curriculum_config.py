@@ -13,7 +13,7 @@ from tokenizer.quantizer_config import QuantizerConfig, check_quantizer
 from tokenizer.runtime import config
 from tokenizer.runtime.config import arg, flag_name
 from tokenizer.runtime.ranks import print0
-from tokenizer.runtime.run_config import RunConfig, check_run, recorded, with_max_steps
+from tokenizer.runtime.run_config import EFFECTS_RUN, Effect, RunConfig, check_run, recorded, with_max_steps
 
 CODEBOOK_INITS = ("auto", "kmeans", "latents", "none")
 CODE_SEARCHES = ("blocks", "triton", "auto")
@@ -48,6 +48,21 @@ class CurriculumConfig(QuantizerConfig, RunConfig):
     codebook_lr_scale: float = arg(1.0, "learning rate of the codes, in units of --lr; ours, not in the paper: 1")
     code_search: str = arg("blocks", "nearest codes on a GPU: blocks of distances, or triton, one kernel, which no GPU "
                                      "has timed yet; auto: triton from 65536 codes on", choices=CODE_SEARCHES)
+
+
+def _reclusters(cfg: CurriculumConfig) -> bool:
+    return cfg.recluster or bool(cfg.recluster_at)
+
+
+_TRANSITION = "with --transition-steps 0", "give the transition steps"
+_KMEANS = "without k-means", "give --codebook-init kmeans, --recluster or --recluster-at"
+EFFECTS_CURRICULUM = EFFECTS_RUN | {  # see run_config.py
+    "transition": Effect(lambda cfg: cfg.transition_steps, *_TRANSITION),
+    "loss_lambda": Effect(lambda cfg: cfg.transition_steps or cfg.loss_lambda == 1, *_TRANSITION),  # stage 3 has 1
+    "kmeans_batches": Effect(lambda cfg: codebook_init(cfg) != "none" or _reclusters(cfg), *_KMEANS),
+    "kmeans_iters": Effect(lambda cfg: codebook_init(cfg) == "kmeans" or _reclusters(cfg), *_KMEANS),
+    "kmeans_start": Effect(lambda cfg: codebook_init(cfg) == "kmeans" or _reclusters(cfg), *_KMEANS),
+}
 
 
 def check_curriculum(cfg: CurriculumConfig, world_size: int) -> None:
@@ -220,7 +235,7 @@ def kmeans_batches(cfg: Any, tokens_per_batch: int) -> int:
 
     ValueError: they hold fewer latents than there are codes.
     """
-    if codebook_init(cfg) == "none" and not (cfg.recluster or cfg.recluster_at):
+    if codebook_init(cfg) == "none" and not _reclusters(cfg):
         return 0
 
     def batches(latents: int) -> int:

@@ -18,7 +18,7 @@ import pytest
 import torch
 import training_runs
 from places import ROOT
-from training_runs import assert_same_run, rows, to_words
+from training_runs import NO_KMEANS, assert_same_run, rows, to_words
 
 from autoregressive import extract_codes, train_c2i
 from autoregressive import train_config as gpt_config
@@ -453,7 +453,7 @@ def test_a_run_that_says_so_ends_with_a_stage_and_can_be_continued(trained, tmp_
 
 @pytest.mark.parametrize("name", ["image", "protein"])
 @pytest.mark.parametrize(("changes", "said"), [
-    ({"adaptive_warmup_patience": 3, "warmup_steps": 0},
+    ({"adaptive_warmup_patience": 3, "warmup_steps": 0} | NO_KMEANS,
      "--adaptive-warmup-patience 3: there is no warm-up to end early with --warmup-steps 0; give"),
     ({"adaptive_warmup_patience": 3, "warmup_steps": 120, "val_every": 1000, "max_steps": 300},
      "--adaptive-warmup-patience 3 could never end the warm-up early: with --val-every 1000 the first validation that "

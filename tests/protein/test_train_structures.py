@@ -10,7 +10,7 @@ import torch
 import training_runs
 from helices import helix
 from places import PROTEINS, ROOT, needs_proteins
-from training_runs import rows, to_words
+from training_runs import NO_KMEANS, rows, to_words
 
 from protein import train_provq
 from protein.structure_data import collate
@@ -31,7 +31,9 @@ TINY = MODEL | {"ideal_chains": 24, "max_length": 32, "global_batch_size": 4, "m
 
 
 def flags(run_dir, **changes):
-    return to_words(TINY | {"results_dir": run_dir} | changes)
+    idle = {"data_path": "ideal_chains", "val_path": "val_fraction"}  # flag -> what it leaves without effect
+    left_out = {name: None for flag, name in idle.items() if flag in changes}
+    return to_words(TINY | {"results_dir": run_dir} | left_out | changes)
 
 
 def assert_same_run(a, b):
@@ -160,10 +162,10 @@ def test_the_quantizers_loss_is_a_mean_over_tokens_however_they_are_divided(tmp_
 
 @pytest.mark.parametrize("changes", [
     {"quantizer": "aminoaseed"},
-    {"quantizer": "aminoaseed", "warmup_steps": 0, "transition_steps": 0},
+    {"quantizer": "aminoaseed", "warmup_steps": 0, "transition_steps": 0, "kmeans_iters": None},
     {"quantizer": "ema", "codebook_restart_below": 0.5},
     {"codebook_follow": True, "recluster": True, "codebook_lr_scale": 5, "ema": True, "codebook_restart_below": 0.5},
-    {"warmup_steps": 0, "transition_steps": 0, "losses_as_coded": True},
+    {"warmup_steps": 0, "transition_steps": 0, "losses_as_coded": True, "kmeans_iters": None},
     {"mixed_precision": "bf16", "num_workers": 1, "overlong": "drop", "max_length": 90},
     {"inverse_folding_weight": 0, "lr_schedule": "constant"},
     {"codebook_l2_norm": True, "rotation": True},
@@ -177,7 +179,7 @@ def test_options_train_to_the_end(tmp_path, changes):
 @pytest.mark.parametrize(("grid", "channels"), [("fsq", 2), ("lfq", 4)])
 def test_codes_on_a_grid_train_and_nothing_places_them(tmp_path, capsys, grid, channels):
     words = {"quantizer": grid, "codebook_embed_dim": channels, "max_steps": 3, "warmup_steps": 1,
-             "transition_steps": 1, "kmeans_batches": None, "kmeans_iters": None}
+             "transition_steps": 1} | NO_KMEANS
     train_provq.main(flags(tmp_path, **words))
     assert json.loads((tmp_path / "config.json").read_text())["codebook_init"] == "none"
     assert [row["stage"] for row in rows(tmp_path)] == [1, 2, 3]
@@ -227,7 +229,7 @@ def fails(words, capsys):
     ({"sample_by": "cluster"}, "--sample-by cluster needs --clusters"),
     ({"clusters": "x.tsv"}, "--clusters needs --data-path"),
     ({"plddt_from": "qa_metric"}, "changes nothing without --min-plddt"),
-    ({"min_plddt": -1}, "--min-plddt is -1"),
+    ({"min_plddt": -1, "data_path": "x"}, "--min-plddt is -1"),
     ({"min_length": 400, "max_length": 500}, "none of 24 chains is left"),
     ({f"{name}_weight": 0 for name in ("distance", "direction", "binned_distance", "binned_direction",
                                        "inverse_folding")}, "are all 0: nothing would be learned"),
@@ -254,7 +256,8 @@ def test_a_run_from_before_the_newer_flags_resumes(straight, tmp_path, capsys):
     state["config"] = {name: value for name, value in state["config"].items() if name not in newer}
     del state["restart"]
     torch.save(state, newest)
-    assert "min_plddt: None there, 70.0 now" in fails(flags(tmp_path / "run", ema=True, min_plddt=70), capsys)
+    assert "codebook_restart_below: 0.0 there, 0.5 now" in fails(
+        flags(tmp_path / "run", ema=True, codebook_restart_below=0.5), capsys)
     train_provq.main(flags(tmp_path / "run", ema=True))
     assert_same_run(straight, tmp_path / "run")
 
