@@ -256,8 +256,8 @@ def test_a_run_from_before_the_newer_flags_resumes(straight, tmp_path, capsys):
     state["config"] = {name: value for name, value in state["config"].items() if name not in newer}
     del state["restart"]
     torch.save(state, newest)
-    assert "codebook_restart_below: 0.0 there, 0.5 now" in fails(
-        flags(tmp_path / "run", ema=True, codebook_restart_below=0.5), capsys)
+    assert "codebook_lr_scale: 1.0 there, 5.0 now" in fails(
+        flags(tmp_path / "run", ema=True, codebook_lr_scale=5), capsys)
     train_provq.main(flags(tmp_path / "run", ema=True))
     assert_same_run(straight, tmp_path / "run")
 

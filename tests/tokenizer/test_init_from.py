@@ -14,7 +14,7 @@ from tokenizer.pretrained import load_tokenizer, save_pretrained, to_llamagen_st
 from tokenizer.runtime.checkpoint import load_file
 
 DIGITS = {"codebook_size": 64, "global_batch_size": 16, "kmeans_batches": 4}  # as digit_runs
-VANILLA = {"warmup_steps": 0, "transition_steps": 0}
+VANILLA = {"warmup_steps": 0, "transition_steps": 0} | NO_KMEANS
 CODES = "quantize.quantizer.embedding.weight"
 
 
@@ -48,7 +48,7 @@ def same(a, b, but=()):
 
 @pytest.mark.parametrize("name", ["run", "export", "vq.pt"])
 def test_a_run_begins_with_the_weights_at_step_0(source, tmp_path, begun, capsys, name):
-    trainer = begun(flags(tmp_path, init_from=source / name, ema=True, **DIGITS, **VANILLA))
+    trainer = begun(flags(tmp_path, init_from=source / name, ema=True, **DIGITS | VANILLA))
     expected = load_tokenizer(source / name, codebook_l2_norm=False)
     for state in (trainer.raw.state_dict(), trainer.ema.state_dict()):
         assert same(expected.state_dict(), state)
