@@ -19,7 +19,7 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from autoregressive.train_config import TrainConfig, check, check_data, parse_config, resumable, shards
+from autoregressive.train_config import RESUMABLE, TrainConfig, check, check_data, parse_config, shards
 from tokenizer.runtime.command import refuse_early
 from tokenizer.runtime.ranks import started_together
 
@@ -90,7 +90,7 @@ class Trainer:
         )
         inputs = {"code_fingerprint": codes.fingerprint, "tokenizer_hash": codes.tokenizer_hash}
         describe = {"gpt": asdict(self.gpt_config), "trained_classes": self.trained_classes}
-        self.run = Run(cfg, device, resumable=resumable(cfg), inputs=inputs, describe=describe)
+        self.run = Run(cfg, device, resumable=RESUMABLE, inputs=inputs, describe=describe)
         self.sharded = shards(cfg, distributed.world_size())
         self.raw = self._build()
         average = self._build() if cfg.ema and self.sharded else None
@@ -203,9 +203,8 @@ class Trainer:
     def train(self) -> None:
         """Next-code prediction, one optimizer step after another."""
         cfg, run = self.cfg, self.run
-        assert cfg.max_steps is not None  # see with_max_steps
         self.raw.train()
-        batches = self.batches(run.start, cfg.max_steps)
+        batches = self.batches(run.start, run.end)
         for step in run.steps():                # seeds what the step draws; after it a checkpoint, where one is due
             lr = learning_rate(cfg, step)
             set_learning_rate(self.optimizer, lr)

@@ -13,7 +13,15 @@ from typing import Any
 from autoregressive.gpt_config import GPT_PRESETS
 from tokenizer.runtime import config
 from tokenizer.runtime.config import arg, flag_name
-from tokenizer.runtime.run_config import RESUMABLE_RUN, RunConfig, check_optimizer, check_run
+from tokenizer.runtime.run_config import (
+    EFFECTS_RUN,
+    RESUMABLE_RUN,
+    Effect,
+    RunConfig,
+    check_optimizer,
+    check_run,
+    require_effects,
+)
 from tokenizer.stored import require_code_folder
 
 FSDP_FROM = 700e6  # parameters: GPT-XL and larger are sharded by default
@@ -76,16 +84,22 @@ PRESETS: dict[str, dict[str, Any]] = {
         "compile": False,
     },
 }
-# What may differ when a run is resumed: its length (a schedule that depends on it, see `resumable`), its cadence, its
-# machine. Data and tokenizer may move: what they hold is compared, not where.
+# What may differ when a run is resumed: its length, its cadence, its machine. Data and tokenizer may move: what they
+# hold is compared, not where.
 RESUMABLE = RESUMABLE_RUN | {"preset", "code_path", "val_code_path", "vq_ckpt", "vq_weights", "codebook_l2_norm",
                              "other_tokenizer", "sample_every", "sample_cfg_scale", "num_workers", "compile",
                              "activation_checkpointing", "data_parallel"}
 
-
-def resumable(cfg: TrainConfig) -> frozenset[str]:
-    """RESUMABLE, less the length when the learning rate depends on it."""
-    return RESUMABLE if cfg.lr_schedule == "constant" else RESUMABLE - {"max_steps", "epochs"}
+_TOKENIZER = "without the tokenizer of the codes", "give --vq-ckpt"
+EFFECTS = EFFECTS_RUN | {
+    "vq_weights": Effect(lambda cfg: cfg.vq_ckpt, *_TOKENIZER),
+    "codebook_l2_norm": Effect(lambda cfg: cfg.vq_ckpt, *_TOKENIZER),
+    "other_tokenizer": Effect(lambda cfg: cfg.vq_ckpt or cfg.init_from, "with neither --vq-ckpt nor --init-from"),
+    "sample_every": Effect(lambda cfg: cfg.vq_ckpt or not cfg.sample_every, *_TOKENIZER),
+    "sample_cfg_scale": Effect(lambda cfg: cfg.vq_ckpt and cfg.sample_every, "where no pictures are drawn",
+                               "give --vq-ckpt, and --sample-every above 0"),
+    "dropout_p": Effect(lambda cfg: not cfg.drop_path_rate, "with --drop-path-rate above 0, which replaces it"),
+}
 
 
 def pick_preset(given: dict[str, Any]) -> str:
@@ -96,19 +110,25 @@ def pick_preset(given: dict[str, Any]) -> str:
 
 
 def parse_config(argv: list[str] | None = None, description: str = "") -> TrainConfig:
-    """Flags -> configuration with preset and folder decided. SystemExit(2) names the flag that is wrong."""
+    """Flags -> configuration with preset and folder decided.
+
+    SystemExit(2) names the flag that is wrong, ValueError one that has no effect.
+    """
     explicit: dict[str, str] = {}
 
     def pick(given: dict[str, Any]) -> str:
         explicit["preset"] = pick_preset(given)
         return explicit["preset"]
 
-    cfg = config.parse(TrainConfig, argv, presets=PRESETS, pick_preset=pick, exclusive=("max_steps", "epochs"),
-                       description=description, prog="autoregressive/train_c2i.py")
+    cfg, given = config.parse_given(TrainConfig, argv, presets=PRESETS, pick_preset=pick,
+                                    exclusive=("max_steps", "epochs"), description=description,
+                                    prog="autoregressive/train_c2i.py")
     preset = explicit["preset"]
     folder = cfg.results_dir or ("runs/digits-gpt" if preset == "digits" else f"runs/{cfg.gpt_model}")
-    return replace(cfg, preset=preset, results_dir=folder,
-                   init_from=cfg.init_from and os.path.abspath(os.path.expanduser(cfg.init_from)))
+    cfg = replace(cfg, preset=preset, results_dir=folder,
+                  init_from=cfg.init_from and os.path.abspath(os.path.expanduser(cfg.init_from)))
+    require_effects(cfg, given, EFFECTS)
+    return cfg
 
 
 def check(cfg: TrainConfig, world_size: int) -> None:

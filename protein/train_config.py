@@ -11,10 +11,18 @@ from typing import Any
 
 from protein.atom_files import PLDDT_SOURCES
 from protein.structure_config import PRESETS as MODELS
-from tokenizer.curriculum_config import CODEBOOK_INITS, INIT_FROM, CurriculumConfig, check_curriculum, with_codes_kept
+from tokenizer.choices import GRIDS
+from tokenizer.curriculum_config import (
+    CODEBOOK_INITS,
+    EFFECTS_CURRICULUM,
+    INIT_FROM,
+    CurriculumConfig,
+    check_curriculum,
+    with_codes_kept,
+)
 from tokenizer.runtime import config
 from tokenizer.runtime.config import arg, flag_name
-from tokenizer.runtime.run_config import LR_SCHEDULES, RESUMABLE_RUN, check_optimizer
+from tokenizer.runtime.run_config import LR_SCHEDULES, RESUMABLE_RUN, Effect, check_optimizer, require_effects
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,8 @@ class TrainConfig(CurriculumConfig):
                                     "as 0.25; paper: 20000", fraction=True)
     transition_steps: int = arg(10_000, "stage 2, soft transition, likewise; paper: 10000", fraction=True)
     codebook_init: str = arg("auto", "when stage 1 is over: kmeans of latents, latents drawn at random, or none; auto: "
-                                     "kmeans after a warm-up, else latents, as StructTokenBench; paper: kmeans",
+                                     "kmeans after a warm-up, else latents, as StructTokenBench, but none for fsq and "
+                                     "lfq; paper: kmeans",
                              choices=CODEBOOK_INITS)
     loss_lambda: float = arg(1.0, "weight of the quantization loss when stage 2 begins, lambda; paper: 1")
     # data
@@ -97,6 +106,16 @@ PRESETS: dict[str, dict[str, Any]] = {
 RESUMABLE = RESUMABLE_RUN | {"preset", "data_path", "val_path", "num_workers", "max_bad_structures",
                              "stop_after", "code_search"}
 
+_FILES = "on generated backbones", "give --data-path"
+EFFECTS = EFFECTS_CURRICULUM | {
+    "val_fraction": Effect(lambda cfg: not cfg.val_path, "with --val-path, which names what is validated on"),
+    "clusters": Effect(lambda cfg: not cfg.val_path or cfg.sample_by == "cluster",
+                       "with --val-path and --sample-by chain", "give --sample-by cluster"),
+    "ideal_chains": Effect(lambda cfg: not cfg.data_path, "with --data-path, which has the chains"),
+    "min_plddt": Effect(lambda cfg: cfg.data_path, *_FILES),
+    "max_bad_structures": Effect(lambda cfg: cfg.data_path, *_FILES),
+}
+
 
 def pick_preset(given: dict[str, Any]) -> str:
     """The preset that the explicit flags ask for: --preset, else the small one when there are data."""
@@ -108,16 +127,19 @@ def pick_preset(given: dict[str, Any]) -> str:
 def parse_config(argv: list[str] | None = None, description: str = "") -> TrainConfig:
     """Flags -> configuration with preset, folder and the start of the codebook decided.
 
-    SystemExit(2) names the flag that is wrong.
+    SystemExit(2) names the flag that is wrong, ValueError one that has no effect.
     """
-    cfg = config.parse(TrainConfig, argv, presets=PRESETS, pick_preset=pick_preset, exclusive=("max_steps", "epochs"),
-                       description=description, prog="protein/train_provq.py")
+    cfg, given = config.parse_given(TrainConfig, argv, presets=PRESETS, pick_preset=pick_preset,
+                                    exclusive=("max_steps", "epochs"), description=description,
+                                    prog="protein/train_provq.py")
     cfg = with_codes_kept(cfg)
     preset = pick_preset({"preset": cfg.preset, "data_path": cfg.data_path})
     init = cfg.codebook_init
     if init == "auto":
-        init = "kmeans" if cfg.warmup_steps else "latents"
-    return replace(cfg, preset=preset, results_dir=cfg.results_dir or f"runs/protein-{preset}", codebook_init=init)
+        init = "none" if cfg.quantizer in GRIDS else "kmeans" if cfg.warmup_steps else "latents"
+    cfg = replace(cfg, preset=preset, results_dir=cfg.results_dir or f"runs/protein-{preset}", codebook_init=init)
+    require_effects(cfg, given, EFFECTS)
+    return cfg
 
 
 def check(cfg: TrainConfig, world_size: int) -> None:

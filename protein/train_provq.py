@@ -50,7 +50,7 @@ from protein.structure_model import StructureModelConfig, StructureVQModel
 from protein.validation import StructureMeter
 from tokenizer.code_meter import PaceMeter, count_
 from tokenizer.curriculum import CurriculumTrainer, build_curriculum, choose_code_search, code_usage
-from tokenizer.curriculum_config import kmeans_batches, with_length
+from tokenizer.curriculum_config import kmeans_batches, last_step, with_length
 from tokenizer.data import consecutive, make_loader, spread
 from tokenizer.init_from import opened
 from tokenizer.quantizers import build_restart
@@ -85,7 +85,7 @@ class Trainer(CurriculumTrainer):
         fingerprints = self._open_data(cfg)
         cfg = with_length(cfg, len(self.train_set))
         self.cfg, self.device = cfg, device
-        self.run = Run(cfg, device, resumable=RESUMABLE, inputs=fingerprints)
+        self.run = Run(cfg, device, resumable=RESUMABLE, inputs=fingerprints, end=last_step(cfg))
         self.raw = build_model(cfg).to(device)
         self.optimizer = build_adamw(self.raw, cfg, scaled=self.quantize.parameters(), scale=cfg.codebook_lr_scale)
         self.scaler = torch.amp.GradScaler(enabled=False)  # fp16 is not offered: coordinates need the range
@@ -152,7 +152,7 @@ class Trainer(CurriculumTrainer):
         """The curriculum of the paper, one optimizer step after another."""
         cfg, run, quantize = self.cfg, self.run, self.quantize
         self.raw.train()
-        batches = self.batches(run.start, cfg.max_steps)
+        batches = self.batches(run.start, run.end)
         for step in run.steps():                    # seeds what the step draws; after it a checkpoint, where one is due
             quantize.set_step(step)                 # stage 1, 2 or 3, alpha (Eq. 3) and omega (Eq. 4)
             self.start_codebook(step)               # once, at needs_init: init_codebook by k-means (section 4.1)

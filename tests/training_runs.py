@@ -13,6 +13,8 @@ import torch
 from tokenizer.runtime.checkpoint import load_file
 from tokenizer.runtime.metrics import TIMING_FIELDS
 
+NO_KMEANS = {"kmeans_batches": None, "kmeans_iters": None}  # for settings that have them, of a run that has no k-means
+
 
 class Killed(BaseException):
     """Ends a run in the middle of a step, as a kill would."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from tokenizer import provq
 from tokenizer.choices import GRIDS
 from tokenizer.code_meter import PaceMeter
-from tokenizer.curriculum_config import CurriculumConfig, codebook_init
+from tokenizer.curriculum_config import CurriculumConfig, codebook_init, last_step
 from tokenizer.init_from import load_tokenizer_weights
 from tokenizer.provq import AdaptiveWarmup, Curriculum, ProVQ, code_statistics
 from tokenizer.provq_codes import DeadCodeRestart
@@ -260,7 +260,7 @@ class CurriculumTrainer(ABC):
         done, now = self.run.done, self.quantize.stage
         if now != stage:
             self.save_boundary(done, f"stage{stage}_end", stage)
-        if done == self.cfg.max_steps:
+        if done == self.run.end:
             self.save_boundary(done, f"stage{now}_final", now)
 
     @torch.no_grad()
@@ -303,10 +303,10 @@ def pace_flag(cfg: Any) -> str:
         return "--codebook-ema-decay 0.9"
     if cfg.quantizer != "ema" and cfg.codebook_lr_scale < 10:
         return "--codebook-lr-scale 10"
-    end = cfg.warmup_steps + cfg.transition_steps
-    if cfg.transition_steps and not cfg.recluster and end < cfg.max_steps and end not in cfg.recluster_at:
+    end, last = cfg.warmup_steps + cfg.transition_steps, last_step(cfg)
+    if cfg.transition_steps and not cfg.recluster and end < last and end not in cfg.recluster_at:
         return "--recluster"
-    later = min(end + max(1, cfg.transition_steps), (end + cfg.max_steps) // 2)
+    later = min(end + max(1, cfg.transition_steps), (end + last) // 2)
     if end < later and later not in cfg.recluster_at:
         return f"--recluster-at {later}"
     return f"--lr {cfg.lr / 2:g}"

@@ -13,7 +13,7 @@ from tokenizer.quantizer_config import QuantizerConfig, check_quantizer
 from tokenizer.runtime import config
 from tokenizer.runtime.config import arg, flag_name
 from tokenizer.runtime.ranks import print0
-from tokenizer.runtime.run_config import RunConfig, check_run, with_max_steps
+from tokenizer.runtime.run_config import EFFECTS_RUN, Effect, RunConfig, check_run, recorded, with_max_steps
 
 CODEBOOK_INITS = ("auto", "kmeans", "latents", "none")
 CODE_SEARCHES = ("blocks", "triton", "auto")
@@ -30,8 +30,9 @@ class CurriculumConfig(QuantizerConfig, RunConfig):
     transition_steps: int = arg(20_000, "stage 2, soft transition, likewise; paper: 20000", fraction=True)
     transition: str = arg("cosine", "schedule of alpha in stage 2; paper: cosine", choices=TRANSITIONS)
     loss_lambda: float = arg(0.5, "weight of the quantization loss when stage 2 begins, lambda; paper: 0.5")
-    stop_after: str | None = arg(None, "stage that the run ends with, without a discrete tokenizer; none: it reaches "
-                                       "stage 3, or is refused", choices=("warmup", "transition"))
+    stop_after: str | None = arg(None, "stage that the run ends with, without a discrete tokenizer, on the schedules "
+                                       "of the whole; none: it reaches stage 3, or is refused",
+                                 choices=("warmup", "transition"))
     adaptive_warmup_patience: int = arg(0, "end stage 1 after this many validations without a lower error, at "
                                            "--warmup-steps at the latest; 0: there; paper: 0")
     adaptive_warmup_min_steps: int = arg(0, "adaptive warm-up: never end before this step")
@@ -47,6 +48,21 @@ class CurriculumConfig(QuantizerConfig, RunConfig):
     codebook_lr_scale: float = arg(1.0, "learning rate of the codes, in units of --lr; ours, not in the paper: 1")
     code_search: str = arg("blocks", "nearest codes on a GPU: blocks of distances, or triton, one kernel, which no GPU "
                                      "has timed yet; auto: triton from 65536 codes on", choices=CODE_SEARCHES)
+
+
+def _reclusters(cfg: CurriculumConfig) -> bool:
+    return cfg.recluster or bool(cfg.recluster_at)
+
+
+_TRANSITION = "with --transition-steps 0", "give the transition steps"
+_KMEANS = "without k-means", "give --codebook-init kmeans, --recluster or --recluster-at"
+EFFECTS_CURRICULUM = EFFECTS_RUN | {  # see run_config.py
+    "transition": Effect(lambda cfg: cfg.transition_steps, *_TRANSITION),
+    "loss_lambda": Effect(lambda cfg: cfg.transition_steps or cfg.loss_lambda == 1, *_TRANSITION),  # stage 3 has 1
+    "kmeans_batches": Effect(lambda cfg: codebook_init(cfg) != "none" or _reclusters(cfg), *_KMEANS),
+    "kmeans_iters": Effect(lambda cfg: codebook_init(cfg) == "kmeans" or _reclusters(cfg), *_KMEANS),
+    "kmeans_start": Effect(lambda cfg: codebook_init(cfg) == "kmeans" or _reclusters(cfg), *_KMEANS),
+}
 
 
 def check_curriculum(cfg: CurriculumConfig, world_size: int) -> None:
@@ -90,6 +106,8 @@ def check_curriculum(cfg: CurriculumConfig, world_size: int) -> None:
         raise ValueError(f"--recluster-at {' '.join(map(str, cfg.recluster_at))} names a step twice")
     if not _fractions(cfg):  # else with_length knows
         _require_order(cfg)
+    if not isinstance(cfg.warmup_steps, float):  # likewise
+        _require_early_end(cfg)
     if cfg.max_steps is not None:
         _require_all_stages(cfg, cfg.max_steps, f"--max-steps {cfg.max_steps}")
 
@@ -103,6 +121,30 @@ def _fractions(cfg: Any) -> dict[str, float]:
 def with_whole_stages(cfg: Any, steps: int) -> Any:
     """cfg with fractions as lengths of stages replaced by the steps that they are of so many, at least one."""
     return replace(cfg, **{name: max(1, round(share * steps)) for name, share in _fractions(cfg).items()})
+
+
+def _require_early_end(cfg: CurriculumConfig) -> None:
+    """ValueError: no validation could end the warm-up early, which --adaptive-warmup-patience asks for."""
+    patience, every, warmup = cfg.adaptive_warmup_patience, cfg.val_every, cfg.warmup_steps
+    if not patience:
+        return
+    if not warmup:
+        raise ValueError(f"--adaptive-warmup-patience {patience}: there is no warm-up to end early with "
+                         "--warmup-steps 0; give the most steps that it may take, or leave it out")
+
+    def first(every: int) -> int:  # step of the first that may: one sets the error that `patience` do not lower
+        return every * max(patience + 1, -(-cfg.adaptive_warmup_min_steps // every))
+
+    if first(every) < warmup:
+        return
+    names = ("adaptive_warmup_patience", "adaptive_warmup_min_steps", "val_every", "warmup_steps")
+    if all(recorded(cfg).get(name) == getattr(cfg, name) for name in names):
+        return
+    often = (warmup - 1) // (patience + 1)
+    fix = f"give --val-every {often} or less" if often and first(often) < warmup else "lengthen the warm-up"
+    raise ValueError(f"--adaptive-warmup-patience {patience} could never end the warm-up early: with --val-every "
+                     f"{every} the first validation that may is after step {first(every)}, and --warmup-steps is "
+                     f"{warmup}; {fix}, or leave it out")
 
 
 def _require_order(cfg: CurriculumConfig) -> None:
@@ -120,8 +162,8 @@ def _require_order(cfg: CurriculumConfig) -> None:
 
 
 def with_length(cfg: Any, samples: int) -> Any:
-    """cfg with max_steps decided: of --epochs over so many training samples, and at most up to what --stop-after says;
-    stages that are fractions of it become steps.
+    """cfg with max_steps decided, of --epochs over so many training samples; stages that are fractions of it become
+    steps. It is the planned length, also with --stop-after (see last_step): learning rates are functions of it.
 
     ValueError: the run ends before stage 3, which nobody said.
     """
@@ -132,15 +174,21 @@ def with_length(cfg: Any, samples: int) -> Any:
         print0(", ".join(f"{flag_name(name)} {share} of {planned.max_steps} steps: {getattr(planned, name)}"
                                      for name, share in shares.items()))
         _require_order(planned)
+        _require_early_end(planned)
     if cfg.stop_after:
-        ends = {"warmup": cfg.warmup_steps, "transition": cfg.warmup_steps + cfg.transition_steps}
-        return replace(planned, max_steps=min(planned.max_steps, ends[cfg.stop_after]))
+        return planned
     length = f"--max-steps {cfg.max_steps}" if cfg.epochs is None else f"--epochs {cfg.epochs} of {samples} samples"
     _require_all_stages(cfg, planned.max_steps, length)
     if planned.max_steps < cfg.warmup_steps + cfg.transition_steps:
         print0(f"note: these {planned.max_steps} steps reach stage 3 only if the adaptive warm-up ends "
                            f"before step {planned.max_steps - cfg.transition_steps}")
     return planned
+
+
+def last_step(cfg: Any) -> int:
+    """Steps that are done when the run ends: max_steps, or fewer if --stop-after says so. cfg: of with_length."""
+    ends = {"warmup": cfg.warmup_steps, "transition": cfg.warmup_steps + cfg.transition_steps}
+    return int(min(cfg.max_steps, ends[cfg.stop_after])) if cfg.stop_after else int(cfg.max_steps)
 
 
 def _require_all_stages(cfg: Any, steps: int, what: str) -> None:
@@ -187,7 +235,7 @@ def kmeans_batches(cfg: Any, tokens_per_batch: int) -> int:
 
     ValueError: they hold fewer latents than there are codes.
     """
-    if codebook_init(cfg) == "none" and not (cfg.recluster or cfg.recluster_at):
+    if codebook_init(cfg) == "none" and not _reclusters(cfg):
         return 0
 
     def batches(latents: int) -> int:

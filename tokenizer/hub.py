@@ -196,8 +196,8 @@ _SETTINGS = {  # of a run -> in its card
     "Data": ("preset", "data_fingerprint", "val_fingerprint", "image_size", "global_batch_size", "max_steps"),
     "Seeds": ("global_seed",),
     # Of tokenizers. What the quantizer is stands under "Model"; a GPT's own --codebook-size is of folders of others.
-    "Curriculum": ("warmup_steps", "transition_steps", "transition", "loss_lambda", "adaptive_warmup_patience",
-                   "recluster", "recluster_at", "codebook_lr_scale"),
+    "Curriculum": ("warmup_steps", "transition_steps", "stop_after", "transition", "loss_lambda",
+                   "adaptive_warmup_patience", "recluster", "recluster_at", "codebook_lr_scale"),
 }
 
 

@@ -9,12 +9,19 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from tokenizer.choices import ADVERSARIAL_LOSSES, AUGMENTATIONS, RECONSTRUCTION_LOSSES
-from tokenizer.curriculum_config import INIT_FROM, CurriculumConfig, check_curriculum, kmeans_batches, with_codes_kept
+from tokenizer.curriculum_config import (
+    EFFECTS_CURRICULUM,
+    INIT_FROM,
+    CurriculumConfig,
+    check_curriculum,
+    kmeans_batches,
+    with_codes_kept,
+)
 from tokenizer.image_readers import ImageOptions
 from tokenizer.image_sources import absolute_path, path_mode
 from tokenizer.runtime import config
 from tokenizer.runtime.config import arg, flag_name
-from tokenizer.runtime.run_config import RESUMABLE_RUN
+from tokenizer.runtime.run_config import RESUMABLE_RUN, Effect, require_effects
 from tokenizer.vq_config import ARCHITECTURES
 
 
@@ -89,6 +96,16 @@ PRESETS: dict[str, dict[str, Any]] = {
 RESUMABLE = RESUMABLE_RUN | {"preset", "data_path", "val_path", "num_workers", "compile", "max_bad_images",
                              "lpips_vgg_weights", "stop_after", "image_key", "max_image_mb", "code_search"}
 
+EFFECTS = EFFECTS_CURRICULUM | {
+    "reconstruction_loss": Effect(lambda cfg: cfg.reconstruction_weight, "with --reconstruction-weight 0"),
+    "lpips_vgg_weights": Effect(lambda cfg: cfg.perceptual_weight, "with --perceptual-weight 0"),
+    **{name: Effect(lambda cfg: cfg.disc_weight, "without a discriminator", "give --disc-weight above 0")
+       for name in ("disc_start", "disc_loss", "disc_adaptive_weight")},
+    "low_precision_norms": Effect(lambda cfg: cfg.mixed_precision != "none", "with --mixed-precision none"),
+    **{name: Effect(lambda cfg: cfg.data_path or cfg.val_path, "on the digits, which are no files", "give --data-path")
+       for name in ("image_key", "bit_depth", "max_image_mb", "max_bad_images")},
+}
+
 
 def pick_preset(given: dict[str, Any]) -> str:
     """The preset that the explicit flags ask for: --preset, else the paper's when there are data, else the digits."""
@@ -98,15 +115,21 @@ def pick_preset(given: dict[str, Any]) -> str:
 
 
 def parse_config(argv: list[str] | None = None, description: str = "") -> TrainConfig:
-    """Flags -> configuration with preset and folder decided. SystemExit(2) names the flag that is wrong."""
-    cfg = config.parse(TrainConfig, argv, presets=PRESETS, pick_preset=pick_preset, exclusive=("max_steps", "epochs"),
-                       description=description, prog="tokenizer/train_provq.py")
+    """Flags -> configuration with preset and folder decided.
+
+    SystemExit(2) names the flag that is wrong, ValueError one that has no effect.
+    """
+    cfg, given = config.parse_given(TrainConfig, argv, presets=PRESETS, pick_preset=pick_preset,
+                                    exclusive=("max_steps", "epochs"), description=description,
+                                    prog="tokenizer/train_provq.py")
     cfg = with_codes_kept(cfg)
     preset = pick_preset({"preset": cfg.preset, "data_path": cfg.data_path})
     # Evaluations and extract_codes.py open the recorded paths, from wherever they are started.
-    return replace(cfg, preset=preset, results_dir=cfg.results_dir or f"runs/{preset}",
-                   data_path=None if (preset, cfg.data_path) == ("digits", "digits") else absolute_path(cfg.data_path),
-                   val_path=absolute_path(cfg.val_path))
+    data = None if (preset, cfg.data_path) == ("digits", "digits") else absolute_path(cfg.data_path)
+    cfg = replace(cfg, preset=preset, results_dir=cfg.results_dir or f"runs/{preset}", data_path=data,
+                  val_path=absolute_path(cfg.val_path))
+    require_effects(cfg, given, EFFECTS)
+    return cfg
 
 
 def check(cfg: TrainConfig, world_size: int) -> None:

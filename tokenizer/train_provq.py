@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from tokenizer import losses
 from tokenizer.code_meter import PaceMeter, count_
 from tokenizer.curriculum import CurriculumTrainer, build_curriculum, choose_code_search, code_usage
-from tokenizer.curriculum_config import kmeans_batches, with_length
+from tokenizer.curriculum_config import kmeans_batches, last_step, with_length
 from tokenizer.data import (
     BadImageCounter,
     ImageDataset,
@@ -105,7 +105,7 @@ class Trainer(CurriculumTrainer):
         if cfg.disc_weight and cfg.disc_start > cfg.max_steps:
             distributed.print0(f"note: --disc-start {cfg.disc_start} is beyond the {cfg.max_steps} steps: the "
                                "discriminator never trains; --disc-weight 0 saves its memory")
-        self.run = Run(cfg, device, resumable=RESUMABLE, inputs=fingerprints)
+        self.run = Run(cfg, device, resumable=RESUMABLE, inputs=fingerprints, end=last_step(cfg))
         self.raw = build_model(cfg).to(device)
         self.disc = NLayerDiscriminator(cfg.image_channels).to(device) if cfg.disc_weight else None
         self.optimizer, self.opt_d = self.make_optimizers()
@@ -181,7 +181,7 @@ class Trainer(CurriculumTrainer):
         """The curriculum of the paper, one optimizer step after another."""
         cfg, run, quantize = self.cfg, self.run, self.quantize
         self.raw.train()
-        batches = self.batches(run.start, cfg.max_steps)
+        batches = self.batches(run.start, run.end)
         for step in run.steps():                    # seeds what the step draws; after it a checkpoint, where one is due
             quantize.set_step(step)                 # stage 1, 2 or 3, alpha (Eq. 3) and omega (Eq. 4)
             self.start_codebook(step)               # once, at needs_init: init_codebook by k-means (section 4.1)

@@ -213,6 +213,8 @@ def test_another_experiment_cannot_resume_a_run(base, straight):
     before = (straight / "metrics.jsonl").read_bytes()
     with pytest.raises(SystemExit, match=r"lr: 0.001 there, 0.5 now"):
         train_c2i.main(flags(base, straight, ema=True, lr=0.5))
+    with pytest.raises(SystemExit, match=r"max_steps: 12 there, 24 now\)\. With --lr-schedule cosine the learn"):
+        train_c2i.main(flags(base, straight, ema=True, max_steps=24))
     assert (straight / "metrics.jsonl").read_bytes() == before
 
 

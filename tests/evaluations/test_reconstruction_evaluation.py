@@ -166,7 +166,7 @@ def test_mistakes_are_named(base, tmp_path, more, said):
 def test_a_run_whose_data_changed_is_refused(base, tmp_path):
     shutil.copytree(base / "pictures", tmp_path / "data")
     words = ("--preset cifar10 --image-size 16 --image-channels 1 --codebook-size 64 --global-batch-size 16 "
-             "--max-steps 2 --warmup-steps 0 --transition-steps 0 --val-size 16 --kmeans-batches 4").split()
+             "--max-steps 2 --warmup-steps 0 --transition-steps 0 --val-size 16").split()
     words += ["--device", "cpu", "--data-path", str(tmp_path / "data")]
     train_provq.main([*words, "--results-dir", str(tmp_path / "run")])
     more = ["--vq-ckpt", str(tmp_path / "run"), "--features", f"torchscript:{base / 'thumbnail.pt'}", "--no-cache",

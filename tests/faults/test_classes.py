@@ -65,7 +65,7 @@ def test_labels_with_gaps_are_named(tmp_path):
 
 def test_training_a_tokenizer_says_it_and_goes_on(tmp_path, capsys):
     words = {"preset": "cifar10", "image_size": 16, "codebook_size": 4, "global_batch_size": 2, "warmup_steps": 0,
-             "transition_steps": 0, "kmeans_batches": 2, "max_steps": 1, "val_size": 1, "device": "cpu",
+             "transition_steps": 0, "max_steps": 1, "val_size": 1, "device": "cpu",
              "data_path": write_list(tmp_path / "x", [1, 2, 3] * 4), "results_dir": tmp_path / "run"}
     train_provq.main(to_words(words | {"dry_run": True}))
     said = capsys.readouterr()
@@ -175,7 +175,7 @@ def test_flags_out_of_range_are_named(tokenizer, tmp_path, capsys, options, said
     with pytest.raises(ValueError, match=said):
         ImageOptions(**options)
     with pytest.raises(SystemExit) as stopped:
-        train_provq.main(to_words({"results_dir": tmp_path / "run", "device": "cpu"} | options))
+        train_provq.main(to_words({"results_dir": tmp_path / "run", "data_path": tmp_path, "device": "cpu"} | options))
     assert said in f"{stopped.value} {capsys.readouterr().err}"
     with pytest.raises(SystemExit) as stopped:
         extract(tokenizer, "digits", tmp_path / "codes", *to_words(options))
@@ -188,7 +188,7 @@ def test_the_choice_of_a_run_is_its_evaluations(tmp_path):
     files = {f"{i}.{kind}.png": image for i in range(20) for kind in ("in", "out")}
     shard = write_tar(tmp_path / "s.tar", files | {f"{i}.cls": b"0" for i in range(20)})
     words = {"preset": "cifar10", "image_size": 16, "codebook_size": 4, "global_batch_size": 2, "warmup_steps": 0,
-             "transition_steps": 0, "kmeans_batches": 2, "max_steps": 1, "val_size": 1, "device": "cpu",
+             "transition_steps": 0, "max_steps": 1, "val_size": 1, "device": "cpu",
              "data_path": shard, "results_dir": tmp_path / "run"}
     with pytest.raises(SystemExit, match=r"--data-path: .*--image-key in\.png"):
         train_provq.main(to_words(words))

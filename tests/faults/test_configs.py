@@ -185,7 +185,7 @@ def run(tmp_path_factory):
     """A run of two steps, and the words that resume it."""
     folder = tmp_path_factory.mktemp("run")
     words = ["--results-dir", str(folder), "--device", "cpu", "--global-batch-size", "12", "--max-steps", "2",
-             "--warmup-steps", "0", "--transition-steps", "0", "--codebook-size", "8", "--kmeans-batches", "1",
+             "--warmup-steps", "0", "--transition-steps", "0", "--codebook-size", "8",
              "--val-size", "12", "--ckpt-every", "2", "--val-every", "2", "--image-size", "8", "--num-workers", "0"]
     train_provq.main(words)
     return folder, words

@@ -28,7 +28,7 @@ from tokenizer.image_readers import ImageOptions, UnreadableImage, decode_image
 from tokenizer.image_sources import expand_braces
 
 QUICK = {"preset": "cifar10", "image_size": 16, "codebook_size": 4, "global_batch_size": 2, "warmup_steps": 0,
-         "transition_steps": 0, "kmeans_batches": 2, "max_steps": 1, "val_size": 1, "device": "cpu"}
+         "transition_steps": 0, "max_steps": 1, "val_size": 1, "device": "cpu"}
 
 
 @pytest.fixture(scope="module")

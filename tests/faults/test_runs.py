@@ -18,14 +18,14 @@ import pytest
 import torch
 import training_runs
 from places import ROOT
-from training_runs import assert_same_run, rows, to_words
+from training_runs import NO_KMEANS, assert_same_run, rows, to_words
 
 from autoregressive import extract_codes, train_c2i
 from autoregressive import train_config as gpt_config
 from protein import train_config as protein_config
 from protein import train_provq as protein_train
 from protein.benchmark import train_task
-from tokenizer import reconstruct, train_config, train_provq
+from tokenizer import curriculum_config, reconstruct, train_config, train_provq
 from tokenizer.code_meter import DriftMeter, drift
 from tokenizer.runtime import checkpoint, lock
 from tokenizer.runtime.checkpoint import Checkpointer, load_file
@@ -431,8 +431,8 @@ def test_too_little_memory_is_one_line(tmp_path, capsys):
     ({"max_steps": 3}, "or say --stop-after transition"),
     ({"max_steps": 4, "warmup_steps": 4, "transition_steps": 0}, "Give at least 5 steps (--warmup-steps 4 + "),
     ({"max_steps": None, "epochs": 1, "warmup_steps": 900}, "--epochs 1 of "),
-    ({"max_steps": 5, "transition_steps": 4, "adaptive_warmup_patience": 1, "adaptive_warmup_min_steps": 2},
-     "Give at least 6 steps"),
+    ({"max_steps": 5, "warmup_steps": 4, "transition_steps": 4, "val_every": 1, "adaptive_warmup_patience": 1,
+      "adaptive_warmup_min_steps": 2}, "Give at least 6 steps"),
     ({"stop_after": "transition", "transition_steps": 0}, "--stop-after transition: there is no such stage"),
     ({"stop_after": "warmup", "adaptive_warmup_patience": 2}, "--stop-after warmup needs to know where stages end"),
 ])
@@ -446,14 +446,46 @@ def test_a_run_too_short_for_its_stages_is_refused(tmp_path, capsys, name, lengt
 def test_a_run_that_says_so_ends_with_a_stage_and_can_be_continued(trained, tmp_path, stage, steps):
     train_provq.main(to_words(TINY | {"results_dir": tmp_path, "stop_after": stage}))
     assert json.loads((tmp_path / "summary.json").read_text())["step"] == steps
-    assert json.loads((tmp_path / "config.json").read_text())["max_steps"] == steps
+    assert json.loads((tmp_path / "config.json").read_text())["max_steps"] == STEPS  # as planned
     train_provq.main(to_words(TINY | {"results_dir": tmp_path}))
     assert rows(tmp_path) == rows(trained / "vq")
 
 
+@pytest.mark.parametrize("name", ["image", "protein"])
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"adaptive_warmup_patience": 3, "warmup_steps": 0} | NO_KMEANS,
+     "--adaptive-warmup-patience 3: there is no warm-up to end early with --warmup-steps 0; give"),
+    ({"adaptive_warmup_patience": 3, "warmup_steps": 120, "val_every": 1000, "max_steps": 300},
+     "--adaptive-warmup-patience 3 could never end the warm-up early: with --val-every 1000 the first validation that "
+     "may is after step 4000, and --warmup-steps is 120; give --val-every 29 or less, or leave it out"),
+    ({"adaptive_warmup_patience": 3, "warmup_steps": 120, "val_every": 30, "max_steps": 300}, "is after step 120, and"),
+    ({"adaptive_warmup_patience": 1, "warmup_steps": 12, "val_every": 5, "adaptive_warmup_min_steps": 11,
+      "max_steps": 90}, "is after step 15, and --warmup-steps is 12; lengthen the warm-up, or leave it out"),
+    ({"adaptive_warmup_patience": 1, "val_every": 1}, "is after step 2, and --warmup-steps is 2; lengthen"),
+    ({"adaptive_warmup_patience": 1, "warmup_steps": 0.5, "transition_steps": 0, "max_steps": 8},
+     "is after step 8, and --warmup-steps is 4"),
+    ({"adaptive_warmup_patience": 1000, "warmup_steps": 0.5, "transition_steps": 0, "max_steps": None, "epochs": 1},
+     "is after step 4004, and --warmup-steps is "),
+])
+def test_a_warm_up_that_could_not_end_early_is_refused(tmp_path, capsys, name, changes, said):
+    main, settings = {"image": (train_provq.main, TINY), "protein": (protein_train.main, PROTEIN)}[name]
+    assert said in fails(main, settings | {"results_dir": tmp_path / "run"} | changes, capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_began_with_such_a_warm_up_resumes(tmp_path, capsys, monkeypatch):
+    words = TINY | {"results_dir": tmp_path / "run", "adaptive_warmup_patience": 1}
+    with monkeypatch.context() as earlier:
+        earlier.setattr(curriculum_config, "_require_early_end", lambda _: None)
+        train_provq.main(to_words(words | {"max_steps": 5}))
+    train_provq.main(to_words(words))
+    assert rows(tmp_path / "run")[-1]["step"] == STEPS
+    assert "--adaptive-warmup-patience 1 could never" in fails(train_provq.main, words | {"val_every": 3}, capsys)
+
+
 def test_a_short_run_may_hope_for_an_adaptive_warmup(tmp_path, capsys):
     train_provq.main(to_words(TINY | {"results_dir": tmp_path / "run", "max_steps": 5, "warmup_steps": 5,
-                                      "adaptive_warmup_patience": 1, "dry_run": True}))
+                                      "val_every": 1, "adaptive_warmup_patience": 1, "dry_run": True}))
     assert "note: these 5 steps reach stage 3 only if the adaptive warm-up ends before step 3" in (
         capsys.readouterr().err)
 

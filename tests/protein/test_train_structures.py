@@ -10,7 +10,7 @@ import torch
 import training_runs
 from helices import helix
 from places import PROTEINS, ROOT, needs_proteins
-from training_runs import rows, to_words
+from training_runs import NO_KMEANS, rows, to_words
 
 from protein import train_provq
 from protein.structure_data import collate
@@ -31,7 +31,9 @@ TINY = MODEL | {"ideal_chains": 24, "max_length": 32, "global_batch_size": 4, "m
 
 
 def flags(run_dir, **changes):
-    return to_words(TINY | {"results_dir": run_dir} | changes)
+    idle = {"data_path": "ideal_chains", "val_path": "val_fraction"}  # flag -> what it leaves without effect
+    left_out = {name: None for flag, name in idle.items() if flag in changes}
+    return to_words(TINY | {"results_dir": run_dir} | left_out | changes)
 
 
 def assert_same_run(a, b):
@@ -160,10 +162,10 @@ def test_the_quantizers_loss_is_a_mean_over_tokens_however_they_are_divided(tmp_
 
 @pytest.mark.parametrize("changes", [
     {"quantizer": "aminoaseed"},
-    {"quantizer": "aminoaseed", "warmup_steps": 0, "transition_steps": 0},
+    {"quantizer": "aminoaseed", "warmup_steps": 0, "transition_steps": 0, "kmeans_iters": None},
     {"quantizer": "ema", "codebook_restart_below": 0.5},
     {"codebook_follow": True, "recluster": True, "codebook_lr_scale": 5, "ema": True, "codebook_restart_below": 0.5},
-    {"warmup_steps": 0, "transition_steps": 0, "losses_as_coded": True},
+    {"warmup_steps": 0, "transition_steps": 0, "losses_as_coded": True, "kmeans_iters": None},
     {"mixed_precision": "bf16", "num_workers": 1, "overlong": "drop", "max_length": 90},
     {"inverse_folding_weight": 0, "lr_schedule": "constant"},
     {"codebook_l2_norm": True, "rotation": True},
@@ -172,6 +174,18 @@ def test_options_train_to_the_end(tmp_path, changes):
     train_provq.main(flags(tmp_path, **({"max_steps": 6, "warmup_steps": 2, "transition_steps": 2} | changes)))
     assert rows(tmp_path)[-1]["step"] == 6
     assert rows(tmp_path)[-1]["usage"] > 0
+
+
+@pytest.mark.parametrize(("grid", "channels"), [("fsq", 2), ("lfq", 4)])
+def test_codes_on_a_grid_train_and_nothing_places_them(tmp_path, capsys, grid, channels):
+    words = {"quantizer": grid, "codebook_embed_dim": channels, "max_steps": 3, "warmup_steps": 1,
+             "transition_steps": 1} | NO_KMEANS
+    train_provq.main(flags(tmp_path, **words))
+    assert json.loads((tmp_path / "config.json").read_text())["codebook_init"] == "none"
+    assert [row["stage"] for row in rows(tmp_path)] == [1, 2, 3]
+    assert rows(tmp_path)[-1]["usage"] > 0
+    said = fails(flags(tmp_path / "other", **words, codebook_init="kmeans"), capsys)
+    assert f"--codebook-init: the codes of --quantizer {grid} lie on a fixed grid" in said
 
 
 def test_training_learns(tmp_path):
@@ -215,7 +229,7 @@ def fails(words, capsys):
     ({"sample_by": "cluster"}, "--sample-by cluster needs --clusters"),
     ({"clusters": "x.tsv"}, "--clusters needs --data-path"),
     ({"plddt_from": "qa_metric"}, "changes nothing without --min-plddt"),
-    ({"min_plddt": -1}, "--min-plddt is -1"),
+    ({"min_plddt": -1, "data_path": "x"}, "--min-plddt is -1"),
     ({"min_length": 400, "max_length": 500}, "none of 24 chains is left"),
     ({f"{name}_weight": 0 for name in ("distance", "direction", "binned_distance", "binned_direction",
                                        "inverse_folding")}, "are all 0: nothing would be learned"),
@@ -233,7 +247,8 @@ def test_another_experiment_cannot_resume_a_run(straight, capsys):
 def test_a_run_from_before_the_newer_flags_resumes(straight, tmp_path, capsys):
     """Settings that its checkpoint does not know had their defaults; another value is another run, and is named."""
     shutil.copytree(straight, tmp_path / "run")
-    newest = tmp_path / "run" / "checkpoints" / f"{STEPS:07d}.pt"
+    (tmp_path / "run" / "checkpoints" / f"{STEPS:07d}.pt").unlink()
+    newest = tmp_path / "run" / "checkpoints" / f"{STEPS - 1:07d}.pt"
     state = load_file(newest)
     newer = {"clusters", "sample_by", "min_plddt", "plddt_from", "codebook_lr_scale", "codebook_follow",
              "codebook_restart_below", "recluster", "recluster_at", "tf32"}
@@ -241,11 +256,42 @@ def test_a_run_from_before_the_newer_flags_resumes(straight, tmp_path, capsys):
     state["config"] = {name: value for name, value in state["config"].items() if name not in newer}
     del state["restart"]
     torch.save(state, newest)
-    assert "min_plddt: None there, 70.0 now" in fails(
-        flags(tmp_path / "run", ema=True, max_steps=STEPS + 1, min_plddt=70), capsys)
-    train_provq.main(flags(tmp_path / "run", ema=True, max_steps=STEPS + 1))
-    assert rows(tmp_path / "run")[:-1] == rows(straight)
+    assert "codebook_lr_scale: 1.0 there, 5.0 now" in fails(
+        flags(tmp_path / "run", ema=True, codebook_lr_scale=5), capsys)
+    train_provq.main(flags(tmp_path / "run", ema=True))
+    assert_same_run(straight, tmp_path / "run")
+
+
+@pytest.mark.parametrize(("stage", "end"), [("warmup", WARMUP), ("transition", WARMUP + TRANSITION)])
+def test_a_run_that_ends_with_a_stage_has_the_schedule_of_the_whole(straight, tmp_path, capsys, stage, end):
+    """Its learning rates fall to --min-lr at --max-steps, where a straight run's do: continued, it is that run."""
+    train_provq.main(flags(tmp_path / "run", ema=True, stop_after=stage))
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["step"] == end
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["max_steps"] == STEPS
+    assert rows(tmp_path / "run") == rows(straight)[:end]
+    train_provq.main(flags(tmp_path / "run", ema=True))
+    assert_same_run(straight, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["step"] == STEPS
+    assert f"is at step {STEPS}, beyond step {end} of --stop-after" in fails(
+        flags(tmp_path / "run", ema=True, stop_after=stage), capsys)
+
+
+def test_the_length_stays_where_the_schedule_depends_on_it(straight, tmp_path, capsys):
+    said = fails(flags(straight, ema=True, max_steps=STEPS + 1), capsys)
+    assert f"max_steps: {STEPS} there, {STEPS + 1} now" in said
+    assert "With --lr-schedule cosine the learning rate of every step depends on the planned length" in said
+    assert "Use its settings to resume it, or use another --results-dir" in said
+    constant = {"lr_schedule": "constant", "min_lr": None, "stop_after": "warmup"}
+    train_provq.main(flags(tmp_path / "run", **constant))
+    train_provq.main(flags(tmp_path / "run", **constant | {"stop_after": None, "max_steps": STEPS + 1}))
     assert rows(tmp_path / "run")[-1]["step"] == STEPS + 1
+
+
+def test_epochs_and_steps_of_one_length_are_one_run(tmp_path):
+    """2 epochs of 18 chains in batches of 4 are the same 9 steps: what schedules depend on is the length alone."""
+    train_provq.main(flags(tmp_path / "run", max_steps=None, epochs=2, stop_after="warmup"))
+    train_provq.main(flags(tmp_path / "run"))
+    assert rows(tmp_path / "run")[-1]["step"] == STEPS
 
 
 def test_structures_that_are_read_otherwise_are_other_data(straight, capsys, monkeypatch):

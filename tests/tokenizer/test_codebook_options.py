@@ -7,7 +7,7 @@ import pytest
 import torch
 import training_runs
 from test_train_provq import STEPS, TRANSITION, WARMUP, flags
-from training_runs import Killed, assert_same_run, kill_at_step, rows
+from training_runs import NO_KMEANS, Killed, assert_same_run, kill_at_step, rows
 
 from tokenizer import train_config, train_provq
 from tokenizer.code_meter import PaceMeter
@@ -287,7 +287,7 @@ def test_rows_show_the_pace_from_k_means_on(reclustered):
 
 
 def test_a_plain_quantizer_shows_its_pace_from_the_start(tmp_path):
-    train_provq.main(flags(tmp_path, max_steps=3, warmup_steps=0, transition_steps=0))
+    train_provq.main(flags(tmp_path, max_steps=3, warmup_steps=0, transition_steps=0, **NO_KMEANS))
     log = rows(tmp_path)
     assert {"latent_spread", "code_spread"} <= log[0].keys()
     assert PACE <= log[1].keys()

@@ -36,7 +36,8 @@ def test_codes_of_forward_encode_and_lookup_are_the_same(name, size, channels):
 
 @pytest.mark.parametrize("name", GRIDS)
 def test_the_whole_curriculum_with_resume_and_export(name, tmp_path):
-    flags = ["--quantizer", name, "--codebook-embed-dim", CHANNELS[name], "--log-every", "2", "--val-every", "2"]
+    flags = ["--quantizer", name, "--codebook-embed-dim", CHANNELS[name], "--log-every", "2", "--val-every", "2",
+             "--kmeans-batches", "0"]
     train_on_digits(tmp_path / "straight", *flags)
     train_on_digits(tmp_path / "twice", *flags, "--max-steps", "4")
     train_on_digits(tmp_path / "twice", *flags)
@@ -78,7 +79,8 @@ def test_codes_that_do_not_exist_are_no_codes(name, index):
 ])
 def test_what_needs_codes_to_place_is_refused(flags, said, tmp_path):
     with pytest.raises(SystemExit, match=said):
-        train_on_digits(tmp_path / "run", "--quantizer", "fsq", "--codebook-embed-dim", "2", *flags)
+        train_on_digits(tmp_path / "run", "--quantizer", "fsq", "--codebook-embed-dim", "2", "--kmeans-batches", "0",
+                        *flags)
     assert not (tmp_path / "run").exists()
 
 

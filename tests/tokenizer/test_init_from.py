@@ -7,14 +7,14 @@ import pytest
 import torch
 from digit_runs import train_on_digits
 from test_train_provq import fails, flags
-from training_runs import assert_same_run, kill_at_step, rows
+from training_runs import NO_KMEANS, assert_same_run, kill_at_step, rows
 
 from tokenizer import train_provq
 from tokenizer.pretrained import load_tokenizer, save_pretrained, to_llamagen_state_dict
 from tokenizer.runtime.checkpoint import load_file
 
 DIGITS = {"codebook_size": 64, "global_batch_size": 16, "kmeans_batches": 4}  # as digit_runs
-VANILLA = {"warmup_steps": 0, "transition_steps": 0}
+VANILLA = {"warmup_steps": 0, "transition_steps": 0} | NO_KMEANS
 CODES = "quantize.quantizer.embedding.weight"
 
 
@@ -48,7 +48,7 @@ def same(a, b, but=()):
 
 @pytest.mark.parametrize("name", ["run", "export", "vq.pt"])
 def test_a_run_begins_with_the_weights_at_step_0(source, tmp_path, begun, capsys, name):
-    trainer = begun(flags(tmp_path, init_from=source / name, ema=True, **DIGITS, **VANILLA))
+    trainer = begun(flags(tmp_path, init_from=source / name, ema=True, **DIGITS | VANILLA))
     expected = load_tokenizer(source / name, codebook_l2_norm=False)
     for state in (trainer.raw.state_dict(), trainer.ema.state_dict()):
         assert same(expected.state_dict(), state)
@@ -94,7 +94,7 @@ def test_a_resumed_run_does_not_read_them_again(source, tmp_path, monkeypatch):
 def test_weights_of_the_warm_up_go_on_with_k_means(tmp_path, capsys):
     train_provq.main(flags(tmp_path / "first", stop_after="warmup"))
     words = {"init_from": tmp_path / "first", "warmup_steps": 0, "transition_steps": 4}
-    said = fails(flags(tmp_path / "second", **words), capsys)
+    said = fails(flags(tmp_path / "second", **words | NO_KMEANS), capsys)
     assert f"--init-from {tmp_path / 'first'} is still in its warm-up: it has no codes to keep. Place some" in said
     train_provq.main(flags(tmp_path / "second", **words, codebook_init="kmeans", max_steps=6))
     assert rows(tmp_path / "second")[-1]["stage"] == 3

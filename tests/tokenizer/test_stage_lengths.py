@@ -64,7 +64,7 @@ def test_a_run_records_the_steps_and_resumes_with_them(tmp_path, capsys):
     train_provq.main([*words, "--stop-after", "transition"])
     assert "--warmup-steps 0.25 of 8 steps: 2, --transition-steps 0.5 of 8 steps: 4" in capsys.readouterr().out
     recorded = json.loads((tmp_path / "config.json").read_text())
-    assert (recorded["max_steps"], recorded["warmup_steps"], recorded["transition_steps"]) == (6, 2, 4)
+    assert (recorded["max_steps"], recorded["warmup_steps"], recorded["transition_steps"]) == (8, 2, 4)  # as planned
     train_provq.main(words)
     assert [row["stage"] for row in rows(tmp_path)] == [1] * 2 + [2] * 4 + [3] * 2
     longer = flags(tmp_path, max_steps=16, warmup_steps=0.25, transition_steps=4)
@@ -74,7 +74,7 @@ def test_a_run_records_the_steps_and_resumes_with_them(tmp_path, capsys):
 
 
 def test_dry_run_prints_notes_beside_the_configuration(tmp_path, capsys):
-    train_provq.main(flags(tmp_path, max_steps=8, warmup_steps=0.75, adaptive_warmup_patience=1,
+    train_provq.main(flags(tmp_path, max_steps=8, warmup_steps=0.75, adaptive_warmup_patience=1, val_every=2,
                            transition_steps=4, disc_weight=0.5, image_size=32, disc_start=100, dry_run=True))
     out, err = capsys.readouterr()
     assert json.loads(out)["warmup_steps"] == 6

@@ -11,7 +11,7 @@ import training_runs
 from image_models import TINY_VQ4
 from PIL import Image
 from places import IMAGES, ROOT, needs_images
-from training_runs import Killed, rows, to_words
+from training_runs import NO_KMEANS, Killed, rows, to_words
 
 from tokenizer import train_provq, vq_model
 from tokenizer.data_split import open_run_split
@@ -76,7 +76,7 @@ def test_steps_exchange_no_objects(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "gather_objects", lambda value: gathered.append(step[-1]) or [value])
     monkeypatch.setattr(distributed, "any_rank", lambda flag: agreed.append(step[-1]) or any_rank(flag))
     train_provq.main(flags(tmp_path, log_every=4, val_every=100, ckpt_every=100, max_steps=6, warmup_steps=0,
-                           transition_steps=0))
+                           transition_steps=0, **NO_KMEANS))
     assert {2, 3, 5}.isdisjoint(gathered)
     assert 4 in gathered  # a row
     assert [agreed.count(number) for number in (2, 3, 5)] == [1, 1, 1]
@@ -215,10 +215,10 @@ def test_gradient_accumulation_is_the_same_step(tmp_path):
 
 @pytest.mark.parametrize("changes", [
     {"quantizer": "simvq"},
-    {"quantizer": "aminoaseed", "warmup_steps": 0, "transition_steps": 0},
-    {"codebook_l2_norm": True, "warmup_steps": 0, "transition_steps": 0},
+    {"quantizer": "aminoaseed", "warmup_steps": 0, "transition_steps": 0, "kmeans_iters": None},
+    {"codebook_l2_norm": True, "warmup_steps": 0, "transition_steps": 0} | NO_KMEANS,
     {"rotation": True, "transition": "hard"},
-    {"mixed_precision": "bf16", "codebook_init": "none"},
+    {"mixed_precision": "bf16", "codebook_init": "none"} | NO_KMEANS,
     {"mixed_precision": "fp16", "reconstruction_loss": "l1"},
     {"image_channels": 3, "num_workers": 1, "dropout_p": 0.1},
 ], ids=lambda changes: "-".join(map(str, changes.values())))
@@ -256,7 +256,7 @@ def test_adaptive_warmup_ends_early_and_survives_a_resume(tmp_path, monkeypatch)
 
 def test_compiled_training_matches_eager(tmp_path, monkeypatch):
     monkeypatch.setitem(vq_model.ARCHITECTURES, "VQ-4", TINY_VQ4)  # a C++ compiler takes seconds per layer
-    short = {"max_steps": 3, "warmup_steps": 0, "transition_steps": 0, "val_every": 100}
+    short = {"max_steps": 3, "warmup_steps": 0, "transition_steps": 0, "val_every": 100} | NO_KMEANS
     train_provq.main(flags(tmp_path / "eager", **short))
     train_provq.main(flags(tmp_path / "compiled", compile=True, **short))
     for one, other in zip(rows(tmp_path / "eager"), rows(tmp_path / "compiled"), strict=True):

@@ -52,7 +52,30 @@ def arg(default: Any, help: str, *, choices: Sequence[Any] | None = None, fracti
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def parse(
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """What a user said, as against what presets and defaults add."""
+
+    values: Mapping[str, Any]                  # of the command line and of --config FILE.json, by field name
+    unsaid: Mapping[str, tuple[Any, ...]]      # of every field: its default, and the preset's value if that has one
+    said_in: Mapping[str, str]                 # field name -> the file that says it, where the command line does not
+
+    def shown(self, name: str) -> str:
+        """One of the values as it was given: --flag value, and the file that it is in."""
+        value, flag = self.values[name], flag_name(name)
+        if isinstance(value, bool):
+            words = flag if value else f"--no-{flag[2:]}"
+        else:
+            words = f"{flag} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
+        return f"{self.said_in[name]}: {words}" if name in self.said_in else words
+
+
+def parse(cls: type[Config], argv: Sequence[str] | None = None, **options: Any) -> Config:
+    """The configuration alone of `parse_given`, whose options these are."""
+    return parse_given(cls, argv, **options)[0]
+
+
+def parse_given(
     cls: type[Config],
     argv: Sequence[str] | None = None,
     *,
@@ -61,8 +84,9 @@ def parse(
     exclusive: Sequence[str] = (),
     description: str = "",
     prog: str | None = None,
-) -> Config:
-    """The configuration that a command line asks for: field defaults < preset < --config FILE.json < explicit flags.
+) -> tuple[Config, Given]:
+    """The configuration that a command line asks for: field defaults < preset < --config FILE.json < explicit flags;
+    and what of it was said by the user.
 
     argv:         words after the program's name; None for those of this process
     presets:      name -> {field: value}
@@ -97,7 +121,8 @@ def parse(
         for name, flag in flags.items():
             if flag.default is REQUIRED and name not in values:
                 raise ValueError(f"{flag.option} is required: {flag.help}")
-        return cls(**values)
+        unsaid = {name: (flag.default, preset.get(name, flag.default)) for name, flag in flags.items()}
+        return cls(**values), Given(explicit, unsaid, {name: str(path) for name in from_file if name not in given})
     except ValueError as error:
         parser.error(str(error))
 

@@ -27,6 +27,7 @@ from tokenizer.runtime.command import USER_ERRORS, CannotContinue, refusal
 from tokenizer.runtime.files import atomic_write_text
 from tokenizer.runtime.metrics import JsonlFile, MetricLogger, short
 from tokenizer.runtime.parsing import brief, parsing
+from tokenizer.runtime.run_config import length_sets_rate
 from tokenizer.runtime.seeding import StepSampler, seed_step
 from tokenizer.runtime.throughput import Throughput
 
@@ -55,26 +56,30 @@ class Run:
     are collective: call them on every rank.
 
     cfg: a RunConfig, checked, with max_steps decided, that also has global_batch_size. Steps are optimizer updates.
-    resumable: names of the settings that may differ when a run is resumed.
+    resumable: names of the settings that may differ when a run is resumed; max_steps only if no learning rate depends
+        on it.
     inputs: what the run is fed with, such as fingerprints of data; must not differ either.
     describe: what else every checkpoint says, primitives by name.
+    end: steps that are done when the run ends, if --stop-after has it end before max_steps.
     """
 
     def __init__(
         self, cfg: Any, device: torch.device, *, resumable: frozenset[str], inputs: Mapping[str, Any],
-        describe: Mapping[str, Any] | None = None,
+        describe: Mapping[str, Any] | None = None, end: int | None = None,
     ) -> None:
         self.cfg: Any = cfg
         self.device = device
         self.folder = Path(cfg.results_dir)
         self.checkpoints = Checkpointer(self.folder / "checkpoints", keep_last=cfg.keep_checkpoints)
+        self.end: int = cfg.max_steps if end is None else end
         self.start = 0  # steps done when this process began
         self.done = 0   # steps done when the body of the current one ends
         self.best: float | None = None  # score of checkpoints/best.pt
         self.interrupted = False        # by Ctrl-C
         self.last_validation: dict[str, Any] = {}
         self.throughput: Throughput | None = None  # for the log rows; set it before `steps`
-        self._resumable, self._inputs, self._describe = resumable, dict(inputs), dict(describe or {})
+        self._resumable = resumable - {"max_steps"} if length_sets_rate(cfg) else resumable
+        self._inputs, self._describe = dict(inputs), dict(describe or {})
         self._parts: Mapping[str, Stateful | None] = {}
         self._resumed_metrics: Mapping[str, Any] | None = None
         self._began = time.monotonic()
@@ -98,7 +103,7 @@ class Run:
         parts: name in checkpoints -> what saves and loads itself; None for one that this run does without.
 
         ValueError: the folder is in use by another process, or holds a run with other settings, one that is further
-        than max_steps, or something else.
+        than this one goes, or something else.
         """
         self._parts = parts
         if not self.cfg.dry_run:
@@ -117,11 +122,15 @@ class Run:
             fix = "Use its settings"
             if all(name in self._inputs for name, _, _ in changed):
                 what, fix = f"its data have changed since; {what}", "Restore the data, or the version that read them,"
-            raise ValueError(f"--results-dir {self.folder} holds a run with other settings ({what}). {fix} to resume "
-                             "it, or use another --results-dir")
-        if state["step"] > self.cfg.max_steps:
-            raise ValueError(f"--results-dir {self.folder} is at step {state['step']}, beyond --max-steps "
-                             f"{self.cfg.max_steps}")
+            why = ""
+            if "max_steps" in (name for name, _, _ in changed):
+                why = (f" With --lr-schedule {self.cfg.lr_schedule} the learning rate of every step depends on the "
+                       "planned length, so that it cannot change; --lr-schedule constant, from the start, lets it.")
+            raise ValueError(f"--results-dir {self.folder} holds a run with other settings ({what}).{why} {fix} to "
+                             "resume it, or use another --results-dir")
+        if state["step"] > self.end:
+            ends = f"--max-steps {self.end}" if self.end == self.cfg.max_steps else f"step {self.end} of --stop-after"
+            raise ValueError(f"--results-dir {self.folder} is at step {state['step']}, beyond {ends}")
         for name, part in parts.items():
             if part is not None:
                 with parsing(f"--results-dir {self.folder}", f"the {name} of its newest checkpoint does not fit"):
@@ -177,12 +186,12 @@ class Run:
     # ----------------------------------------------------------------------------------------------------- loop
 
     def steps(self) -> Iterator[int]:
-        """The steps that are left, from `start` to max_steps. A signal ends them early, after a checkpoint."""
+        """The steps that are left, from `start` to `end`. A signal ends them early, after a checkpoint."""
         cfg = self.cfg
         self._open_logs()
         self._began = time.monotonic()
         with _StopSignals() as signals:
-            for step in range(self.start, cfg.max_steps):
+            for step in range(self.start, self.end):
                 seed_step(cfg.global_seed, distributed.rank(), step)  # what a step draws depends on the step alone
                 self.done = step + 1
                 yield step
@@ -192,7 +201,7 @@ class Run:
                         self.checkpoints.save(self.done, self.state())
                 if stopping:
                     self.interrupted = signals.interrupted_at is not None
-                    if self.done < cfg.max_steps:
+                    if self.done < self.end:
                         distributed.print0(f"stopped by a signal at step {self.done}; the same command resumes")
                     break
         self.metrics.close()
@@ -204,7 +213,7 @@ class Run:
         try:
             if self.cfg.wandb and distributed.is_main():
                 self._mirror()
-            self.metrics = MetricLogger(self.folder, total_steps=self.cfg.max_steps, device=self.device,
+            self.metrics = MetricLogger(self.folder, total_steps=self.end, device=self.device,
                                         resume_step=self.start, throughput=self.throughput)
             self.validations = JsonlFile(self.folder / "validation.jsonl", resume_step=self.start)
             if self._resumed_metrics is not None:
@@ -213,7 +222,7 @@ class Run:
             if distributed.is_main():
                 config.save(self.cfg, self.folder / "config.json")
                 self.checkpoints.prune(self.start)
-                if self.start < self.cfg.max_steps:
+                if self.start < self.end:
                     (self.folder / "summary.json").unlink(missing_ok=True)  # of a shorter run that is now extended
         except (ValueError, OSError) as error:  # a damaged log, a full disk
             raise CannotContinue(str(error)) from error
@@ -233,7 +242,7 @@ class Run:
 
     def due(self, every: int) -> bool:
         """Whether something that happens every so many steps, and at the end, happens after this one."""
-        return self.done % every == 0 or self.done == self.cfg.max_steps
+        return self.done % every == 0 or self.done == self.end
 
     def log(
         self, terms: Mapping[str, Tensor], labels: Mapping[str, Any] | None = None, *,
@@ -279,7 +288,7 @@ class Run:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json: step, summary, seconds and the last validation. Nothing after a signal's early end."""
-        if self.done < self.cfg.max_steps:
+        if self.done < self.end:
             return
         summary = {"step": self.done, **summary,
                    "seconds_since_start_or_resume": round(time.monotonic() - self._began, 1), **self.last_validation}

@@ -1,13 +1,14 @@
 """Settings that every training run has, and what makes no sense among them. No torch: see command.py."""
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizer.runtime import config
-from tokenizer.runtime.config import arg
+from tokenizer.runtime.config import Given, arg
 from tokenizer.runtime.files import require_writable
 from tokenizer.runtime.ranks import is_main
 
@@ -39,9 +40,41 @@ class RunConfig:
                            "distances to codes and geometry stay exact; LlamaGen: yes")
 
 
-# What may differ when a run is resumed: its length, its cadence, its machine. Else it would be another experiment.
+# What may differ when a run is resumed: its length (but see length_sets_rate), its cadence, its machine. Else it would
+# be another experiment.
 RESUMABLE_RUN = frozenset({"results_dir", "device", "log_every", "ckpt_every", "val_every", "keep_checkpoints",
                            "dry_run", "wandb", "max_steps", "epochs", "gradient_accumulation_steps"})
+
+
+class Effect(NamedTuple):
+    """When a flag has an effect: a row of the table that `require_effects` takes."""
+
+    when: Callable[[Any], Any]  # of a configuration, decided
+    why: str                    # not, otherwise: "--flag value has no effect <why>"
+    fix: str = ""               # what gives it one, if that is anything else than leaving out what `why` names
+
+
+# Flags that do nothing unless others say so, of every trainer: field -> Effect. A trainer adds its own. Not among them:
+# what is idle on this machine only (--tf32 on a CPU) or with these data, so that one command is for all of them.
+EFFECTS_RUN = {
+    "ema_decay": Effect(lambda cfg: cfg.ema, "without an average of the weights", "add --ema"),
+    "min_lr": Effect(lambda cfg: cfg.lr_schedule != "constant", "with --lr-schedule constant",
+                     "give --lr-schedule cosine or linear, which fall to it"),
+}
+
+
+def require_effects(cfg: Any, given: Given, effects: Mapping[str, Effect]) -> None:
+    """ValueError, naming flag, value and fix, for what the user said and nothing in cfg would come of.
+
+    Values that would hold unsaid pass; so does what the run in the folder of cfg has recorded, which an earlier version
+    let begin: the same command resumes it.
+    """
+    for name, value in given.values.items():
+        if name not in effects or value in given.unsaid[name] or effects[name].when(cfg):
+            continue
+        if recorded(cfg).get(name) != value:
+            fix = f"{effects[name].fix}, or " if effects[name].fix else ""
+            raise ValueError(f"{given.shown(name)} has no effect {effects[name].why}: {fix}leave it out")
 
 
 def check_run(cfg: Any, world_size: int) -> None:
@@ -72,6 +105,22 @@ def with_max_steps(cfg: Any, samples: int) -> Any:
     if cfg.max_steps is not None:
         return cfg
     return replace(cfg, max_steps=math.ceil(cfg.epochs * samples / cfg.global_batch_size))
+
+
+def recorded(cfg: Any) -> dict[str, Any]:
+    """Settings of the run that is in the folder of cfg already, by name; empty: none that could be read.
+
+    What would be refused of a new run must not keep one from resuming that an earlier version let begin.
+    """
+    try:
+        return config.load(Path(cfg.results_dir) / "config.json")
+    except (ValueError, OSError):  # a damaged one is for what resumes the run to name
+        return {}
+
+
+def length_sets_rate(cfg: Any) -> bool:
+    """Whether learning rates are functions of max_steps: a run of another length has others from its first step on."""
+    return str(getattr(cfg, "lr_schedule", "constant")) != "constant"
 
 
 def check_optimizer(cfg: Any) -> None:
