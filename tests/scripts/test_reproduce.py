@@ -74,7 +74,10 @@ def test_every_command_exists_with_its_flags(reproduce, tmp_path, scale, table):
     assert len(folders) == len(set(folders)), "a folder for every run"
     assert {words[words.index("--global-seed") + 1] for words in trained} <= {"3", "4"}
     if (made := lines[-1][1]).endswith(("collect.py", "report.py")):
-        named = lines[-1][2 : lines[-1].index("--out")]
+        named = lines[-1][2 : lines[-1].index("--probes" if "--probes" in lines[-1] else "--out")]
+        if table == "3":  # on what table 4 has trained
+            folders = [word.partition("=")[2] for word in lines[0][lines[0].index("--tokenizer") + 2 :]]
+            assert lines[-1][lines[-1].index("--probes") + 1] == lines[0][lines[0].index("--results-dir") + 1]
         assert set(named) <= set(folders), made
         assert len(named) == len(set(named)) >= 2
     if made.endswith("table.py"):  # of a file that may hold more
@@ -107,7 +110,8 @@ def test_probes_need_the_tokenizers_of_table_4(reproduce, tmp_path):
     assert done.stderr.strip() == (f"reproduce.sh: error: {tmp_path}/table-4-small/vanilla-s1 is missing; first: "
                                    f"reproduce.sh 4 --scale small --data {data}")
     done = reproduce("3", "--data", data, "--seeds", "0", "--out", str(tmp_path / "out"))
-    words = shlex.split(done.stdout)
+    words, after = map(shlex.split, done.stdout.splitlines())
+    assert after[1].endswith("collect.py")
     assert words[words.index("--tokenizer") + 1 :] == ["foldseek", *(
         f"{row}={tmp_path}/table-4-small/{row}-s0"
         for row in ("vanilla", "provq", "recluster", "aminoaseed", "aminoaseed-provq", "aminoaseed-recluster"))]
