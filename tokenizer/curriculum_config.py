@@ -55,7 +55,7 @@ def _reclusters(cfg: CurriculumConfig) -> bool:
 
 
 _TRANSITION = "with --transition-steps 0", "give the transition steps"
-_KMEANS = "without k-means", "give --codebook-init kmeans, --recluster or --recluster-at"
+_KMEANS = "without k-means", "give --warmup-steps, --codebook-init kmeans or --recluster-at"
 EFFECTS_CURRICULUM = EFFECTS_RUN | {  # see run_config.py
     "transition": Effect(lambda cfg: cfg.transition_steps, *_TRANSITION),
     "loss_lambda": Effect(lambda cfg: cfg.transition_steps or cfg.loss_lambda == 1, *_TRANSITION),  # stage 3 has 1

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from test_train_structures import TRANSITION, WARMUP, flags
-from training_runs import rows
+from training_runs import NO_KMEANS, rows
 
 from protein import train_provq
 from protein.pretrained import load_structure_model, load_structure_tokenizer, save_pretrained
@@ -22,7 +22,7 @@ def test_without_a_warm_up_codes_stay(source, tmp_path, monkeypatch, name):
     """Not so without --init-from: StructTokenBench draws them among latents."""
     kept = []
     monkeypatch.setattr(train_provq.Trainer, "train", lambda self: kept.append(self))
-    train_provq.main(flags(tmp_path, init_from=source / name, warmup_steps=0, transition_steps=0))
+    train_provq.main(flags(tmp_path, init_from=source / name, warmup_steps=0, transition_steps=0, **NO_KMEANS))
     expected, state = load_structure_model(source / name), kept[0].raw.state_dict()
     assert kept[0].cfg.codebook_init == "none"
     assert torch.equal(kept[0].raw.quantize.codebook(), expected.quantize.codebook())
@@ -39,7 +39,7 @@ def test_a_curriculum_begins_again_from_step_0(source, tmp_path, capsys):
 @pytest.mark.parametrize(("changes", "said"), [
     ({"decoder_heads": 4}, "--decoder-heads 2 there, 4 here"),  # no shape tells it
     ({"encoder_width": 64}, "--encoder-width 32 there, 64 here"),
-    ({"warmup_steps": 0, "codebook_size": 12}, "--codebook-size 16 there, 12 here"),
+    ({"warmup_steps": 0, "codebook_size": 12, **NO_KMEANS}, "--codebook-size 16 there, 12 here"),
     ({"init_from": "/no/such/place"}, "--init-from: "),
 ])
 def test_weights_that_do_not_fit_are_refused_by_name(source, tmp_path, changes, said):

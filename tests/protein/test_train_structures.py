@@ -146,7 +146,7 @@ def test_the_quantizers_loss_is_a_mean_over_tokens_however_they_are_divided(tmp_
     for parts in (1, 2):
         trainer = train_provq.Trainer(train_provq.parse_config(flags(
             tmp_path / str(parts), gradient_accumulation_steps=parts, warmup_steps=0, transition_steps=0,
-            codebook_init="none", max_length=40)), torch.device("cpu"))
+            codebook_init="none", max_length=40, **NO_KMEANS)), torch.device("cpu"))
         trainer.raw.train()
         items = [trainer.train_set[i] for i in range(4)]
         for item in items[:2]:

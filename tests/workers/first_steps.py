@@ -24,8 +24,8 @@ from tokenizer import vq_model
 from tokenizer.runtime import distributed
 
 IMAGES = ("--image-size 32 --codebook-size 16 --global-batch-size 4 --max-steps 3 --warmup-steps 1 "
-          "--transition-steps 1 --val-size 4 --kmeans-batches 1 --kmeans-iters 2 --disc-weight 0.5 --disc-start 0 "
-          "--lr 1e-5")
+          "--transition-steps 1 --val-size 4 --disc-weight 0.5 --disc-start 0 --lr 1e-5")
+KMEANS = "--kmeans-batches 1 --kmeans-iters 2"
 GPT = ("--preset digits --vq-ckpt none --max-steps 3 --global-batch-size 4 --val-size 4 --dropout-p 0 "
        "--token-dropout-p 0 --class-dropout-prob 0 --lr-warmup-steps 0 --lr-schedule constant")
 STRUCTURES = ("--ideal-chains 40 --max-length 24 --codebook-size 16 --global-batch-size 4 --max-steps 3 "
@@ -36,7 +36,8 @@ COMPILE = {"eager": "--no-compile", "compile": "--compile"}
 def cases(folder):
     """(name of the case, main, words)"""
     for precision in ("none", "bf16", "fp16"):
-        yield f"images-{precision}-ddp-stages", train_images.main, [*IMAGES.split(), "--mixed-precision", precision]
+        yield f"images-{precision}-ddp-stages", train_images.main, [
+            *IMAGES.split(), *KMEANS.split(), "--mixed-precision", precision]
     for how in COMPILE:  # each stage is a graph: test_graphs.py makes all of them
         words = "--mixed-precision bf16 --warmup-steps 0 --transition-steps 0 --max-steps 1".split()
         yield f"images-bf16-ddp-{how}", train_images.main, [*IMAGES.split(), *words, COMPILE[how]]
