@@ -41,7 +41,7 @@ class GridQuantizer(VectorQuantizer):
 
     def codebook(self) -> Tensor:
         device = next(self.adapter.buffers()).device
-        return self.lookup(torch.arange(self.num_codes, device=device))
+        return self._codes(torch.arange(self.num_codes, device=device))
 
     def set_codebook_(self, centroids: Tensor, counts: Tensor | None = None) -> None:
         raise NotImplementedError("the codes of FSQ and LFQ lie on a fixed grid, which cannot be placed")
@@ -53,6 +53,9 @@ class GridQuantizer(VectorQuantizer):
         """Codes of int64 indices (...) -> (..., D). IndexError: there is no such code, and the grid would go on."""
         if indices.numel() and not (0 <= int(indices.min()) and int(indices.max()) < self.num_codes):
             raise IndexError(f"codes {int(indices.min())} to {int(indices.max())} of {self.num_codes}")
+        return self._codes(indices)
+
+    def _codes(self, indices: Tensor) -> Tensor:
         return self.adapter.module.indices_to_codes(indices.reshape(1, -1)).reshape(*indices.shape, self.dim)
 
     def forward(self, x: Tensor) -> Quantized:

@@ -389,7 +389,8 @@ class ProVQ(nn.Module):
     def observe(self, score: float) -> bool:
         """Report a validation score in stage 1; True if that ended the warm-up (see AdaptiveWarmup).
 
-        Collective: rank 0's score decides. RuntimeError: no AdaptiveWarmup given. ValueError: a non-finite score.
+        Collective: rank 0's score decides. If the model is compiled, call set_step(step + 1) before: what trained at a
+        step is not seen then. RuntimeError: no AdaptiveWarmup given. ValueError: a non-finite score.
         """
         if self.adaptive is None:
             raise RuntimeError("observe() needs ProVQ(..., adaptive=AdaptiveWarmup(...))")
@@ -702,8 +703,8 @@ def code_statistics(counts: Tensor) -> dict[str, float]:
 def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
     """Index of the Euclidean nearest code: x (N, D), codebook (K, D) -> (N,) int64; of equal distances the lower index.
 
-    In float32, outside autocast and (eager) TF32, and in blocks: there is never an N x K matrix. Squared distances are
-    exact to about 1e-6 of those across all codes: k-means warns of latents for which that is too little.
+    In float32 (float64 if given), outside autocast and (eager) TF32, and in blocks: there is never an N x K matrix.
+    Squared distances are exact to 1e-6 of those across all codes: k-means warns of latents for which that is little.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     return _search(x.to(dtype), codebook.to(dtype))[1]

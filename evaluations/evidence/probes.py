@@ -46,12 +46,16 @@ class Probes:
         for result in results:
             trained.setdefault((result["tokenizer"], result["task"]), []).append(result)
         earlier = set(self.settings)
+        seen: dict[tuple[str, str], str] = {}  # run and task -> whose results they are
         chosen = {(run, task): seeds for (_, task), runs in choose(results, PROTOCOL).items()
                   for run, seeds in runs.items()}
         for (run, task), every in trained.items():
             if task in earlier:
                 raise ValueError(f"--probes {folder}: another folder has the task {task} too; give one of them")
             source, tests = every[0]["source"], every[0]["tests"]
+            if (twin := seen.setdefault((os.path.realpath(source), task), run)) != run:
+                raise ValueError(f"--probes {folder}: {task} of {source} is there twice, of two states of it or by two "
+                                 f"names; remove results/{twin} or results/{run}")
             mine = protocol(every)
             other = self.settings.setdefault(task, mine)
             wrong = [name for name in mine | other if mine.get(name) != other.get(name)]

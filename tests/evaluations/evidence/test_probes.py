@@ -79,6 +79,14 @@ def test_tokenizers_that_were_probed_otherwise_or_not_at_all(second, message, ru
     assert not (tmp_path / "table.json").exists()
 
 
+def test_two_states_of_a_run_are_not_one(runs, tmp_path):
+    """As train_task.py leaves them where a run was trained anew and given another label."""
+    for run, name in ((runs[0], "vanilla-1"), (runs[0], "again-2"), (runs[1], "provq-1")):
+        probe(tmp_path / "p", run, name)
+    with pytest.raises(SystemExit, match=r"vanilla-s0 is there twice.*remove results/again-2 or results/vanilla-1"):
+        collected(runs, tmp_path, "--probes", str(tmp_path / "p"))
+
+
 def test_folders_that_have_no_probes_or_the_same(runs, tmp_path):
     with pytest.raises(SystemExit, match="no results of train_task"):
         collected(runs, tmp_path, "--probes", str(tmp_path / "p"))
