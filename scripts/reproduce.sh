@@ -4,7 +4,8 @@
 #     bash scripts/reproduce.sh TABLE [--scale SCALE] [--data PATH] [--out FOLDER] [--seeds "0 1 2"] [--jobs N]
 #
 # TABLE   1 reconstruction, 2 generation, 3 StructTokenBench, 4 protein structures, 5 and 6 the paper's ablations;
-#         core and rivals, which are not in the paper: what RESULTS.md compares
+#         core and rivals, which are not in the paper: RESULTS.md's first table, and other quantizers at one rate for
+#         all, not tuned as in RESULTS.md
 # SCALE   small    minutes to hours of a CPU (the default). 1, 5, 6, core, rivals: the evidence bed, --data CIFAR10
 #                  images; 2: digits; 3: probes on what 4 has trained beside it, --data made by make_docking_tasks.py;
 #                  4: generated backbones, or 600 steps on the structures in --data

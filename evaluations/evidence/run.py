@@ -89,8 +89,15 @@ if __name__ == "__main__":
     refuse_early(PROG, parse_args, flags.setting)
 
 from evaluations.evidence.bed import with_features
+from evaluations.evidence.setting import Setting
 from evaluations.evidence.store import Run
-from evaluations.evidence.sweep import sweep
+from evaluations.evidence.sweep import Job, sweep
+
+
+def planned(args: argparse.Namespace, setting: Setting) -> list[Job]:
+    """What the flags ask for. Seeds outermost: an interrupted sweep has all arms on fewer seeds."""
+    arms = [(name, arm) for name in chosen(args) for arm in variants(name, args)]
+    return [(name, Run(arm, setting, seed)) for seed in args.seeds for name, arm in arms]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -98,10 +105,8 @@ def main(argv: list[str] | None = None) -> None:
     flags.end_cleanly_on_sigterm()
     with command(PROG):
         setting = with_features(flags.setting(args), args.features)
-        # Seeds outermost: an interrupted sweep has all arms on fewer seeds.
-        arms = [(name, arm) for name in chosen(args) for arm in variants(name, args)]
-        jobs = [(name, Run(arm, setting, seed)) for seed in args.seeds for name, arm in arms]
-        sweep(jobs, args.out, args.data_path, workers=args.jobs, cache=args.cache, features=args.features)
+        sweep(planned(args, setting), args.out, args.data_path, workers=args.jobs, cache=args.cache,
+              features=args.features)
 
 
 if __name__ == "__main__":
