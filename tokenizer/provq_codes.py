@@ -219,7 +219,7 @@ class DeadCodeRestart:
             for copy in copies:
                 for name, value in copy.named_parameters():
                     if name == "embedding.weight":  # a frozen table is a buffer, which averages copy
-                        value[dead] = dict(self.quantizer.named_parameters())[name][dead]
+                        value[dead] = dict(self.quantizer.named_parameters())[name][dead].to(value)
         return len(dead)
 
     def _all_counts(self) -> Tensor:
@@ -248,14 +248,16 @@ def place_codes_(
     TypeError: a quantizer whose rows cannot be set.
     """
     if isinstance(quantizer, provq.LinearVectorQuantizer):
-        linear = quantizer.map  # codes = table W^T + b; the table is frozen, so no optimizer knows it
-        quantizer.table[rows] = torch.linalg.lstsq(linear.weight, (codes - linear.bias).t()).solution.t()
+        # codes = table W^T + b; the table is frozen, so no optimizer knows it. lstsq has no half precision.
+        weight, bias = (p.to(torch.promote_types(p.dtype, torch.float32)) for p in quantizer.map.parameters())
+        table = torch.linalg.lstsq(weight, (codes.to(weight) - bias).t()).solution.t()
+        quantizer.table[rows] = table.to(quantizer.table)
         return
     if isinstance(quantizer, FollowingVectorQuantizer):
         codes = (codes - quantizer.mean) / quantizer.spread
     elif not isinstance(quantizer, provq.VectorQuantizer) or type(quantizer)._table is not provq.VectorQuantizer._table:
         raise TypeError(f"the codes of {type(quantizer).__name__} are no rows that can be set one by one")
-    quantizer.embedding.weight[rows] = codes
+    quantizer.embedding.weight[rows] = codes.to(quantizer.embedding.weight)
     for optimizer in provq._unwrapped(optimizers):
         for name, value in optimizer.state.get(quantizer.embedding.weight, {}).items():
             if isinstance(value, Tensor) and value.shape == quantizer.embedding.weight.shape:

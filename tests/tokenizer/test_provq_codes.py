@@ -263,6 +263,24 @@ def test_dead_codes_restart_at_latents_and_the_others_stay(quantizer):
     assert [restart.step([optimizer]) for _ in range(2)] == [0, 0], "counts start over"
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [VectorQuantizer, LinearVectorQuantizer, FollowingVectorQuantizer])
+def test_codes_restart_in_the_dtype_of_the_model(kind, dtype):
+    torch.manual_seed(0)
+    quantizer, x = kind(K, D).to(dtype), tokens(100, seed=7).to(dtype)
+    average = copy.deepcopy(quantizer).float()  # low-precision training averages in float32
+    restart = DeadCodeRestart(quantizer, 0.5, every=1)
+    restart.counts[0] = 1000
+    quantizer(x)
+    assert restart.step(copies=[average]) == K - 1
+    codes, precision = quantizer.codebook().detach()[1:], torch.finfo(dtype).eps
+    assert codes.dtype == dtype
+    reached = x[nearest_code(codes, x)]
+    torch.testing.assert_close(codes, reached, rtol=0, atol=max(1e-6, 32 * precision))
+    if hasattr(quantizer, "embedding"):
+        assert torch.equal(average.embedding.weight, quantizer.embedding.weight.float())
+
+
 def test_a_restart_watches_training_forwards_alone():
     provq, _, _ = trained(VectorQuantizer(K, D))
     restart = DeadCodeRestart(provq.quantizer, 0.5, every=1)
