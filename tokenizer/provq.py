@@ -373,7 +373,8 @@ class ProVQ(nn.Module):
         every = _unwrapped(optimizers)
         info = {} if latents is None else self._fit(self._checked(latents), **options)
         for optimizer in every:
-            for parameter in self._ask("codebook_parameters"):
+            whole = isinstance(optimizer, optim.LBFGS)  # its state is of all parameters together, under the first one
+            for parameter in [*optimizer.state] if whole else self._ask("codebook_parameters"):
                 optimizer.state.pop(parameter, None)
         self.quantizer.placements = getattr(self.quantizer, "placements", 0) + 1
         return info
@@ -926,11 +927,11 @@ def _broadcast(t: Tensor) -> Tensor:
 
 
 def _unwrapped(optimizers: Any) -> list[optim.Optimizer]:
-    """One or several optimizers, and those inside that have the state: ZeroRedundancyOptimizer, timm's Lookahead."""
+    """One or several optimizers, and those inside with the state: ZeroRedundancyOptimizer, timm's Lookahead, SAM."""
     found = [optimizers] if isinstance(optimizers, optim.Optimizer) else list(optimizers)
     for each in found:  # grows meanwhile
-        inner = getattr(each, "optim", getattr(each, "_base_optimizer", None))
-        found += [inner] if isinstance(inner, optim.Optimizer) else []
+        inside = [getattr(each, name, None) for name in ("optim", "_base_optimizer", "base_optimizer")]
+        found += [one for one in inside if isinstance(one, optim.Optimizer) and one not in found]
     return found
 
 

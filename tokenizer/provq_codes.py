@@ -259,6 +259,8 @@ def place_codes_(
         raise TypeError(f"the codes of {type(quantizer).__name__} are no rows that can be set one by one")
     quantizer.embedding.weight[rows] = codes.to(quantizer.embedding.weight)
     for optimizer in provq._unwrapped(optimizers):
+        if isinstance(optimizer, optim.LBFGS):  # one flat state of all parameters: begun anew, it knows of no rows
+            optimizer.state.clear()
         for name, value in optimizer.state.get(quantizer.embedding.weight, {}).items():
             if isinstance(value, Tensor) and value.shape == quantizer.embedding.weight.shape:
                 value[rows] = codes.to(value) if name in COPIES else 0.0  # else a moment

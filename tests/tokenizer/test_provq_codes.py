@@ -409,6 +409,46 @@ def test_optimizers_inside_others_forget_as_well():
     assert float(provq.codebook().detach().mean()) == pytest.approx(5.0, abs=0.3), "not dragged back to where it was"
 
 
+def test_the_optimizer_inside_sam_forgets_as_well():
+    """SAM shares its parameter groups with `base_optimizer`, which alone has the moments."""
+    quantizer = VectorQuantizer(K, D)
+    provq = ProVQ(quantizer, Curriculum(0, 0), channel_dim=-1)
+    inner = torch.optim.Adam(quantizer.parameters(), 1e-3)
+    step(provq, inner, 0, tokens())
+    sam = torch.optim.Optimizer(inner.param_groups, {})
+    sam.base_optimizer = inner
+    inner.base_optimizer = sam  # not looked into for ever
+    place_codes_(quantizer, torch.tensor([2, 5]), torch.full((2, D), 9.0), sam)
+    moment = inner.state[quantizer.embedding.weight]["exp_avg"]
+    assert not moment[[2, 5]].any()
+    assert moment[0].any()
+    provq.recluster(tokens(500), optimizers=sam)
+    assert quantizer.embedding.weight not in inner.state
+
+
+@pytest.mark.parametrize("forgets", [
+    lambda provq, opt: provq.recluster(tokens(500), optimizers=opt),
+    lambda provq, opt: place_codes_(provq.quantizer, torch.tensor([2, 5]), torch.full((2, D), 9.0), opt),
+], ids=["recluster", "restart"])
+def test_lbfgs_begins_anew(forgets):
+    """Its state lies under the first parameter, here one beside the codes, and mixes both in flat vectors."""
+    quantizer, beside = VectorQuantizer(K, D), torch.nn.Parameter(torch.ones(D))
+    provq, x = ProVQ(quantizer, Curriculum(0, 0), channel_dim=-1), tokens()
+    optimizer = torch.optim.LBFGS([beside, *quantizer.parameters()], lr=0.1, max_iter=3)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = provq(x * beside).loss
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert optimizer.state[beside]["old_dirs"]
+    forgets(provq, optimizer)
+    assert not optimizer.state
+    assert optimizer.step(closure).isfinite()
+
+
 def test_restart_refuses():
     with pytest.raises(ValueError, match="need 0 < below < 1"):
         DeadCodeRestart(VectorQuantizer(K, D), 1.0)
