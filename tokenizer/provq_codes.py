@@ -140,9 +140,10 @@ class FollowingVectorQuantizer(provq.VectorQuantizer):
     @torch.no_grad()
     def folded(self) -> provq.VectorQuantizer:
         """The same codes as a plain table, bit for bit: what an export holds."""
+        codes = self.codebook()
         plain = provq.VectorQuantizer(self.num_codes, self.dim, beta=self.beta, rotation=self.rotation)
-        plain = plain.to(self.mean.device).train(self.training)
-        plain.set_codebook_(self.codebook())
+        plain = plain.to(codes).train(self.training)  # of their dtype, too
+        plain.set_codebook_(codes)
         return plain
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -183,11 +183,15 @@ def test_no_single_batch_sets_the_scale_of_the_codes(first):
     torch.testing.assert_close(quantizer.codebook(), before, rtol=0.2, atol=0.3)
 
 
-def test_folding_is_exact():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_folding_is_exact(dtype):
     provq, _, _ = trained(FollowingVectorQuantizer(K, D))
-    quantizer, x = provq.quantizer.eval(), tokens(1000, seed=5)
+    quantizer, x = provq.quantizer.eval().to(dtype), tokens(1000, seed=5).to(dtype)
+    with torch.no_grad():
+        quantizer.mean.add_(1 / 3)  # with the digits that a dtype holds
     plain = quantizer.folded()
     assert type(plain) is VectorQuantizer
+    assert plain.codebook().dtype == dtype
     assert torch.equal(plain.codebook(), quantizer.codebook())
     assert torch.equal(plain(x).indices, quantizer(x).indices)
     assert torch.equal(plain(x).codes, quantizer(x).codes)
