@@ -638,7 +638,8 @@ class EMAVectorQuantizer(VectorQuantizer):
     @torch.no_grad()
     def _observe(self, latent: Tensor, indices: Tensor) -> None:
         self._pending = self._pending.to(latent.device)  # not _last, by whose size a compiler would know this call
-        self._pending.index_add_(0, indices, F.pad(latent.double(), (0, 1), value=1.0))
+        finite = latent.isfinite().all(1, keepdim=True)  # one inf, as a gradient scaler meets, would stay in the sums
+        self._pending.index_add_(0, indices, torch.where(finite, F.pad(latent.double(), (0, 1), value=1.0), 0.0))
         if self.restart_below > 0:
             self._last = latent.float()
 
@@ -675,7 +676,7 @@ def _restarts(dead: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
     rows = last.new_zeros(len(dead), last.shape[1] + 1)
     if len(last):  # else this rank's batch was masked altogether
         drawn = last[torch.randperm(len(last), device=last.device)[at.clamp_max(len(last) - 1)]]
-        rows = torch.where(mine[:, None], F.pad(drawn, (0, 1), value=1.0), rows)
+        rows = torch.where((mine & drawn.isfinite().all(1))[:, None], F.pad(drawn, (0, 1), value=1.0), rows)
     rows = _all_reduce(rows)
     return rows[:, :-1], rows[:, -1] > 0
 

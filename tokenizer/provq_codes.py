@@ -45,8 +45,9 @@ class FollowingVectorQuantizer(provq.VectorQuantizer):
     m, s (D,): running mean and standard deviation of the latents' channels (affine reparametrisation, Huh et al. 2023,
     arXiv 2305.08842), over all ranks. A code that no token chose goes where all latents go, and one Adam step moves a
     code by lr times the spread. A fresh table is ~ N(0, 1), in units of the spread. A training forward only gathers
-    sums; `update_()` moves m and s, once per optimizer step (ProVQ.set_step calls it). m and s are constants to the
-    gradient. ValueError: l2_norm, since on the unit sphere there is no scale to follow; decay outside [0, 1).
+    sums of finite tokens; `update_()` moves m and s, once per optimizer step (ProVQ.set_step calls it). m and s are
+    constants to the gradient. ValueError: l2_norm, since on the unit sphere there is no scale to follow; decay outside
+    [0, 1).
 
     Set codes are exact, k-means' in units of the latents that it clustered. Those of `set_codebook_`, which knows no
     latents, are in units of their own until the first update: while `placed`, an average of the weights must take the
@@ -107,8 +108,9 @@ class FollowingVectorQuantizer(provq.VectorQuantizer):
     def _observe(self, latent: Tensor, indices: Tensor) -> None:  # noqa: ARG002
         if self._pending.device != latent.device:
             self._pending = self._pending.to(latent.device)
-        x = latent.double()
-        tokens = x.new_full((self.dim,), float(len(x)))
+        finite = latent.isfinite().all(1, keepdim=True)  # a step that a gradient scaler skips must not stay in m and s
+        x = torch.where(finite, latent.double(), 0.0)
+        tokens = finite.sum(0).double().expand(self.dim)
         self._pending.add_(torch.stack([tokens, x.sum(0), x.square().sum(0)]))
 
     @torch.no_grad()
