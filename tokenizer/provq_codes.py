@@ -36,7 +36,7 @@ if getattr(provq, "__version__", None) != __version__:
 
 RESTART_EVERY = 50  # optimizer steps between two looks for dead codes
 MIN_SPREAD = 1e-6  # of a channel that no longer varies
-COPIES = ("lookahead_slow_buff", "slow_buffer", "z", "master_param")  # optimizers' own copies of what they train
+COPIES = ("lookahead_slow_buff", "slow_buffer", "z", "master_param", "ax")  # optimizers' own copies of what they train
 
 
 class FollowingVectorQuantizer(provq.VectorQuantizer):
@@ -253,17 +253,20 @@ def place_codes_(
     if isinstance(quantizer, provq.LinearVectorQuantizer):
         # codes = table W^T + b; the table is frozen, so no optimizer knows it. lstsq has no half precision.
         weight, bias = (p.to(torch.promote_types(p.dtype, torch.float32)) for p in quantizer.map.parameters())
-        table = torch.linalg.lstsq(weight, (codes.to(weight) - bias).t()).solution.t()
-        quantizer.table[rows] = table.to(quantizer.table)
+        solved = torch.linalg.lstsq(weight, (codes.to(weight) - bias).t()).solution.t()
+        quantizer.table[rows] = solved.to(quantizer.table)
         return
     if isinstance(quantizer, FollowingVectorQuantizer):
         codes = (codes - quantizer.mean) / quantizer.spread
     elif not isinstance(quantizer, provq.VectorQuantizer) or type(quantizer)._table is not provq.VectorQuantizer._table:
         raise TypeError(f"the codes of {type(quantizer).__name__} are no rows that can be set one by one")
-    quantizer.embedding.weight[rows] = codes.to(quantizer.embedding.weight)
+    table = quantizer.embedding.weight
+    table[rows] = codes.to(table)
     for optimizer in provq._unwrapped(optimizers):
         if isinstance(optimizer, optim.LBFGS):  # one flat state of all parameters: begun anew, it knows of no rows
             optimizer.state.clear()
-        for name, value in optimizer.state.get(quantizer.embedding.weight, {}).items():
-            if isinstance(value, Tensor) and value.shape == quantizer.embedding.weight.shape:
+        for name, value in optimizer.state.get(table, {}).items():
+            if isinstance(value, Tensor) and value.shape == table.shape:
                 value[rows] = codes.to(value) if name in COPIES else 0.0  # else a moment
+                if name == "step_size":  # Rprop's, which multiplies it: of 0 the code would never move again
+                    value[rows] = next(g["lr"] for g in optimizer.param_groups if any(p is table for p in g["params"]))

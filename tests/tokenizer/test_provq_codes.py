@@ -445,6 +445,25 @@ def test_optimizers_inside_others_forget_as_well():
     assert float(provq.codebook().detach().mean()) == pytest.approx(5.0, abs=0.3), "not dragged back to where it was"
 
 
+@pytest.mark.parametrize(("kind", "name", "value"), [
+    (torch.optim.Rprop, "step_size", 1e-2), (torch.optim.Rprop, "prev", 0.0), (torch.optim.ASGD, "ax", 9.0),
+])
+def test_restarted_rows_are_those_of_a_fresh_optimizer(kind, name, value):
+    """Rprop only multiplies a row's step size, and ASGD's average of the weights is a copy of them."""
+    quantizer, beside = VectorQuantizer(K, D), torch.nn.Parameter(torch.ones(D))
+    provq = ProVQ(quantizer, Curriculum(0, 0), channel_dim=-1)
+    optimizer = kind([{"params": [beside], "lr": 1.0}, {"params": quantizer.parameters(), "lr": 1e-2}])
+    for number in range(3):
+        step(provq, optimizer, number, tokens() * beside)
+    state = optimizer.state[quantizer.embedding.weight][name]
+    others = state[3:].clone()
+    place_codes_(quantizer, torch.tensor([1, 2]), torch.full((2, D), 9.0), optimizer)
+    assert torch.equal(state[1:3], torch.full((2, D), value))
+    assert torch.equal(state[3:], others)
+    step(provq, optimizer, 3, tokens(offset=9.0))
+    assert (quantizer.embedding.weight[1:3] != 9.0).any(), "it trains on"
+
+
 def test_the_optimizer_inside_sam_forgets_as_well():
     """SAM shares its parameter groups with `base_optimizer`, which alone has the moments."""
     quantizer = VectorQuantizer(K, D)
