@@ -372,10 +372,9 @@ class ProVQ(nn.Module):
     def _place(self, latents: Tensor | None, optimizers: Any = (), **options: Any) -> dict[str, float]:
         every = _unwrapped(optimizers)
         info = {} if latents is None else self._fit(self._checked(latents), **options)
-        for optimizer in every:
-            whole = isinstance(optimizer, optim.LBFGS)  # its state is of all parameters together, under the first one
-            for parameter in [*optimizer.state] if whole else self._ask("codebook_parameters"):
-                optimizer.state.pop(parameter, None)
+        for each in every:  # LBFGS has one state of all its parameters together, under the first of them
+            for parameter in [*each.state] if isinstance(each, optim.LBFGS) else self._ask("codebook_parameters"):
+                each.state.pop(parameter, None)
         self.quantizer.placements = getattr(self.quantizer, "placements", 0) + 1
         return info
 
@@ -747,6 +746,7 @@ def _search_blocks(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     centre = some.sort(0).values[(len(some) - 1) // 2] if codes.is_cuda else some.median(0).values
     x, codes = x - centre, codes - centre
     sq, few = codes.square().sum(1), x.device.type != "cpu" or len(codes) <= 256 or len(x) * len(codes) < 2**18
+    codes = codes.where(sq[:, None] != math.inf, 0.0)  # infinitely far: not nearest, by the NaN of inf - inf
     with torch.autocast(x.device.type, enabled=False):
         value, index = fused_search(x, codes, sq) or (_search_whole if few else _search_groups)(x, codes, sq)
     return (value + x.square().sum(1)).clamp_min_(0.0), index
