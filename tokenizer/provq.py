@@ -372,9 +372,9 @@ class ProVQ(nn.Module):
     def _place(self, latents: Tensor | None, optimizers: Any = (), **options: Any) -> dict[str, float]:
         every = _unwrapped(optimizers)
         info = {} if latents is None else self._fit(self._checked(latents), **options)
-        for optimizer in every:
-            for parameter in self._ask("codebook_parameters"):
-                optimizer.state.pop(parameter, None)
+        for each in every:  # LBFGS has one state of all its parameters together, under the first of them
+            for parameter in [*each.state] if isinstance(each, optim.LBFGS) else self._ask("codebook_parameters"):
+                each.state.pop(parameter, None)
         self.quantizer.placements = getattr(self.quantizer, "placements", 0) + 1
         return info
 
@@ -637,7 +637,8 @@ class EMAVectorQuantizer(VectorQuantizer):
     @torch.no_grad()
     def _observe(self, latent: Tensor, indices: Tensor) -> None:
         self._pending = self._pending.to(latent.device)  # not _last, by whose size a compiler would know this call
-        self._pending.index_add_(0, indices, F.pad(latent.double(), (0, 1), value=1.0))
+        finite = latent.isfinite().all(1, keepdim=True)  # one inf, as a gradient scaler meets, would stay in the sums
+        self._pending.index_add_(0, indices, torch.where(finite, F.pad(latent.double(), (0, 1), value=1.0), 0.0))
         if self.restart_below > 0:
             self._last = latent.float()
 
@@ -674,7 +675,7 @@ def _restarts(dead: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
     rows = last.new_zeros(len(dead), last.shape[1] + 1)
     if len(last):  # else this rank's batch was masked altogether
         drawn = last[torch.randperm(len(last), device=last.device)[at.clamp_max(len(last) - 1)]]
-        rows = torch.where(mine[:, None], F.pad(drawn, (0, 1), value=1.0), rows)
+        rows = torch.where((mine & drawn.isfinite().all(1))[:, None], F.pad(drawn, (0, 1), value=1.0), rows)
     rows = _all_reduce(rows)
     return rows[:, :-1], rows[:, -1] > 0
 
@@ -745,6 +746,7 @@ def _search_blocks(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     centre = some.sort(0).values[(len(some) - 1) // 2] if codes.is_cuda else some.median(0).values
     x, codes = x - centre, codes - centre
     sq, few = codes.square().sum(1), x.device.type != "cpu" or len(codes) <= 256 or len(x) * len(codes) < 2**18
+    codes = codes.where(sq[:, None] != math.inf, 0.0)  # infinitely far: not nearest, by the NaN of inf - inf
     with torch.autocast(x.device.type, enabled=False):
         value, index = fused_search(x, codes, sq) or (_search_whole if few else _search_groups)(x, codes, sq)
     return (value + x.square().sum(1)).clamp_min_(0.0), index
@@ -926,11 +928,11 @@ def _broadcast(t: Tensor) -> Tensor:
 
 
 def _unwrapped(optimizers: Any) -> list[optim.Optimizer]:
-    """One or several optimizers, and those inside that have the state: ZeroRedundancyOptimizer, timm's Lookahead."""
+    """One or several optimizers, and those inside with the state: ZeroRedundancyOptimizer, timm's Lookahead, SAM."""
     found = [optimizers] if isinstance(optimizers, optim.Optimizer) else list(optimizers)
     for each in found:  # grows meanwhile
-        inner = getattr(each, "optim", getattr(each, "_base_optimizer", None))
-        found += [inner] if isinstance(inner, optim.Optimizer) else []
+        inside = [getattr(each, name, None) for name in ("optim", "_base_optimizer", "base_optimizer")]
+        found += [one for one in inside if isinstance(one, optim.Optimizer) and one not in found]
     return found
 
 

@@ -36,7 +36,7 @@ if getattr(provq, "__version__", None) != __version__:
 
 RESTART_EVERY = 50  # optimizer steps between two looks for dead codes
 MIN_SPREAD = 1e-6  # of a channel that no longer varies
-COPIES = ("lookahead_slow_buff", "slow_buffer", "z", "master_param")  # optimizers' own copies of what they train
+COPIES = ("lookahead_slow_buff", "slow_buffer", "z", "master_param", "ax")  # optimizers' own copies of what they train
 
 
 class FollowingVectorQuantizer(provq.VectorQuantizer):
@@ -45,8 +45,9 @@ class FollowingVectorQuantizer(provq.VectorQuantizer):
     m, s (D,): running mean and standard deviation of the latents' channels (affine reparametrisation, Huh et al. 2023,
     arXiv 2305.08842), over all ranks. A code that no token chose goes where all latents go, and one Adam step moves a
     code by lr times the spread. A fresh table is ~ N(0, 1), in units of the spread. A training forward only gathers
-    sums; `update_()` moves m and s, once per optimizer step (ProVQ.set_step calls it). m and s are constants to the
-    gradient. ValueError: l2_norm, since on the unit sphere there is no scale to follow; decay outside [0, 1).
+    sums of finite tokens; `update_()` moves m and s, once per optimizer step (ProVQ.set_step calls it). m and s are
+    constants to the gradient. ValueError: l2_norm, since on the unit sphere there is no scale to follow; decay outside
+    [0, 1).
 
     Set codes are exact, k-means' in units of the latents that it clustered. Those of `set_codebook_`, which knows no
     latents, are in units of their own until the first update: while `placed`, an average of the weights must take the
@@ -107,8 +108,9 @@ class FollowingVectorQuantizer(provq.VectorQuantizer):
     def _observe(self, latent: Tensor, indices: Tensor) -> None:  # noqa: ARG002
         if self._pending.device != latent.device:
             self._pending = self._pending.to(latent.device)
-        x = latent.double()
-        tokens = x.new_full((self.dim,), float(len(x)))
+        finite = latent.isfinite().all(1, keepdim=True)  # a step that a gradient scaler skips must not stay in m and s
+        x = torch.where(finite, latent.double(), 0.0)
+        tokens = finite.sum(0).double().expand(self.dim)
         self._pending.add_(torch.stack([tokens, x.sum(0), x.square().sum(0)]))
 
     @torch.no_grad()
@@ -140,9 +142,10 @@ class FollowingVectorQuantizer(provq.VectorQuantizer):
     @torch.no_grad()
     def folded(self) -> provq.VectorQuantizer:
         """The same codes as a plain table, bit for bit: what an export holds."""
+        codes = self.codebook()
         plain = provq.VectorQuantizer(self.num_codes, self.dim, beta=self.beta, rotation=self.rotation)
-        plain = plain.to(self.mean.device).train(self.training)
-        plain.set_codebook_(self.codebook())
+        plain = plain.to(codes).train(self.training)  # of their dtype, too
+        plain.set_codebook_(codes)
         return plain
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -219,7 +222,7 @@ class DeadCodeRestart:
             for copy in copies:
                 for name, value in copy.named_parameters():
                     if name == "embedding.weight":  # a frozen table is a buffer, which averages copy
-                        value[dead] = dict(self.quantizer.named_parameters())[name][dead]
+                        value[dead] = dict(self.quantizer.named_parameters())[name][dead].to(value)
         return len(dead)
 
     def _all_counts(self) -> Tensor:
@@ -248,15 +251,22 @@ def place_codes_(
     TypeError: a quantizer whose rows cannot be set.
     """
     if isinstance(quantizer, provq.LinearVectorQuantizer):
-        linear = quantizer.map  # codes = table W^T + b; the table is frozen, so no optimizer knows it
-        quantizer.table[rows] = torch.linalg.lstsq(linear.weight, (codes - linear.bias).t()).solution.t()
+        # codes = table W^T + b; the table is frozen, so no optimizer knows it. lstsq has no half precision.
+        weight, bias = (p.to(torch.promote_types(p.dtype, torch.float32)) for p in quantizer.map.parameters())
+        solved = torch.linalg.lstsq(weight, (codes.to(weight) - bias).t()).solution.t()
+        quantizer.table[rows] = solved.to(quantizer.table)
         return
     if isinstance(quantizer, FollowingVectorQuantizer):
         codes = (codes - quantizer.mean) / quantizer.spread
     elif not isinstance(quantizer, provq.VectorQuantizer) or type(quantizer)._table is not provq.VectorQuantizer._table:
         raise TypeError(f"the codes of {type(quantizer).__name__} are no rows that can be set one by one")
-    quantizer.embedding.weight[rows] = codes
+    table = quantizer.embedding.weight
+    table[rows] = codes.to(table)
     for optimizer in provq._unwrapped(optimizers):
-        for name, value in optimizer.state.get(quantizer.embedding.weight, {}).items():
-            if isinstance(value, Tensor) and value.shape == quantizer.embedding.weight.shape:
+        if isinstance(optimizer, optim.LBFGS):  # one flat state of all parameters: begun anew, it knows of no rows
+            optimizer.state.clear()
+        for name, value in optimizer.state.get(table, {}).items():
+            if isinstance(value, Tensor) and value.shape == table.shape:
                 value[rows] = codes.to(value) if name in COPIES else 0.0  # else a moment
+                if name == "step_size":  # Rprop's, which multiplies it: of 0 the code would never move again
+                    value[rows] = next(g["lr"] for g in optimizer.param_groups if any(p is table for p in g["params"]))

@@ -135,6 +135,18 @@ def test_a_code_or_a_token_that_is_no_number_is_seen(monkeypatch, codes, element
         assert index.eq(70).all()
 
 
+@pytest.mark.parametrize("elements", [2**8, 2**19])
+@pytest.mark.parametrize("codes", [64, 1000])
+def test_a_code_at_infinity_is_never_the_nearest(monkeypatch, codes, elements):
+    monkeypatch.setattr(provq, "CPU_SEARCH_ELEMENTS", elements)
+    x, table = _normal(1500, 4), _normal(codes, 4, seed=1)
+    kept = torch.arange(codes) > 9
+    table[5], table[7, 2], table[9, :2] = math.inf, -math.inf, torch.tensor([math.inf, -math.inf])
+    table[[0, 1, 2, 3, 4, 6, 8]] = 1e6
+    assert torch.equal(nearest_code(x, table), 10 + torch.cdist(x.double(), table[kept].double()).argmin(1))
+    assert nearest_code(x, torch.full((codes, 4), math.inf)).lt(codes).all()
+
+
 @pytest.mark.parametrize("no_grad", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize(("tokens", "shares"), [(30000, 3), (15000, 2), (500, 1)])
 def test_threads_share_the_tokens_and_change_nothing(monkeypatch, no_grad, tokens, shares):

@@ -183,11 +183,15 @@ def test_no_single_batch_sets_the_scale_of_the_codes(first):
     torch.testing.assert_close(quantizer.codebook(), before, rtol=0.2, atol=0.3)
 
 
-def test_folding_is_exact():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_folding_is_exact(dtype):
     provq, _, _ = trained(FollowingVectorQuantizer(K, D))
-    quantizer, x = provq.quantizer.eval(), tokens(1000, seed=5)
+    quantizer, x = provq.quantizer.eval().to(dtype), tokens(1000, seed=5).to(dtype)
+    with torch.no_grad():
+        quantizer.mean.add_(1 / 3)  # with the digits that a dtype holds
     plain = quantizer.folded()
     assert type(plain) is VectorQuantizer
+    assert plain.codebook().dtype == dtype
     assert torch.equal(plain.codebook(), quantizer.codebook())
     assert torch.equal(plain(x).indices, quantizer(x).indices)
     assert torch.equal(plain(x).codes, quantizer(x).codes)
@@ -263,6 +267,24 @@ def test_dead_codes_restart_at_latents_and_the_others_stay(quantizer):
     assert [restart.step([optimizer]) for _ in range(2)] == [0, 0], "counts start over"
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [VectorQuantizer, LinearVectorQuantizer, FollowingVectorQuantizer])
+def test_codes_restart_in_the_dtype_of_the_model(kind, dtype):
+    torch.manual_seed(0)
+    quantizer, x = kind(K, D).to(dtype), tokens(100, seed=7).to(dtype)
+    average = copy.deepcopy(quantizer).float()  # low-precision training averages in float32
+    restart = DeadCodeRestart(quantizer, 0.5, every=1)
+    restart.counts[0] = 1000
+    quantizer(x)
+    assert restart.step(copies=[average]) == K - 1
+    codes, precision = quantizer.codebook().detach()[1:], torch.finfo(dtype).eps
+    assert codes.dtype == dtype
+    reached = x[nearest_code(codes, x)]
+    torch.testing.assert_close(codes, reached, rtol=0, atol=max(1e-6, 32 * precision))
+    if hasattr(quantizer, "embedding"):
+        assert torch.equal(average.embedding.weight, quantizer.embedding.weight.float())
+
+
 def test_a_restart_watches_training_forwards_alone():
     provq, _, _ = trained(VectorQuantizer(K, D))
     restart = DeadCodeRestart(provq.quantizer, 0.5, every=1)
@@ -292,6 +314,15 @@ def test_a_restart_resumes_where_it_was():
     assert (resumed.steps, resumed.due) == (1, False)
     with pytest.raises(ValueError, match="of 8 codes"):
         DeadCodeRestart(VectorQuantizer(8, D), 0.5).load_state_dict(state)
+
+
+def test_no_code_restarts_at_a_latent_that_is_not_finite():
+    quantizer = VectorQuantizer(K, D)
+    restart = DeadCodeRestart(quantizer, 0.5, every=1)
+    restart.counts[0], restart.latents = 100, tokens(K - 1)
+    restart.latents[3, 1], restart.latents[4] = float("inf"), float("nan")
+    assert restart.step() == K - 3
+    assert quantizer.codebook().isfinite().all()
 
 
 def test_no_code_restarts_where_all_are_used():
@@ -389,6 +420,65 @@ def test_optimizers_inside_others_forget_as_well():
     assert quantizer.embedding.weight not in optimizer._base_optimizer.state
     step(provq, optimizer, 1, tokens(500, offset=5.0))
     assert float(provq.codebook().detach().mean()) == pytest.approx(5.0, abs=0.3), "not dragged back to where it was"
+
+
+@pytest.mark.parametrize(("kind", "name", "value"), [
+    (torch.optim.Rprop, "step_size", 1e-2), (torch.optim.Rprop, "prev", 0.0), (torch.optim.ASGD, "ax", 9.0),
+])
+def test_restarted_rows_are_those_of_a_fresh_optimizer(kind, name, value):
+    """Rprop only multiplies a row's step size, and ASGD's average of the weights is a copy of them."""
+    quantizer, beside = VectorQuantizer(K, D), torch.nn.Parameter(torch.ones(D))
+    provq = ProVQ(quantizer, Curriculum(0, 0), channel_dim=-1)
+    optimizer = kind([{"params": [beside], "lr": 1.0}, {"params": quantizer.parameters(), "lr": 1e-2}])
+    for number in range(3):
+        step(provq, optimizer, number, tokens() * beside)
+    state = optimizer.state[quantizer.embedding.weight][name]
+    others = state[3:].clone()
+    place_codes_(quantizer, torch.tensor([1, 2]), torch.full((2, D), 9.0), optimizer)
+    assert torch.equal(state[1:3], torch.full((2, D), value))
+    assert torch.equal(state[3:], others)
+    step(provq, optimizer, 3, tokens(offset=9.0))
+    assert (quantizer.embedding.weight[1:3] != 9.0).any(), "it trains on"
+
+
+def test_the_optimizer_inside_sam_forgets_as_well():
+    """SAM shares its parameter groups with `base_optimizer`, which alone has the moments."""
+    quantizer = VectorQuantizer(K, D)
+    provq = ProVQ(quantizer, Curriculum(0, 0), channel_dim=-1)
+    inner = torch.optim.Adam(quantizer.parameters(), 1e-3)
+    step(provq, inner, 0, tokens())
+    sam = torch.optim.Optimizer(inner.param_groups, {})
+    sam.base_optimizer = inner
+    inner.base_optimizer = sam  # not looked into for ever
+    place_codes_(quantizer, torch.tensor([2, 5]), torch.full((2, D), 9.0), sam)
+    moment = inner.state[quantizer.embedding.weight]["exp_avg"]
+    assert not moment[[2, 5]].any()
+    assert moment[0].any()
+    provq.recluster(tokens(500), optimizers=sam)
+    assert quantizer.embedding.weight not in inner.state
+
+
+@pytest.mark.parametrize("forgets", [
+    lambda provq, opt: provq.recluster(tokens(500), optimizers=opt),
+    lambda provq, opt: place_codes_(provq.quantizer, torch.tensor([2, 5]), torch.full((2, D), 9.0), opt),
+], ids=["recluster", "restart"])
+def test_lbfgs_begins_anew(forgets):
+    """Its state lies under the first parameter, here one beside the codes, and mixes both in flat vectors."""
+    quantizer, beside = VectorQuantizer(K, D), torch.nn.Parameter(torch.ones(D))
+    provq, x = ProVQ(quantizer, Curriculum(0, 0), channel_dim=-1), tokens()
+    optimizer = torch.optim.LBFGS([beside, *quantizer.parameters()], lr=0.1, max_iter=3)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = provq(x * beside).loss
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert optimizer.state[beside]["old_dirs"]
+    forgets(provq, optimizer)
+    assert not optimizer.state
+    assert optimizer.step(closure).isfinite()
 
 
 def test_restart_refuses():

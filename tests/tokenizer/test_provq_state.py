@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from workers.provq_cases import RECIPES, quantizer
 
 from tokenizer.provq import AdaptiveWarmup, Curriculum, EMAVectorQuantizer, ProVQ, make_quantizer
+from tokenizer.provq_codes import FollowingVectorQuantizer
 
 every_recipe = pytest.mark.parametrize("recipe", RECIPES)
 
@@ -89,6 +90,29 @@ def test_ema_gathers_in_training_only():
     bare.train()(_normal(50, 4))
     bare.update_()
     assert (bare.codebook() - before).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("quantizer", [
+    FollowingVectorQuantizer(16, 4), EMAVectorQuantizer(16, 4), EMAVectorQuantizer(16, 4, restart_below=0.5),
+], ids=["follow", "ema", "ema, restarts"])
+@pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
+def test_latents_that_are_not_finite_count_as_none(quantizer, bad):
+    """A gradient scaler in float16 begins with steps that overflow, and skips them: running statistics must, too."""
+    poisoned, clean = copy.deepcopy(quantizer), copy.deepcopy(quantizer)
+    for module in (poisoned, clean):
+        module(_normal(300, 4)), module.update_()
+    x = _normal(300, 4, seed=1)
+    some = x.clone()
+    some[5, 2] = some[100] = bad
+    kept = torch.ones(300, dtype=torch.bool)
+    kept[[5, 100]] = False
+    torch.manual_seed(0), poisoned(some), clean(x[kept])
+    torch.testing.assert_close(poisoned._pending, clean._pending, rtol=1e-12, atol=1e-12)
+    poisoned.update_()
+    assert poisoned.codebook().isfinite().all()
+    before = {name: value.clone() for name, value in poisoned.state_dict().items()}
+    poisoned(torch.full((300, 4), bad)), poisoned.update_()
+    assert all(torch.equal(value, before[name]) for name, value in poisoned.state_dict().items()), "nothing counted"
 
 
 @pytest.mark.parametrize("recipe", ["ema", "vq", "simvq"])
