@@ -3,9 +3,10 @@
     python evaluations/evidence/collect.py runs/table-4-small/*-s? --out table.json --metrics rmsd lddt usage
 
 Of each run: its seed, the trainer's last validation, and under their names the reports in its evaluation/, such as
-reconstruction.rfid. Settings that all runs share stand once, others with each run; paths are left out. With --probes
-RESULTS_DIR also what probes on their tokens scored there, such as probe.bfactor, in percent on the test split: pooled
-over residues, at the learning rate that validation chose, mean over the probe's seeds.
+reconstruction.rfid. Settings that all runs share stand once, others with each row; of paths only whether there is one,
+and only where runs differ in it. With --probes RESULTS_DIR also what probes on their tokens scored there, such as
+probe.bfactor, in percent on the test split: pooled over residues, at the learning rate that validation chose, mean over
+the probe's seeds.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from tokenizer.runtime.parsing import from_json, parsing, read_text
 from tokenizer.runtime.ranks import print0
 
 PROG = "evaluations/evidence/collect.py"
+PATH = "a path"  # for any: data may lie elsewhere, but a run with init_from is another than one without
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -102,18 +104,18 @@ def row_of(run: Run, path: Path) -> str:
 def gathered(runs: Sequence[Run], paths: Sequence[Path], probes: Probes | None = None) -> dict[str, Any]:
     """What is written. paths: as the runs were named."""
     require_one_protocol(runs)
-    settings = [{name: value for name, value in run.config.items()
-                 if name != "global_seed" and not (isinstance(value, str) and os.sep in value)} for run in runs]
-    names = {"results_dir", *differing(settings)}
+    settings = [{name: PATH if isinstance(value, str) and os.sep in value else value
+                 for name, value in run.config.items() if name not in ("global_seed", "results_dir")} for run in runs]
+    names = differing(settings)
     rows: dict[str, dict[str, Any]] = {}
     lines = []
     for run, path, mine in zip(runs, paths, settings, strict=True):
-        row, own = row_of(run, path), {name: mine[name] for name in mine if name in names - {"results_dir"}}
+        row, own = row_of(run, path), {name: mine.get(name) for name in names}
         if rows.setdefault(row, own) != own:
             raise ValueError(f"runs of the row {row} differ in {', '.join(differing([rows[row], own]))}: name another")
         probed = numbers(probes.of(run.path)) if probes else {}
         lines.append({"run": row, "seed": run.seed, **measured(run), **probed})
-    shared = {name: value for name, value in settings[0].items() if name not in names}
+    shared = {name: value for name, value in settings[0].items() if name not in names and value != PATH}
     # Runs do not record where they were made: this is what they were gathered with.
     head = {"date": max(run.written for run in runs), "collected_with": store.machine(), "settings": shared,
             "rows": rows}

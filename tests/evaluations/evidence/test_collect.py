@@ -53,6 +53,8 @@ def test_a_file_has_what_runs_share_and_what_they_do_not(tmp_path, capsys):
 @pytest.mark.parametrize(("change", "message"), [
     ({"finished": False}, "is no finished run: unfinished: step 9"),
     ({"settings": {"lr": 5.0}}, "runs of the row vanilla differ in lr"),
+    ({"settings": {"init_from": "/some/run"}}, "runs of the row vanilla differ in init_from"),
+    ({"settings": {"data_path": None}}, "runs of the row vanilla differ in data_path"),
     ({"settings": {"global_seed": 4}}, "has the seed 4; call the folder ROW-s4"),
     ({"reports": {"generation": [1]}}, "generation.json: no report"),
 ])
@@ -61,6 +63,17 @@ def test_runs_that_would_make_a_table_wrong(change, message, tmp_path):
     with pytest.raises(SystemExit, match=message):
         collected(folders, tmp_path)
     assert not (tmp_path / "table.json").exists()
+
+
+def test_rows_tell_a_pretrained_run_but_not_where_files_lie(tmp_path):
+    folders = [make_run(tmp_path, "scratch", 0, 20.0, settings={"init_from": None}),
+               make_run(tmp_path, "tuned", 0, 20.0, settings={"init_from": "/here/run", "data_path": "/b/path"}),
+               make_run(tmp_path, "tuned", 1, 20.0, settings={"init_from": "/there/run"}),
+               make_run(tmp_path, "older", 0, 20.0)]  # of before there was the setting
+    found = collected(folders, tmp_path)
+    assert found["rows"] == {"scratch": {"init_from": None}, "tuned": {"init_from": "a path"},
+                             "older": {"init_from": None}}
+    assert found["settings"] == {"lr": 1e-3}
 
 
 @pytest.mark.parametrize(("words", "message"), [
