@@ -62,16 +62,44 @@ def reports(run: Run) -> dict[str, dict[str, Any]]:
     return found
 
 
+def require_same_state(run: Run, name: str, report: dict[str, Any], step: Any) -> None:
+    """ValueError: a report of other weights than those that the summary is of. step: as the report has it, if it has.
+
+    Reports of older versions and of samples name no step: they must be younger than the weights.
+    """
+    path = run.path / "evaluation" / f"{name}.json"
+    if step is not None:
+        why = f"of step {step}, its summary.json of step {run.summary.get('step')}"
+        if step == run.summary.get("step"):
+            return
+    else:
+        weights = run.path / "checkpoints" / f"{run.step:07d}.pt"  # a finished run's summary is written at each start
+        newer = weights if weights.exists() else run.path / "summary.json"
+        why = f"older than {newer.relative_to(run.path)}, and does not say of which step it is"
+        if path.stat().st_mtime >= newer.stat().st_mtime:
+            return
+    programs = {"generation": "evaluations/generation.py REFERENCE NEW_SAMPLES",
+                "reconstruction": f"evaluations/reconstruction.py --vq-ckpt {run.path}",
+                "structures": f"protein/evaluate.py STRUCTURES --ckpt {run.path}"}
+    protocol = report.get("protocol")
+    program = programs.get(protocol.get("task", "") if isinstance(protocol, dict) else "structures")
+    raise ValueError(f"{path} is {why}; evaluate it again{f': python {program} --out {path}' if program else ''}")
+
+
 def measured(run: Run) -> dict[str, float]:
-    """What the run's trainer and its reports say. ValueError: it is not finished, or a report is damaged."""
+    """What the run's trainer and its reports say. ValueError: it is not finished, or a report is damaged, or of other
+    weights.
+    """
     if not run.summary:
         raise ValueError(f"{run.path} is no finished run: {'; '.join(run.notes)}")
     found = numbers(run.summary)
     for name, report in reports(run).items():
         tokenizers = report.get("tokenizers")  # of protein/evaluate.py
+        values = report
         if isinstance(tokenizers, dict) and len(tokenizers) == 1:
-            [report] = tokenizers.values()
-        found |= numbers(report, f"{name}.")
+            [values] = tokenizers.values()
+        require_same_state(run, name, report, values.get("step"))
+        found |= numbers({key: value for key, value in values.items() if key != "step"}, f"{name}.")
     return found
 
 
@@ -113,7 +141,7 @@ def gathered(runs: Sequence[Run], paths: Sequence[Path], probes: Probes | None =
         row, own = row_of(run, path), {name: mine.get(name) for name in names}
         if rows.setdefault(row, own) != own:
             raise ValueError(f"runs of the row {row} differ in {', '.join(differing([rows[row], own]))}: name another")
-        probed = numbers(probes.of(run.path)) if probes else {}
+        probed = numbers(probes.of(run.path, run.summary.get("step"))) if probes else {}
         lines.append({"run": row, "seed": run.seed, **measured(run), **probed})
     shared = {name: value for name, value in settings[0].items() if name not in names and value != PATH}
     # Runs do not record where they were made: this is what they were gathered with.

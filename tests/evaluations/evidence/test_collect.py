@@ -1,6 +1,7 @@
 """Folders of trained runs become one file and one table; what would make either wrong is refused."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -117,6 +118,32 @@ def test_reports_of_other_protocols_share_no_table(tmp_path):
         collected([*folders, run("provq", 1, "b", "torchscript")], tmp_path)
     with pytest.raises(SystemExit, match=r"soft-s1 and of \S+vanilla-s1 differ in how .*: reference.sha256; evaluate"):
         collected([*folders, run("soft", 1, "c")], tmp_path)
+
+
+def test_reports_of_another_state_of_the_run_are_refused(tmp_path):
+    def run(row, name, report):
+        return make_run(tmp_path, row, 0, 20.0, reports={name: report})
+
+    drawn = {"fid": 3.0, "protocol": {"task": "generation"}}  # of samples, which name no step
+    scored = {"rfid": 1.5, "protocol": {"task": "reconstruction"}}
+    whole = {"tokenizers": {"runs/x": {"rmsd": 2.0, "step": 9}}}
+    fresh = [run("a", "reconstruction", {**scored, "step": 9}), run("b", "reconstruction", scored),
+             run("c", "structures", whole), run("d", "generation", drawn)]
+    assert "reconstruction.step" not in collected(fresh, tmp_path)["runs"][0]
+    wrong = [(run("e", "reconstruction", {**scored, "step": 6}), "of step 6, its summary.json of step 9; evaluate it "
+              r"again: python evaluations/reconstruction.py --vq-ckpt \S+e-s0 --out \S+e-s0/evaluation/reconstruct"),
+             (run("f", "structures", {"tokenizers": {"runs/x": {"rmsd": 2.0, "step": 6}}}),
+              r"evaluate it again: python protein/evaluate.py STRUCTURES --ckpt \S+f-s0 --out \S+structures.json")]
+    for folder, name in zip(fresh[1::2], ("reconstruction", "generation"), strict=True):
+        os.utime(folder / "evaluation" / f"{name}.json", (1, 1))
+        wrong.append((folder, f"{name}.json is older than summary.json, and does not say"))
+    for folder, message in wrong:
+        with pytest.raises(SystemExit, match=message):
+            collected([folder], tmp_path)
+    (fresh[1] / "checkpoints").mkdir()  # the same command again writes the summary anew, the weights are the same
+    (fresh[1] / "checkpoints" / "0000009.pt").touch()
+    os.utime(fresh[1] / "checkpoints" / "0000009.pt", (0, 0))
+    collected([fresh[1]], tmp_path)
 
 
 def test_files_of_something_else_are_no_output(tmp_path):
