@@ -33,6 +33,7 @@ from tokenizer.runtime.parsing import from_json, parsing, read_text
 from tokenizer.runtime.ranks import print0
 
 PROG = "evaluations/evidence/collect.py"
+DATA = {"data_fingerprint": "trained on", "val_fingerprint": "validated on"}  # of a summary's inputs
 PATH = "a path"  # for any: data may lie elsewhere, but a run with init_from is another than one without
 
 
@@ -119,6 +120,25 @@ def require_one_protocol(runs: Sequence[Run]) -> None:
                                      f"measured: {', '.join(apart)}; evaluate one of them again, as the other")
 
 
+def require_same_data(runs: Sequence[Run]) -> None:
+    """ValueError: two runs are known to have other data. Summaries of older versions do not say.
+
+    Without a --data-path chains are generated from the seed, so that runs of other seeds have other ones.
+    """
+    first: dict[tuple[str, Any], tuple[Run, Any]] = {}
+    for run in runs:
+        inputs = run.summary.get("inputs")
+        known = inputs if isinstance(inputs, dict) else {}
+        for name, what in DATA.items():
+            for key in ((name, run.seed), *([(name, "any")] if run.config.get("data_path") else [])):
+                if name not in known:
+                    continue
+                other, there = first.setdefault(key, (run, known[name]))
+                if known[name] != there:
+                    raise ValueError(f"{run.path} and {other.path} were {what} different data ({name} {known[name]} "
+                                     f"and {there}): gather them apart, or train one of them anew")
+
+
 def row_of(run: Run, path: Path) -> str:
     """path: as the run was named. ValueError: it is not called ROW-sSEED with the seed of its settings."""
     if run.seed is None:
@@ -131,6 +151,7 @@ def row_of(run: Run, path: Path) -> str:
 
 def gathered(runs: Sequence[Run], paths: Sequence[Path], probes: Probes | None = None) -> dict[str, Any]:
     """What is written. paths: as the runs were named."""
+    require_same_data(runs)
     require_one_protocol(runs)
     settings = [{name: PATH if isinstance(value, str) and os.sep in value else value
                  for name, value in run.config.items() if name not in ("global_seed", "results_dir")} for run in runs]

@@ -11,7 +11,7 @@ from places import ROOT
 from evaluations.evidence import collect, trained
 
 
-def make_run(root, row, seed, psnr, *, reports=None, settings=None, finished=True):
+def make_run(root, row, seed, psnr, *, reports=None, settings=None, finished=True, inputs=None):
     folder = root / f"{row}-s{seed}"
     (folder / "evaluation").mkdir(parents=True)
     config = {"global_seed": seed, "results_dir": folder.name, "lr": 1e-3, "data_path": "/a/path", **(settings or {})}
@@ -19,7 +19,8 @@ def make_run(root, row, seed, psnr, *, reports=None, settings=None, finished=Tru
     (folder / "metrics.jsonl").write_text('{"step": 9}\n')
     (folder / "validation.jsonl").write_text(json.dumps({"step": 9, "psnr": psnr}) + "\n")
     if finished:
-        (folder / "summary.json").write_text(json.dumps({"step": 9, "psnr": psnr, "lpips": None, "usage": 0.5}))
+        found = {"step": 9, "psnr": psnr, "lpips": None, "usage": 0.5, **({"inputs": inputs} if inputs else {})}
+        (folder / "summary.json").write_text(json.dumps(found))
     for name, report in (reports or {}).items():
         (folder / "evaluation" / f"{name}.json").write_text(json.dumps(report))
     return folder
@@ -144,6 +145,25 @@ def test_reports_of_another_state_of_the_run_are_refused(tmp_path):
     (fresh[1] / "checkpoints" / "0000009.pt").touch()
     os.utime(fresh[1] / "checkpoints" / "0000009.pt", (0, 0))
     collected([fresh[1]], tmp_path)
+
+
+def test_runs_of_other_data_share_no_table(tmp_path):
+    def run(row, data, val, seed=0, **settings):
+        inputs = {"data_fingerprint": data, "val_fingerprint": val, "code_fingerprint": row}  # codes are a tokenizer's
+        return make_run(tmp_path, row, seed, 20.0, inputs=inputs, settings=settings)
+
+    same = [make_run(tmp_path, "older", 0, 20.0), run("a", "train", "val"), run("b", "train", "val", seed=1)]
+    assert len(collected(same, tmp_path)["runs"]) == 3
+    generated = [run("ideal", f"of seed {seed}", f"of seed {seed}", seed, data_path=None) for seed in (2, 3)]
+    assert len(collected(generated, tmp_path)["runs"]) == 2
+    with pytest.raises(SystemExit, match=r"e-s2 and \S+ideal-s2 were trained on different data"):
+        collected([*generated, run("e", "of seed 3", "of seed 2", 2, data_path=None)], tmp_path)
+    with pytest.raises(SystemExit, match=r"f-s1 and \S+a-s0 were trained on different data"):
+        collected([*same[:2], run("f", "other", "val", seed=1)], tmp_path)
+    with pytest.raises(SystemExit, match=r"c-s0 and \S+/a-s0 were trained on different data \(data_fingerprint other "):
+        collected([*same, run("c", "other", "val")], tmp_path)
+    with pytest.raises(SystemExit, match=r"d-s0 and \S+/a-s0 were validated on different data \(val_fingerprint other"):
+        collected([*same, run("d", "train", "other")], tmp_path)
 
 
 def test_files_of_something_else_are_no_output(tmp_path):
