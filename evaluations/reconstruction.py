@@ -244,6 +244,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     }
     protocol["id"] = protocol_id(protocol)
     return {**{m: scores.values.get(m) for m in METRICS}, "num_images": scores.images,
+            "step": int(model.quantize.step) or None,  # of training; None: not known of exports
             "unreadable_images": scores.unreadable,
             "unavailable": {m: why for m, why in unavailable.items() if why}, "protocol": protocol}
 

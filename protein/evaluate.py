@@ -213,7 +213,8 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
                                   "tokenizers": {}}
         for path, tally in zip(args.ckpt, tallies, strict=True):
             report["tokenizers"][str(path)] = tally.result() | {
-                "tokenizer_hash": tally.tokenizer.hash(), "codes": tally.tokenizer.num_codes}
+                "tokenizer_hash": tally.tokenizer.hash(), "step": tally.tokenizer.step,
+                "codes": tally.tokenizer.num_codes}
     if distributed.is_main():
         args.out.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_text(args.out, json.dumps(report, indent=1, allow_nan=False) + "\n")

@@ -55,6 +55,11 @@ class StructureTokenizer(nn.Module, ABC):
     num_codes: int    # K
     can_decode: bool  # ESM3's decoder is a file of its own, which may not be there
 
+    @property
+    def step(self) -> int | None:
+        """Training steps that made it; None: not known, as of exports and files of others."""
+        return None
+
     @abstractmethod
     def encode(self, coords: Tensor, mask: Tensor | None = None, residue_index: Tensor | None = None) -> Tensor:
         """coords (B, L, A >= 3, 3) Angstrom, N, CA and C first; mask (B, L) bool, True = residue, None: all;
@@ -103,6 +108,10 @@ class VQTokenizer(StructureTokenizer):
 
     def codebook(self) -> Tensor:
         return self.model.quantize.codebook()
+
+    @property
+    def step(self) -> int | None:
+        return int(self.model.quantize.step) or None
 
     def hash(self) -> str:
         """A run and its export have the same."""

@@ -3,9 +3,10 @@
     python evaluations/evidence/collect.py runs/table-4-small/*-s? --out table.json --metrics rmsd lddt usage
 
 Of each run: its seed, the trainer's last validation, and under their names the reports in its evaluation/, such as
-reconstruction.rfid. Settings that all runs share stand once, others with each run; paths are left out. With --probes
-RESULTS_DIR also what probes on their tokens scored there, such as probe.bfactor, in percent on the test split: pooled
-over residues, at the learning rate that validation chose, mean over the probe's seeds.
+reconstruction.rfid. Settings that all runs share stand once, others with each row; of paths only whether there is one,
+and only where runs differ in it. With --probes RESULTS_DIR also what probes on their tokens scored there, such as
+probe.bfactor, in percent on the test split: pooled over residues, at the learning rate that validation chose, mean over
+the probe's seeds.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from tokenizer.runtime.parsing import from_json, parsing, read_text
 from tokenizer.runtime.ranks import print0
 
 PROG = "evaluations/evidence/collect.py"
+DATA = {"data_fingerprint": "trained on", "val_fingerprint": "validated on"}  # of a summary's inputs
+PATH = "a path"  # for any: data may lie elsewhere, but a run with init_from is another than one without
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -60,16 +63,44 @@ def reports(run: Run) -> dict[str, dict[str, Any]]:
     return found
 
 
+def require_same_state(run: Run, name: str, report: dict[str, Any], step: Any) -> None:
+    """ValueError: a report of other weights than those that the summary is of. step: as the report has it, if it has.
+
+    Reports of older versions and of samples name no step: they must be younger than the weights.
+    """
+    path = run.path / "evaluation" / f"{name}.json"
+    if step is not None:
+        why = f"of step {step}, its summary.json of step {run.summary.get('step')}"
+        if step == run.summary.get("step"):
+            return
+    else:
+        weights = run.path / "checkpoints" / f"{run.step:07d}.pt"  # a finished run's summary is written at each start
+        newer = weights if weights.exists() else run.path / "summary.json"
+        why = f"older than {newer.relative_to(run.path)}, and does not say of which step it is"
+        if path.stat().st_mtime >= newer.stat().st_mtime:
+            return
+    programs = {"generation": "evaluations/generation.py REFERENCE NEW_SAMPLES",
+                "reconstruction": f"evaluations/reconstruction.py --vq-ckpt {run.path}",
+                "structures": f"protein/evaluate.py STRUCTURES --ckpt {run.path}"}
+    protocol = report.get("protocol")
+    program = programs.get(protocol.get("task", "") if isinstance(protocol, dict) else "structures")
+    raise ValueError(f"{path} is {why}; evaluate it again{f': python {program} --out {path}' if program else ''}")
+
+
 def measured(run: Run) -> dict[str, float]:
-    """What the run's trainer and its reports say. ValueError: it is not finished, or a report is damaged."""
+    """What the run's trainer and its reports say. ValueError: it is not finished, or a report is damaged, or of other
+    weights.
+    """
     if not run.summary:
         raise ValueError(f"{run.path} is no finished run: {'; '.join(run.notes)}")
     found = numbers(run.summary)
     for name, report in reports(run).items():
         tokenizers = report.get("tokenizers")  # of protein/evaluate.py
+        values = report
         if isinstance(tokenizers, dict) and len(tokenizers) == 1:
-            [report] = tokenizers.values()
-        found |= numbers(report, f"{name}.")
+            [values] = tokenizers.values()
+        require_same_state(run, name, report, values.get("step"))
+        found |= numbers({key: value for key, value in values.items() if key != "step"}, f"{name}.")
     return found
 
 
@@ -89,6 +120,25 @@ def require_one_protocol(runs: Sequence[Run]) -> None:
                                      f"measured: {', '.join(apart)}; evaluate one of them again, as the other")
 
 
+def require_same_data(runs: Sequence[Run]) -> None:
+    """ValueError: two runs are known to have other data. Summaries of older versions do not say.
+
+    Without a --data-path chains are generated from the seed, so that runs of other seeds have other ones.
+    """
+    first: dict[tuple[str, Any], tuple[Run, Any]] = {}
+    for run in runs:
+        inputs = run.summary.get("inputs")
+        known = inputs if isinstance(inputs, dict) else {}
+        for name, what in DATA.items():
+            for key in ((name, run.seed), *([(name, "any")] if run.config.get("data_path") else [])):
+                if name not in known:
+                    continue
+                other, there = first.setdefault(key, (run, known[name]))
+                if known[name] != there:
+                    raise ValueError(f"{run.path} and {other.path} were {what} different data ({name} {known[name]} "
+                                     f"and {there}): gather them apart, or train one of them anew")
+
+
 def row_of(run: Run, path: Path) -> str:
     """path: as the run was named. ValueError: it is not called ROW-sSEED with the seed of its settings."""
     if run.seed is None:
@@ -101,19 +151,20 @@ def row_of(run: Run, path: Path) -> str:
 
 def gathered(runs: Sequence[Run], paths: Sequence[Path], probes: Probes | None = None) -> dict[str, Any]:
     """What is written. paths: as the runs were named."""
+    require_same_data(runs)
     require_one_protocol(runs)
-    settings = [{name: value for name, value in run.config.items()
-                 if name != "global_seed" and not (isinstance(value, str) and os.sep in value)} for run in runs]
-    names = {"results_dir", *differing(settings)}
+    settings = [{name: PATH if isinstance(value, str) and os.sep in value else value
+                 for name, value in run.config.items() if name not in ("global_seed", "results_dir")} for run in runs]
+    names = differing(settings)
     rows: dict[str, dict[str, Any]] = {}
     lines = []
     for run, path, mine in zip(runs, paths, settings, strict=True):
-        row, own = row_of(run, path), {name: mine[name] for name in mine if name in names - {"results_dir"}}
+        row, own = row_of(run, path), {name: mine.get(name) for name in names}
         if rows.setdefault(row, own) != own:
             raise ValueError(f"runs of the row {row} differ in {', '.join(differing([rows[row], own]))}: name another")
-        probed = numbers(probes.of(run.path)) if probes else {}
+        probed = numbers(probes.of(run.path, run.summary.get("step"))) if probes else {}
         lines.append({"run": row, "seed": run.seed, **measured(run), **probed})
-    shared = {name: value for name, value in settings[0].items() if name not in names}
+    shared = {name: value for name, value in settings[0].items() if name not in names and value != PATH}
     # Runs do not record where they were made: this is what they were gathered with.
     head = {"date": max(run.written for run in runs), "collected_with": store.machine(), "settings": shared,
             "rows": rows}

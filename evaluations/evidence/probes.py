@@ -35,6 +35,7 @@ class Probes:
     def __init__(self, folders: Sequence[Path]):
         self.settings: dict[str, dict[str, Any]] = {}  # task -> what was the same for all tokenizers
         self._values: dict[str, dict[str, float]] = {}  # source -> name -> percent
+        self._steps: dict[str, dict[int, str]] = {}  # source -> step of the run that was probed -> folder of probes
         for folder in folders:
             results = read_results(folder / "results")
             if not results:
@@ -64,17 +65,26 @@ class Probes:
             if wrong:
                 raise ValueError(f"--probes {folder}: {task} of {source} was trained with other {', '.join(wrong)} "
                                  "than of the tokenizers before it; repeat train_task.py with all of them")
+            for result in every:
+                if result.get("step") is not None:  # older ones do not have it
+                    self._steps.setdefault(source, {})[result["step"]] = f"{folder / 'results' / run}"
             for split in tests:
                 scores = [result["protocols"][PROTOCOL]["tests"][split] for result in chosen[run, task].values()]
                 if None not in scores:
                     self._values.setdefault(source, {})[named(every[0], split)] = 100 * fmean(scores)
 
-    def of(self, run: Path) -> dict[str, float]:
+    def of(self, run: Path, step: Any) -> dict[str, float]:
         """Task -> percent, mean over the probe's seeds, of the learning rate that validation chose for each.
 
-        ValueError: this run was not probed.
+        step: that the run is at. ValueError: this run was not probed, or its probes are known to be of another step.
         """
-        found = [values for source, values in self._values.items() if os.path.realpath(source) == os.path.realpath(run)]
+        mine = [source for source in self._values if os.path.realpath(source) == os.path.realpath(run)]
+        for source in mine:
+            for probed, folder in self._steps.get(source, {}).items():
+                if probed != step:
+                    raise ValueError(f"--probes: {folder} is of step {probed} of {run}, its summary.json of step "
+                                     f"{step}; remove it, and repeat train_task.py")
+        found = [self._values[source] for source in mine]
         if not found:
             raise ValueError(f"--probes: none of {run}; there are those of {', '.join(sorted(self._values))}")
         return found[0]

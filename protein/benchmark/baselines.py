@@ -38,10 +38,13 @@ _SHAPE = ("encoder_width", "encoder_heads", "encoder_layers", "neighbours", "cod
 
 
 class ChainTokenizer(ABC):
-    """Chains to tokens. label: how tables call it; source: where it came from, a path if it has one."""
+    """Chains to tokens. label: how tables call it; source: where it came from, a path if it has one; step: of a run's
+    training, if known.
+    """
 
     label: str
     source: str = ""
+    step: int | None = None
 
     def fit(self, chains: Sequence[Chain]) -> None:  # noqa: B027 - most tokenizers come trained
         """Once for every task before `encode`, with the chains of the task's training split."""
@@ -162,6 +165,7 @@ class Trained(ChainTokenizer):
 
         self.label = Path(path).stem
         self._model: Any = load_structure_tokenizer(path, device)
+        self.step = self._model.step
         self._device = device
 
     def encode(self, chains: Sequence[Chain]) -> list[Tokens]:

@@ -230,7 +230,8 @@ def sweep(cfg: TaskConfig, task: Task, tokenizer: ChainTokenizer, device: torch.
     codebook = tokenizer.codebook()
     settings = {**asdict(cfg.probe(kind)), "inputs": fingerprint(data, codebook)}
     common = {
-        "label": tokenizer.label, "tokenizer": run, "source": tokenizer.source, "codebook": list(codebook.shape),
+        "label": tokenizer.label, "tokenizer": run, "source": tokenizer.source, "step": tokenizer.step,
+        "codebook": list(codebook.shape),
         "task": task.spec.name, "kind": kind,
         "category": task.spec.category, "tests": list(task.spec.tests), "left_out": dict(task.left_out),
         "origin": task.origin,

@@ -78,6 +78,7 @@ def test_a_run_leaves_what_it_promises(straight):
     assert {"loss", "accuracy", "grad_norm", "lr"} <= set(rows(straight)[0])
     summary = json.loads((straight / "summary.json").read_text())
     assert summary["step"] == 12
+    assert {"code_fingerprint", "tokenizer_hash"} == summary["inputs"].keys()
     assert summary["val_loss"] < 4.2  # log 64 = 4.16 at the start
     assert rows(straight)[-1]["loss"] < rows(straight)[0]["loss"]
     assert Image.open(straight / "samples" / "0000012.png").size[0] > 16

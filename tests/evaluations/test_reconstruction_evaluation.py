@@ -113,7 +113,7 @@ def test_a_run_is_scored_on_what_it_held_out(base):
     reconstruction.main(flags(base, base / "x.json")[:-2])
     report = json.loads((base / "run" / "evaluation" / "reconstruction.json").read_text())
     summary = json.loads((base / "run" / "summary.json").read_text())
-    assert report["num_images"] == 16
+    assert (report["num_images"], report["step"]) == (16, summary["step"])
     for metric in ("psnr", "ssim", "perplexity", "usage", "code_distance"):
         assert report[metric] == pytest.approx(summary[metric], rel=1e-4)
 

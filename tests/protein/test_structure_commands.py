@@ -12,6 +12,7 @@ from training_runs import to_words
 
 from protein import decode, encode, evaluate, train_provq
 from protein.backbones import generate_backbones
+from protein.benchmark.baselines import open_tokenizer
 from protein.inference import length_batches, padded_chains
 from protein.pretrained import load_structure_tokenizer
 from protein.structure_io import read_structure, write_structure
@@ -107,6 +108,8 @@ def test_evaluation(base, tmp_path, capsys):
     tokens = [entry.tokens for entry in read_tokens(base / "tokens.fasta")]
     counts = np.stack([np.bincount(t, minlength=16) for t in tokens])
     used = [(row > 0).mean() for row in counts]
+    assert found["step"] == json.loads((base / "run" / "summary.json").read_text())["step"]
+    assert open_tokenizer(str(base / "run"), CPU).step == found["step"]  # which probes record
     assert found["usage"] == pytest.approx((counts.sum(0) > 0).mean())
     assert found["usage_per_chain"] == pytest.approx(np.mean(used))
 

@@ -61,6 +61,7 @@ def test_a_run_goes_through_all_stages_and_leaves_its_files(straight):
     summary = json.loads((straight / "summary.json").read_text())
     last = rows(straight, "validation.jsonl")[-1]
     assert summary["stage"] == 3
+    assert {"data_fingerprint", "val_fingerprint"} == summary["inputs"].keys()
     assert summary["rmsd"] == last["rmsd"]
     assert {"lddt", "tm", "usage", "perplexity", "normalized_perplexity", "code_distance"} <= last.keys()
     assert 0 <= last["lddt"] <= 1

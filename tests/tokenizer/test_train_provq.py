@@ -58,6 +58,7 @@ def test_a_run_goes_through_all_stages_and_leaves_its_files(straight):
         assert (row["usage"] is None) == (row["perplexity"] is None) == (row["stage"] == 1)
     summary = json.loads((straight / "summary.json").read_text())
     assert summary["step"] == STEPS
+    assert {"data_fingerprint", "val_fingerprint"} == summary["inputs"].keys()
     assert summary["stage"] == 3
     assert {"psnr", "ssim", "usage", "perplexity", "code_distance", "effective_rank"} <= summary.keys()
     assert summary["psnr"] == rows(straight, "validation.jsonl")[-1]["psnr"]

@@ -287,10 +287,13 @@ class Run:
                 raise FloatingPointError(f"step {self.done}: {error}") from error
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Write summary.json: step, summary, seconds and the last validation. Nothing after a signal's early end."""
+        """Write summary.json: step, inputs, summary, seconds, the last validation. Nothing after a signal's early end.
+
+        Tables tell by the inputs which runs may be compared; a checkpoint has them too, but is large and may be gone.
+        """
         if self.done < self.end:
             return
-        summary = {"step": self.done, **summary,
+        summary = {"step": self.done, "inputs": self._inputs, **summary,
                    "seconds_since_start_or_resume": round(time.monotonic() - self._began, 1), **self.last_validation}
         if distributed.is_main():
             atomic_write_text(self.folder / "summary.json", json.dumps(summary, indent=1) + "\n")

@@ -1,6 +1,7 @@
 """Folders of trained runs become one file and one table; what would make either wrong is refused."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ from places import ROOT
 from evaluations.evidence import collect, trained
 
 
-def make_run(root, row, seed, psnr, *, reports=None, settings=None, finished=True):
+def make_run(root, row, seed, psnr, *, reports=None, settings=None, finished=True, inputs=None):
     folder = root / f"{row}-s{seed}"
     (folder / "evaluation").mkdir(parents=True)
     config = {"global_seed": seed, "results_dir": folder.name, "lr": 1e-3, "data_path": "/a/path", **(settings or {})}
@@ -18,7 +19,8 @@ def make_run(root, row, seed, psnr, *, reports=None, settings=None, finished=Tru
     (folder / "metrics.jsonl").write_text('{"step": 9}\n')
     (folder / "validation.jsonl").write_text(json.dumps({"step": 9, "psnr": psnr}) + "\n")
     if finished:
-        (folder / "summary.json").write_text(json.dumps({"step": 9, "psnr": psnr, "lpips": None, "usage": 0.5}))
+        found = {"step": 9, "psnr": psnr, "lpips": None, "usage": 0.5, **({"inputs": inputs} if inputs else {})}
+        (folder / "summary.json").write_text(json.dumps(found))
     for name, report in (reports or {}).items():
         (folder / "evaluation" / f"{name}.json").write_text(json.dumps(report))
     return folder
@@ -53,6 +55,8 @@ def test_a_file_has_what_runs_share_and_what_they_do_not(tmp_path, capsys):
 @pytest.mark.parametrize(("change", "message"), [
     ({"finished": False}, "is no finished run: unfinished: step 9"),
     ({"settings": {"lr": 5.0}}, "runs of the row vanilla differ in lr"),
+    ({"settings": {"init_from": "/some/run"}}, "runs of the row vanilla differ in init_from"),
+    ({"settings": {"data_path": None}}, "runs of the row vanilla differ in data_path"),
     ({"settings": {"global_seed": 4}}, "has the seed 4; call the folder ROW-s4"),
     ({"reports": {"generation": [1]}}, "generation.json: no report"),
 ])
@@ -61,6 +65,17 @@ def test_runs_that_would_make_a_table_wrong(change, message, tmp_path):
     with pytest.raises(SystemExit, match=message):
         collected(folders, tmp_path)
     assert not (tmp_path / "table.json").exists()
+
+
+def test_rows_tell_a_pretrained_run_but_not_where_files_lie(tmp_path):
+    folders = [make_run(tmp_path, "scratch", 0, 20.0, settings={"init_from": None}),
+               make_run(tmp_path, "tuned", 0, 20.0, settings={"init_from": "/here/run", "data_path": "/b/path"}),
+               make_run(tmp_path, "tuned", 1, 20.0, settings={"init_from": "/there/run"}),
+               make_run(tmp_path, "older", 0, 20.0)]  # of before there was the setting
+    found = collected(folders, tmp_path)
+    assert found["rows"] == {"scratch": {"init_from": None}, "tuned": {"init_from": "a path"},
+                             "older": {"init_from": None}}
+    assert found["settings"] == {"lr": 1e-3}
 
 
 @pytest.mark.parametrize(("words", "message"), [
@@ -104,6 +119,51 @@ def test_reports_of_other_protocols_share_no_table(tmp_path):
         collected([*folders, run("provq", 1, "b", "torchscript")], tmp_path)
     with pytest.raises(SystemExit, match=r"soft-s1 and of \S+vanilla-s1 differ in how .*: reference.sha256; evaluate"):
         collected([*folders, run("soft", 1, "c")], tmp_path)
+
+
+def test_reports_of_another_state_of_the_run_are_refused(tmp_path):
+    def run(row, name, report):
+        return make_run(tmp_path, row, 0, 20.0, reports={name: report})
+
+    drawn = {"fid": 3.0, "protocol": {"task": "generation"}}  # of samples, which name no step
+    scored = {"rfid": 1.5, "protocol": {"task": "reconstruction"}}
+    whole = {"tokenizers": {"runs/x": {"rmsd": 2.0, "step": 9}}}
+    fresh = [run("a", "reconstruction", {**scored, "step": 9}), run("b", "reconstruction", scored),
+             run("c", "structures", whole), run("d", "generation", drawn)]
+    assert "reconstruction.step" not in collected(fresh, tmp_path)["runs"][0]
+    wrong = [(run("e", "reconstruction", {**scored, "step": 6}), "of step 6, its summary.json of step 9; evaluate it "
+              r"again: python evaluations/reconstruction.py --vq-ckpt \S+e-s0 --out \S+e-s0/evaluation/reconstruct"),
+             (run("f", "structures", {"tokenizers": {"runs/x": {"rmsd": 2.0, "step": 6}}}),
+              r"evaluate it again: python protein/evaluate.py STRUCTURES --ckpt \S+f-s0 --out \S+structures.json")]
+    for folder, name in zip(fresh[1::2], ("reconstruction", "generation"), strict=True):
+        os.utime(folder / "evaluation" / f"{name}.json", (1, 1))
+        wrong.append((folder, f"{name}.json is older than summary.json, and does not say"))
+    for folder, message in wrong:
+        with pytest.raises(SystemExit, match=message):
+            collected([folder], tmp_path)
+    (fresh[1] / "checkpoints").mkdir()  # the same command again writes the summary anew, the weights are the same
+    (fresh[1] / "checkpoints" / "0000009.pt").touch()
+    os.utime(fresh[1] / "checkpoints" / "0000009.pt", (0, 0))
+    collected([fresh[1]], tmp_path)
+
+
+def test_runs_of_other_data_share_no_table(tmp_path):
+    def run(row, data, val, seed=0, **settings):
+        inputs = {"data_fingerprint": data, "val_fingerprint": val, "code_fingerprint": row}  # codes are a tokenizer's
+        return make_run(tmp_path, row, seed, 20.0, inputs=inputs, settings=settings)
+
+    same = [make_run(tmp_path, "older", 0, 20.0), run("a", "train", "val"), run("b", "train", "val", seed=1)]
+    assert len(collected(same, tmp_path)["runs"]) == 3
+    generated = [run("ideal", f"of seed {seed}", f"of seed {seed}", seed, data_path=None) for seed in (2, 3)]
+    assert len(collected(generated, tmp_path)["runs"]) == 2
+    with pytest.raises(SystemExit, match=r"e-s2 and \S+ideal-s2 were trained on different data"):
+        collected([*generated, run("e", "of seed 3", "of seed 2", 2, data_path=None)], tmp_path)
+    with pytest.raises(SystemExit, match=r"f-s1 and \S+a-s0 were trained on different data"):
+        collected([*same[:2], run("f", "other", "val", seed=1)], tmp_path)
+    with pytest.raises(SystemExit, match=r"c-s0 and \S+/a-s0 were trained on different data \(data_fingerprint other "):
+        collected([*same, run("c", "other", "val")], tmp_path)
+    with pytest.raises(SystemExit, match=r"d-s0 and \S+/a-s0 were validated on different data \(val_fingerprint other"):
+        collected([*same, run("d", "train", "other")], tmp_path)
 
 
 def test_files_of_something_else_are_no_output(tmp_path):

@@ -11,7 +11,7 @@ SCORES = {  # (seed of the probe, rate) -> validation, test
     (0, 0.01): (0.6, 0.30), (0, 0.001): (0.7, 0.50), (1, 0.01): (0.9, 0.40), (1, 0.001): (0.8, 0.90)}
 
 
-def probe(root, source, run, *, task="B-factor", scores=SCORES, tests=("test",), steps=600):
+def probe(root, source, run, *, task="B-factor", scores=SCORES, tests=("test",), steps=600, more=None):
     folder = root / "results" / run / task
     folder.mkdir(parents=True)
     for (seed, rate), (valid, test) in scores.items():
@@ -20,7 +20,8 @@ def probe(root, source, run, *, task="B-factor", scores=SCORES, tests=("test",),
             "label": run.split("-")[0], "tokenizer": run, "source": str(source), "codebook": [4, 2], "task": task,
             "kind": "regression", "category": "Own", "tests": list(tests), "left_out": {}, "origin": "x.jsonl",
             "counts": {"test": {"chains": 2, "labels": 9}}, "settings": {"max_steps": steps, "inputs": run},
-            "seed": seed, "learning_rate": rate, "protocols": {"pooled": part, "as coded": {**part, "score": -valid}}}))
+            "seed": seed, "learning_rate": rate, "protocols": {"pooled": part, "as coded": {**part, "score": -valid}},
+            **(more or {})}))
 
 
 @pytest.fixture
@@ -85,6 +86,15 @@ def test_two_states_of_a_run_are_not_one(runs, tmp_path):
         probe(tmp_path / "p", run, name)
     with pytest.raises(SystemExit, match=r"vanilla-s0 is there twice.*remove results/again-2 or results/vanilla-1"):
         collected(runs, tmp_path, "--probes", str(tmp_path / "p"))
+
+
+def test_probes_of_another_step_of_a_run_are_refused(runs, tmp_path):
+    for folder, step in (("p", 9), ("q", 6), ("older", None)):
+        for run, name in zip(runs, ("vanilla-1", "provq-1"), strict=True):
+            probe(tmp_path / folder, run, name, task=f"task of {folder}", more={"step": step})
+    assert collected(runs, tmp_path, "--probes", str(tmp_path / "p"), str(tmp_path / "older"))
+    with pytest.raises(SystemExit, match=r"results/vanilla-1 is of step 6 of \S+-s0, its summary.json of step 9"):
+        collected(runs, tmp_path, "--probes", str(tmp_path / "p"), str(tmp_path / "q"))
 
 
 def test_folders_that_have_no_probes_or_the_same(runs, tmp_path):
