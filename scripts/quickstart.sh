@@ -49,6 +49,7 @@ done
 say "results"
 "$PYTHON" "$ROOT/scripts/compare_runs.py" "$OUT/vanilla" "$OUT/provq" --picture "$OUT/comparison.png"
 echo
+echo "provq is the preset with a second k-means (--recluster), as in README.md's column of that name"
 echo "waves, with and without ProVQ: $OUT/demo.png"
 echo "reconstructions at each stage boundary: $OUT/provq/images/"
 echo "the tables, curves and latents on one page: $OUT/report.html"

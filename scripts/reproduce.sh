@@ -7,7 +7,8 @@
 #         core and rivals, which are not in the paper: RESULTS.md's first table, and other quantizers at one rate for
 #         all, not tuned as in RESULTS.md
 # SCALE   small    minutes to hours of a CPU (the default). 1, 5, 6, core, rivals: the evidence bed, --data CIFAR10
-#                  images; 2: digits; 3: probes on what 4 has trained beside it, --data made by make_docking_tasks.py;
+#                  images, 512 codes, one rate of 1e-3 for all and nothing tuned, so other numbers than README.md's;
+#                  2: digits; 3: probes on what 4 has trained beside it, --data made by make_docking_tasks.py;
 #                  4: generated backbones, or 600 steps on the structures in --data
 #         confirm  days of a CPU. The evidence bed at 32x32; 2: CIFAR-10; 3: as small; 4: structures in --data
 #         paper    prints the commands for 8 GPUs and runs none; the last one makes the table of what they have trained.
@@ -17,6 +18,7 @@
 # --jobs  runs of the evidence bed at the same time
 set -euo pipefail
 
+[[ " $* " != *" --help "* && " $* " != *" -h "* ]] || { sed -n '2,/^set -/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit; }
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
 fail() {

@@ -304,6 +304,13 @@ def test_advice_is_given_once_also_over_a_resume(tmp_path, monkeypatch, capsys):
     assert "--codebook-lr-scale 10, in another --results-dir" in said[0]
 
 
+def test_no_advice_while_the_cure_is_to_come(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(PaceMeter, "CONTRACTED", 1.0)
+    train_provq.main(flags(tmp_path, recluster_at=STEPS - 2))
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("advice: ")]
+    assert [line.split(":")[1] for line in said] == [f" step {STEPS - 1}"]
+
+
 @pytest.mark.parametrize(("changes", "flag"), [
     ({}, "--codebook-lr-scale 10"),
     ({"quantizer": "ema"}, "--codebook-ema-decay 0.9"),
