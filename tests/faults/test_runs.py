@@ -491,6 +491,33 @@ def test_a_short_run_may_hope_for_an_adaptive_warmup(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["image", "protein", "gpt"])
+def test_the_settings_of_a_run_of_epochs_start_another_and_resume_it(trained, tmp_path, capsys, name):
+    """Its config.json holds the steps that the epochs came to as well."""
+    main, _, _ = MODULES[name]
+    settings = {"image": TINY | {"global_batch_size": 256}, "protein": PROTEIN,
+                "gpt": gpt(trained) | {"global_batch_size": 256}}[name]
+    stages = {} if name == "gpt" else {"warmup_steps": 0.25, "transition_steps": 0.25}
+    run, again, file = tmp_path / "run", tmp_path / "again", str(tmp_path / "run" / "config.json")
+    main(to_words(settings | stages | {"results_dir": run, "max_steps": None, "epochs": 1}))
+    recorded = json.loads((run / "config.json").read_text())
+    assert recorded["epochs"] == 1
+    assert recorded["max_steps"] == rows(run)[-1]["step"]
+    main(["--config", file, "--results-dir", str(again)])
+    assert rows(again) == rows(run)
+    capsys.readouterr()
+    for length, value in (("max_steps", recorded["max_steps"] + 1), ("epochs", 2)):
+        main(["--config", file, "--results-dir", str(tmp_path / "more"), f"--{length.replace('_', '-')}", str(value),
+              "--dry-run"])
+        longer = json.loads(capsys.readouterr().out)
+        assert longer[length] == value
+        assert longer["max_steps"] > recorded["max_steps"]
+    max((run / "checkpoints").glob("0*.pt")).unlink()  # as if killed before it
+    main(["--config", file])
+    assert f"resuming {run} at step {recorded['max_steps'] - 1}" in capsys.readouterr().out
+    assert rows(run) == rows(again)
+
+
+@pytest.mark.parametrize("name", ["image", "protein", "gpt"])
 def test_a_dry_run_prints_json_and_its_notes_beside_it(trained, tmp_path, capsys, name):
     main, _, _ = MODULES[name]
     settings = {"image": TINY, "protein": PROTEIN, "gpt": gpt(trained)}[name]

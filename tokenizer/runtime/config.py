@@ -92,7 +92,8 @@ def parse_given(
     presets:      name -> {field: value}
     pick_preset:  gets what the user gave explicitly (file and flags) and returns the name of the preset to apply
     exclusive:    fields that say one thing in different ways, such as max_steps and epochs: one that the user gives
-                  takes the place of the preset's
+                  takes the place of the preset's, one of the command line that of the file's; of several in a file
+                  the last of these names counts, as a run records also what it derived from it
 
     User mistakes end the program with status 2 and a message that names the flag or key, the value, and the nearest
     valid name. So does a ValueError from the dataclass's __post_init__.
@@ -109,6 +110,9 @@ def parse_given(
     try:
         from_file = _checked(flags, load(path), str(path)) if path is not None else {}
         explicit = {**from_file, **given}
+        several = [field for field in exclusive if explicit.get(field) is not None]
+        kept = [field for field in several if field in given] or several[-1:]
+        explicit = {name: value for name, value in explicit.items() if name not in several or name in kept}
         preset: dict[str, Any] = {}
         if presets is not None and pick_preset is not None:
             name = pick_preset(dict(explicit))
