@@ -127,5 +127,6 @@ def check_optimizer(cfg: Any) -> None:
     """ValueError, naming flag, value and fix, for settings of `build_adamw` and `learning_rate` that cannot work."""
     config.require_at_least(cfg, 0, "lr_warmup_steps min_lr weight_decay")
     config.require_fraction(cfg, "beta1 beta2")
-    if cfg.lr <= 0 or cfg.min_lr > cfg.lr:
-        raise ValueError(f"--lr is {cfg.lr} with --min-lr {cfg.min_lr}; lr must be positive and not below min_lr")
+    config.require_positive(cfg, "lr")
+    if length_sets_rate(cfg) and cfg.min_lr > cfg.lr:  # a constant rate falls to none
+        raise ValueError(f"--lr is {cfg.lr} with --min-lr {cfg.min_lr}; lr must not be below min_lr")
