@@ -93,8 +93,8 @@ class Trainer(CurriculumTrainer):
         self.restart = build_restart(cfg, self.raw.quantize.quantizer)
         self.drift = PaceMeter()
         self.kmeans_batches = kmeans_batches(cfg, max(1, int(cfg.global_batch_size * self.train_set.observed.mean())))
-        self.run.resume({"model": self.raw, "ema": self.ema, "optimizer": self.optimizer, "drift": self.drift,
-                         "restart": self.restart})
+        self.resume({"model": self.raw, "ema": self.ema, "optimizer": self.optimizer, "drift": self.drift,
+                     "restart": self.restart})
         if cfg.init_from and not self.run.start:
             self.begin_from(cfg.init_from, opened(cfg.init_from, load_structure_model))
         self.run.throughput = Throughput(cfg, device, float(self.train_set.observed.mean()), self._forward_once)

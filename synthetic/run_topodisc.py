@@ -21,9 +21,10 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from synthetic.settings import FINAL_SEEDS, FINALISTS, FIRST_SEED, Setting, parse_method
+from synthetic.settings import CURRICULA, FINAL_SEEDS, FINALISTS, FIRST_SEED, Setting, parse_method
 from tokenizer.runtime.command import command, refuse_early, require_out_folder
 from tokenizer.runtime.config import arg, parse, require_at_least, require_positive
+from tokenizer.runtime.run_config import Effect, require_effects
 
 PROG = "synthetic/run_topodisc.py"
 
@@ -62,8 +63,22 @@ class RunConfig(Setting):
             raise ValueError(f"--tune-codes {max(self.tune_codes)} is more than there are points")
 
 
+def _has_transition(cfg: RunConfig) -> bool:
+    return bool(cfg.transition_epochs) and any(CURRICULA[parse_method(method)[1]][1] for method in cfg.methods)
+
+
+# Not the lengths of stages: also where no arm has them, they must fit into --epochs.
+EFFECTS = {  # see run_config.py
+    **{name: Effect(lambda cfg: cfg.tuned, "without the fair view", "add --tuned")
+       for name in ("tune_lr", "tune_width", "tune_codes", "tune_seeds")},
+    "loss_floor": Effect(lambda cfg: _has_transition(cfg) or cfg.loss_floor == 1,  # as in discrete training
+                         "where no arm has a transition", "add one such as provq to --methods"),
+}
+
+
 def parse_config(argv: Sequence[str] | None = None) -> RunConfig:
-    return parse(RunConfig, argv, description=__doc__, prog=PROG)
+    return parse(RunConfig, argv, description=__doc__, prog=PROG,
+                 refuse=lambda cfg, given: require_effects(cfg, given, EFFECTS))
 
 
 def check(cfg: RunConfig) -> None:

@@ -7,7 +7,7 @@ A tokenizer's trainer subclasses CurriculumTrainer and its settings subclass Cur
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from tokenizer import provq
 from tokenizer.choices import GRIDS
 from tokenizer.code_meter import PaceMeter
-from tokenizer.curriculum_config import CurriculumConfig, codebook_init, last_step
+from tokenizer.curriculum_config import CurriculumConfig, codebook_init, last_step, require_early_end
 from tokenizer.init_from import load_tokenizer_weights
 from tokenizer.provq import AdaptiveWarmup, Curriculum, ProVQ, code_statistics
 from tokenizer.provq_codes import DeadCodeRestart
@@ -24,7 +24,7 @@ from tokenizer.runtime import distributed
 from tokenizer.runtime.command import CannotContinue
 from tokenizer.runtime.ema import EMA
 from tokenizer.runtime.optim import autocast
-from tokenizer.runtime.run import Run
+from tokenizer.runtime.run import Run, Stateful
 from tokenizer.snapshots import save_snapshot
 
 MORE_BATCHES = 8  # times as many at most, when those for the codebook's start hold fewer latents than codes
@@ -112,6 +112,12 @@ class CurriculumTrainer(ABC):
         if self.ema:
             self.ema.copy_(self.raw)
         distributed.print0(f"--init-from {path}: its weights, {'with' if keep else 'without'} its codes")
+
+    def resume(self, parts: Mapping[str, Stateful | None]) -> None:
+        """Run.resume. ValueError also: of a warm-up that is not over, see require_early_end."""
+        self.run.resume(parts)
+        if self.run.start < self.quantize.curriculum.warmup_steps:  # the one in force
+            require_early_end(self.cfg, to_come=True)
 
     @property
     def quantize(self) -> ProVQ:

@@ -107,7 +107,7 @@ def check_curriculum(cfg: CurriculumConfig, world_size: int) -> None:
     if not _fractions(cfg):  # else with_length knows
         _require_order(cfg)
     if not isinstance(cfg.warmup_steps, float):  # likewise
-        _require_early_end(cfg)
+        require_early_end(cfg)
     if cfg.max_steps is not None:
         _require_all_stages(cfg, cfg.max_steps, f"--max-steps {cfg.max_steps}")
 
@@ -123,8 +123,11 @@ def with_whole_stages(cfg: Any, steps: int) -> Any:
     return replace(cfg, **{name: max(1, round(share * steps)) for name, share in _fractions(cfg).items()})
 
 
-def _require_early_end(cfg: CurriculumConfig) -> None:
-    """ValueError: no validation could end the warm-up early, which --adaptive-warmup-patience asks for."""
+def require_early_end(cfg: CurriculumConfig, *, to_come: bool = False) -> None:
+    """ValueError: no validation could end the warm-up early, which --adaptive-warmup-patience asks for.
+
+    to_come: the warm-up is known not to be over. Else that of a run to resume may be, which its checkpoint says.
+    """
     patience, every, warmup = cfg.adaptive_warmup_patience, cfg.val_every, cfg.warmup_steps
     if not patience:
         return
@@ -137,7 +140,7 @@ def _require_early_end(cfg: CurriculumConfig) -> None:
 
     if first(every) < warmup:
         return
-    names = ("adaptive_warmup_patience", "adaptive_warmup_min_steps", "val_every", "warmup_steps")
+    names = ["adaptive_warmup_patience", "adaptive_warmup_min_steps", "warmup_steps", *["val_every"] * to_come]
     if all(recorded(cfg).get(name) == getattr(cfg, name) for name in names):
         return
     often = (warmup - 1) // (patience + 1)
@@ -174,7 +177,7 @@ def with_length(cfg: Any, samples: int) -> Any:
         print0(", ".join(f"{flag_name(name)} {share} of {planned.max_steps} steps: {getattr(planned, name)}"
                                      for name, share in shares.items()))
         _require_order(planned)
-        _require_early_end(planned)
+        require_early_end(planned)
     if cfg.stop_after:
         return planned
     length = f"--max-steps {cfg.max_steps}" if cfg.epochs is None else f"--epochs {cfg.epochs} of {samples} samples"

@@ -114,9 +114,9 @@ class Trainer(CurriculumTrainer):
         self.restart = build_restart(cfg, self.raw.quantize.quantizer)
         self.drift = PaceMeter()
         self.kmeans_batches = kmeans_batches(cfg, tokens_per_batch(cfg))
-        self.run.resume({"model": self.raw, "ema": self.ema, "optimizer": self.optimizer, "discriminator": self.disc,
-                         "optimizer_disc": self.opt_d, "scaler": self.scaler, "drift": self.drift,
-                         "unreadable": self.bad, "restart": self.restart})
+        self.resume({"model": self.raw, "ema": self.ema, "optimizer": self.optimizer, "discriminator": self.disc,
+                     "optimizer_disc": self.opt_d, "scaler": self.scaler, "drift": self.drift, "unreadable": self.bad,
+                     "restart": self.restart})
         if cfg.init_from and not self.run.start:
             self.begin_from(cfg.init_from, self._open_weights(cfg.init_from))
         self.run.throughput = Throughput(cfg, device, tokens_per_batch(cfg) / cfg.global_batch_size, self._forward_once)

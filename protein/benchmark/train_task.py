@@ -36,6 +36,7 @@ from protein.benchmark.tasks import MAX_LENGTH, STRUCTTOKENBENCH
 from tokenizer.runtime import config
 from tokenizer.runtime.command import command, refuse_early, require_out_folder
 from tokenizer.runtime.config import REQUIRED, arg
+from tokenizer.runtime.run_config import Effect, require_effects
 
 PROG = "protein/benchmark/train_task.py"
 PRESETS: dict[str, dict[str, Any]] = {
@@ -74,20 +75,29 @@ class TaskConfig:
         for name in self.task:
             if name not in STRUCTTOKENBENCH and not name.endswith(".jsonl"):
                 raise ValueError(f"--task {name} is neither a file NAME.jsonl nor one of {', '.join(STRUCTTOKENBENCH)}")
-        if self.data is None and any(name in STRUCTTOKENBENCH for name in self.tasks()):
+        if self.data is None and self.of_the_archive():
             raise ValueError("tasks of StructTokenBench need --data, the folder struct_token_bench_release_data")
 
     def tasks(self) -> list[str]:
         return list(STRUCTTOKENBENCH) if self.all else list(dict.fromkeys(self.task))
+
+    def of_the_archive(self) -> bool:
+        """Whether a task is one of StructTokenBench's. JSONL files name their own splits and structures."""
+        return any(name in STRUCTTOKENBENCH for name in self.tasks())
 
     def probe(self, kind: str) -> ProbeConfig:
         batch = self.batch_size or (64 if kind == "classification" else ProbeConfig.batch_size)
         return ProbeConfig(max_steps=self.max_steps, warmup_steps=self.warmup_steps, batch_size=batch)
 
 
+EFFECTS = {name: Effect(TaskConfig.of_the_archive, "on JSONL files, which name their splits and structures")
+           for name in ("data", "pdb_data", "splits", "num_workers")}  # see run_config.py
+
+
 def parse_config(argv: list[str] | None = None) -> TaskConfig:
     return config.parse(TaskConfig, argv, presets=PRESETS, prog=PROG,
-                        description=__doc__ or "", pick_preset=lambda given: given.get("preset", "structtokenbench"))
+                        description=__doc__ or "", pick_preset=lambda given: given.get("preset", "structtokenbench"),
+                        refuse=lambda cfg, given: require_effects(cfg, given, EFFECTS))
 
 
 def check(cfg: TaskConfig) -> None:

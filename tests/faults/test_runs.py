@@ -25,7 +25,7 @@ from autoregressive import train_config as gpt_config
 from protein import train_config as protein_config
 from protein import train_provq as protein_train
 from protein.benchmark import train_task
-from tokenizer import curriculum_config, reconstruct, train_config, train_provq
+from tokenizer import curriculum, curriculum_config, reconstruct, train_config, train_provq
 from tokenizer.code_meter import DriftMeter, drift
 from tokenizer.runtime import checkpoint, lock
 from tokenizer.runtime.checkpoint import Checkpointer, load_file
@@ -473,14 +473,30 @@ def test_a_warm_up_that_could_not_end_early_is_refused(tmp_path, capsys, name, c
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_that_began_with_such_a_warm_up_resumes(tmp_path, capsys, monkeypatch):
+def test_a_run_that_began_with_such_a_warm_up_resumes(tmp_path, monkeypatch):
     words = TINY | {"results_dir": tmp_path / "run", "adaptive_warmup_patience": 1}
     with monkeypatch.context() as earlier:
-        earlier.setattr(curriculum_config, "_require_early_end", lambda _: None)
+        earlier.setattr(curriculum_config, "require_early_end", lambda *_, **__: None)
+        earlier.setattr(curriculum, "require_early_end", lambda *_, **__: None)
         train_provq.main(to_words(words | {"max_steps": 5}))
     train_provq.main(to_words(words))
     assert rows(tmp_path / "run")[-1]["step"] == STEPS
-    assert "--adaptive-warmup-patience 1 could never" in fails(train_provq.main, words | {"val_every": 3}, capsys)
+
+
+@pytest.mark.parametrize("name", ["image", "protein"])
+def test_the_cadence_of_a_run_may_change_once_its_adaptive_warm_up_is_over(tmp_path, capsys, name):
+    main, settings = {"image": (train_provq.main, TINY), "protein": (protein_train.main, PROTEIN)}[name]
+    words = settings | {"results_dir": tmp_path / "run", "adaptive_warmup_patience": 1, "warmup_steps": 3,
+                        "keep_checkpoints": 99} | ({"lr_schedule": "constant"} if name == "protein" else {})
+    main(to_words(words | {"val_every": 1, "max_steps": 6}))
+    main(to_words(words | {"val_every": 5}))
+    assert rows(tmp_path / "run")[-1]["step"] == STEPS
+    newest = sorted((tmp_path / "run" / "checkpoints").glob("0*.pt"))
+    for path in newest[1:]:
+        path.unlink()
+    capsys.readouterr()
+    said = fails(main, words | {"val_every": 6}, capsys)  # at step 1, and so in the warm-up
+    assert "--adaptive-warmup-patience 1 could never end the warm-up early: with --val-every 6" in said
 
 
 def test_a_short_run_may_hope_for_an_adaptive_warmup(tmp_path, capsys):
@@ -488,6 +504,33 @@ def test_a_short_run_may_hope_for_an_adaptive_warmup(tmp_path, capsys):
                                       "val_every": 1, "adaptive_warmup_patience": 1, "dry_run": True}))
     assert "note: these 5 steps reach stage 3 only if the adaptive warm-up ends before step 3" in (
         capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("name", ["image", "protein", "gpt"])
+def test_the_settings_of_a_run_of_epochs_start_another_and_resume_it(trained, tmp_path, capsys, name):
+    """Its config.json holds the steps that the epochs came to as well."""
+    main, _, _ = MODULES[name]
+    settings = {"image": TINY | {"global_batch_size": 256}, "protein": PROTEIN,
+                "gpt": gpt(trained) | {"global_batch_size": 256}}[name]
+    stages = {} if name == "gpt" else {"warmup_steps": 0.25, "transition_steps": 0.25}
+    run, again, file = tmp_path / "run", tmp_path / "again", str(tmp_path / "run" / "config.json")
+    main(to_words(settings | stages | {"results_dir": run, "max_steps": None, "epochs": 1}))
+    recorded = json.loads((run / "config.json").read_text())
+    assert recorded["epochs"] == 1
+    assert recorded["max_steps"] == rows(run)[-1]["step"]
+    main(["--config", file, "--results-dir", str(again)])
+    assert rows(again) == rows(run)
+    capsys.readouterr()
+    for length, value in (("max_steps", recorded["max_steps"] + 1), ("epochs", 2)):
+        main(["--config", file, "--results-dir", str(tmp_path / "more"), f"--{length.replace('_', '-')}", str(value),
+              "--dry-run"])
+        longer = json.loads(capsys.readouterr().out)
+        assert longer[length] == value
+        assert longer["max_steps"] > recorded["max_steps"]
+    max((run / "checkpoints").glob("0*.pt")).unlink()  # as if killed before it
+    main(["--config", file])
+    assert f"resuming {run} at step {recorded['max_steps'] - 1}" in capsys.readouterr().out
+    assert rows(run) == rows(again)
 
 
 @pytest.mark.parametrize("name", ["image", "protein", "gpt"])

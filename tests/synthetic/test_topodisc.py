@@ -461,11 +461,30 @@ def test_the_command_writes_numbers_and_pictures(tmp_path, capsys):
     assert "ema+warmup" in capsys.readouterr().out
 
 
+IDLE = "has no effect"
+
+
+@pytest.mark.parametrize("words", [
+    ["--tune-seeds", "2", "--tuned"], ["--tune-seeds", "8"],  # what holds anyway
+    ["--methods", "vanilla", "ema+provq", "--loss-floor", "0.1"], ["--methods", "ema", "--loss-floor", "1"],
+    ["--methods", "vanilla", "--warmup-epochs", "0", "--transition-epochs", "0", "--epochs", "100"],
+])
+def test_flags_that_have_an_effect_or_say_what_holds_anyway_pass(words):
+    run_topodisc.parse_config(words)
+
+
 @pytest.mark.parametrize(("words", "message"), [
     (["--methods", "vanila"], "unknown method 'vanila'"), (["--methods", "soft", "soft"], "--methods names one twice"),
     (["--seeds", "1"], "--seeds"), (["--log-every", "0"], "--log-every is 0"), (["--tune-lr", "0"], "--tune-lr"),
     (["--tune-codes", "999"], "--tune-codes 999"), (["--workers", "-1"], "--workers"),
     (["--epoch", "100"], "--epochs"),
+    (["--tune-lr", "0.1"], f"--tune-lr 0.1 {IDLE} without the fair view: add --tuned, or leave it out"),
+    (["--tune-width", "8", "16"], f"--tune-width 8 16 {IDLE}"), (["--tune-codes", "8"], f"--tune-codes 8 {IDLE}"),
+    (["--tune-seeds", "2"], f"--tune-seeds 2 {IDLE}"),
+    (["--methods", "vanilla", "ema", "--loss-floor", "0.1"], f"--loss-floor 0.1 {IDLE} where no arm has a transition: "
+     "add one such as provq to --methods, or leave it out"),
+    (["--methods", "simvq+warmup", "vanilla+recluster", "--loss-floor", "0.1"], f"--loss-floor 0.1 {IDLE}"),
+    (["--transition-epochs", "0", "--loss-floor", "0.1"], f"--loss-floor 0.1 {IDLE}"),
 ])
 def test_mistakes_end_the_command_before_any_work(words, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -82,6 +82,7 @@ def parse_given(
     presets: Mapping[str, Mapping[str, Any]] | None = None,
     pick_preset: Callable[[dict[str, Any]], str] | None = None,
     exclusive: Sequence[str] = (),
+    refuse: Callable[[Any, Given], object] | None = None,
     description: str = "",
     prog: str | None = None,
 ) -> tuple[Config, Given]:
@@ -92,10 +93,12 @@ def parse_given(
     presets:      name -> {field: value}
     pick_preset:  gets what the user gave explicitly (file and flags) and returns the name of the preset to apply
     exclusive:    fields that say one thing in different ways, such as max_steps and epochs: one that the user gives
-                  takes the place of the preset's
+                  takes the place of the preset's, one of the command line that of the file's; of several in a file
+                  the last of these names counts, as a run records also what it derived from it
+    refuse:       gets what is returned here, and raises ValueError for what makes no sense in it
 
     User mistakes end the program with status 2 and a message that names the flag or key, the value, and the nearest
-    valid name. So does a ValueError from the dataclass's __post_init__.
+    valid name. So does a ValueError from the dataclass's __post_init__ or from refuse.
     """
     assert (presets is None) == (pick_preset is None), "presets and pick_preset come together"
     flags = _flags(cls)
@@ -109,6 +112,9 @@ def parse_given(
     try:
         from_file = _checked(flags, load(path), str(path)) if path is not None else {}
         explicit = {**from_file, **given}
+        several = [field for field in exclusive if explicit.get(field) is not None]
+        kept = [field for field in several if field in given] or several[-1:]
+        explicit = {name: value for name, value in explicit.items() if name not in several or name in kept}
         preset: dict[str, Any] = {}
         if presets is not None and pick_preset is not None:
             name = pick_preset(dict(explicit))
@@ -122,7 +128,11 @@ def parse_given(
             if flag.default is REQUIRED and name not in values:
                 raise ValueError(f"{flag.option} is required: {flag.help}")
         unsaid = {name: (flag.default, preset.get(name, flag.default)) for name, flag in flags.items()}
-        return cls(**values), Given(explicit, unsaid, {name: str(path) for name in from_file if name not in given})
+        cfg = cls(**values)
+        said = Given(explicit, unsaid, {name: str(path) for name in from_file if name not in given})
+        if refuse is not None:
+            refuse(cfg, said)
+        return cfg, said
     except ValueError as error:
         parser.error(str(error))
 

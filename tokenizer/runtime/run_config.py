@@ -54,8 +54,9 @@ class Effect(NamedTuple):
     fix: str = ""               # what gives it one, if that is anything else than leaving out what `why` names
 
 
-# Flags that do nothing unless others say so, of every trainer: field -> Effect. A trainer adds its own. Not among them:
-# what is idle on this machine only (--tf32 on a CPU) or with these data, so that one command is for all of them.
+# Flags that do nothing unless others say so, of every trainer: field -> Effect. A trainer adds its own; other commands
+# have a table of their own. Not among them: what is idle on this machine only (--tf32 on a CPU) or with these data, so
+# that one command is for all of them.
 EFFECTS_RUN = {
     "ema_decay": Effect(lambda cfg: cfg.ema, "without an average of the weights", "add --ema"),
     "min_lr": Effect(lambda cfg: cfg.lr_schedule != "constant", "with --lr-schedule constant",
@@ -66,13 +67,13 @@ EFFECTS_RUN = {
 def require_effects(cfg: Any, given: Given, effects: Mapping[str, Effect]) -> None:
     """ValueError, naming flag, value and fix, for what the user said and nothing in cfg would come of.
 
-    Values that would hold unsaid pass; so does what the run in the folder of cfg has recorded, which an earlier version
-    let begin: the same command resumes it.
+    Values that would hold unsaid pass; so does what the run in the results_dir of cfg, if it has one, has recorded,
+    which an earlier version let begin: the same command resumes it.
     """
     for name, value in given.values.items():
         if name not in effects or value in given.unsaid[name] or effects[name].when(cfg):
             continue
-        if recorded(cfg).get(name) != value:
+        if not hasattr(cfg, "results_dir") or recorded(cfg).get(name) != value:
             fix = f"{effects[name].fix}, or " if effects[name].fix else ""
             raise ValueError(f"{given.shown(name)} has no effect {effects[name].why}: {fix}leave it out")
 
@@ -127,5 +128,6 @@ def check_optimizer(cfg: Any) -> None:
     """ValueError, naming flag, value and fix, for settings of `build_adamw` and `learning_rate` that cannot work."""
     config.require_at_least(cfg, 0, "lr_warmup_steps min_lr weight_decay")
     config.require_fraction(cfg, "beta1 beta2")
-    if cfg.lr <= 0 or cfg.min_lr > cfg.lr:
-        raise ValueError(f"--lr is {cfg.lr} with --min-lr {cfg.min_lr}; lr must be positive and not below min_lr")
+    config.require_positive(cfg, "lr")
+    if length_sets_rate(cfg) and cfg.min_lr > cfg.lr:  # a constant rate falls to none
+        raise ValueError(f"--lr is {cfg.lr} with --min-lr {cfg.min_lr}; lr must not be below min_lr")

@@ -119,6 +119,18 @@ def test_other_settings_and_other_inputs_need_another_folder(folder, straight, c
     assert "wrote" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("flag", [("--splits", "strict"), ("--data", "x"), ("--pdb-data", "x"), ("--num-workers", "2")])
+def test_flags_of_the_archive_are_refused_where_all_tasks_are_files(folder, tmp_path, capsys, flag):
+    said = f"error: {' '.join(flag)} has no effect on JSONL files, which name their splits and structures: leave it out"
+    with pytest.raises(SystemExit):
+        train_task.main(words(folder, tmp_path / "out", *flag, tasks=("toy",)))
+    assert not (tmp_path / "out").exists()
+    assert said in capsys.readouterr().err
+    both = ["--task", str(folder / "toy.jsonl"), "Ept", "--data", "x"]
+    train_task.parse_config(["--results-dir", "x", "--tokenizer", "foldseek", *both, *flag])
+    train_task.parse_config(words(folder, tmp_path, "--splits", "released", "--num-workers", "0"))  # what holds anyway
+
+
 @pytest.fixture
 def own(folder, tmp_path):
     """A copy of the tasks that a test may change; every third structure has 10 residues, which only "folds" allows."""

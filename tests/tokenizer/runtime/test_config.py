@@ -51,6 +51,25 @@ def test_precedence_default_preset_file_flag(tmp_path):
         cfg.batch_size = 1
 
 
+@pytest.mark.parametrize(("file", "words", "expected"), [
+    ({"max_images": 7, "batch_size": 4}, [], (None, 4)),              # batch_size is last: what the other came from
+    ({"max_images": 7, "batch_size": 4}, ["--max-images", "9"], (9, None)),
+    ({"max_images": 7}, ["--batch-size", "3"], (None, 3)),
+    ({"max_images": 7, "batch_size": 4}, ["--batch-size", "none"], (7, None)),
+    ({"max_images": 7}, ["--max-images", "1", "--batch-size", "2"], (1, 2)),  # for the caller to refuse
+])
+def test_of_settings_that_exclude_each_other_the_command_line_goes_before_the_file(tmp_path, file, words, expected):
+    @dataclass(frozen=True)
+    class Lengths:
+        max_images: int | None = config.arg(None, "images")
+        batch_size: int | None = config.arg(None, "batches")
+
+    (tmp_path / "c.json").write_text(json.dumps(file))
+    cfg = config.parse(Lengths, ["--config", str(tmp_path / "c.json"), *words],
+                       exclusive=("max_images", "batch_size"))
+    assert (cfg.max_images, cfg.batch_size) == expected
+
+
 def test_flag_spelling():
     cfg = parse("--run-dir=r", "--no-ema", "--compile", "--seeds", "3", "4", "--learning-rate", "-0.5")
     assert (cfg.ema, cfg.compile, cfg.seeds, cfg.learning_rate) == (False, True, (3, 4), -0.5)

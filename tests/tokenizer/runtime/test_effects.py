@@ -90,6 +90,18 @@ def test_what_has_an_effect_or_says_what_holds_anyway_passes(tmp_path, trainer, 
     MODULES[trainer].parse_config(to_words(given | {"results_dir": tmp_path / "run"}))
 
 
+def test_a_constant_rate_may_be_below_the_one_that_others_fall_to(tmp_path):
+    def check(**words):
+        words = {"preset": "ideal", "results_dir": tmp_path / "run"} | words
+        structures.check(structures.parse_config(to_words(words)), 1)
+
+    check(lr=5e-5, lr_schedule="constant")  # the preset's --min-lr is 1e-4
+    with pytest.raises(ValueError, match=r"^--lr is 5e-05 with --min-lr 0.0001; lr must not be below min_lr$"):
+        check(lr=5e-5)
+    with pytest.raises(ValueError, match=r"^--lr is 0.0; it must be positive$"):
+        check(lr=0, lr_schedule="constant")
+
+
 def test_a_file_of_settings_is_named_with_its_idle_ones(tmp_path):
     file = tmp_path / "mine.json"
     file.write_text(json.dumps({"disc_loss": "vanilla", "ema_decay": 0.5, "ema": True}))
