@@ -45,6 +45,7 @@ from evaluations import report_figures as figures
 from evaluations.protocol import differences, protocol_id
 from evaluations.report_health import Scored, complaints, health, verdict
 from evaluations.report_runs import Run, Setting, differing, flatten, group_settings, missing_reason, number, read_runs
+from tokenizer.curriculum_config import pace_flag
 from tokenizer.runtime import config, page, ranks
 from tokenizer.runtime.files import atomic_write_text
 from tokenizer.runtime.over_seeds import clear_best, merge
@@ -406,7 +407,7 @@ class Report:
                 out += f'<p class="verdict">{page.escape(said)}</p>\n'
         lines, well = health({name: [(run.name, complaints(run.metrics, run.validation, run.last_kmeans), number(
             run.result.get("usage"))) for run in setting.runs] for name, setting in self.names.items()},
-            [name for name, setting in self.names.items() if not (setting.runs[0].lengths or (0, 0))[1]])
+            {name: cure for name, setting in self.names.items() if (cure := _cure(setting.runs[0]))})
         return out + self._note("Codebook health", lines, good=well)
 
     def overview(self) -> str:
@@ -502,7 +503,7 @@ class Report:
         def draw(run: Run) -> str:
             chosen = [*run.images, *run.samples[:MAX_SAMPLES]]
             small = [p for p in chosen if p.stat().st_size <= MAX_PICTURE_BYTES]
-            out = "".join(page.image(p, _caption(p, p in run.images)) for p in small)
+            out = "".join(page.image(p, figures.caption(p, p in run.images)) for p in small)
             left = [f"{p.relative_to(run.path)} is larger than {MAX_PICTURE_BYTES >> 20} MiB" for p in chosen
                     if p not in small]
             if len(run.samples) > MAX_SAMPLES:
@@ -568,12 +569,12 @@ class Report:
         return out + "<h3>Columns</h3>" + page.definitions(meanings) if out else ""
 
 
-def _caption(path: Path, grid: bool) -> str:
-    step, _, name = path.stem.partition("_")
-    if not grid:
-        return f"samples: {path.stem}"
-    where = f"{name.replace('_', ' ')}, step {int(step)}" if step.isdigit() else path.stem
-    return f"{where}: originals above reconstructions"
+def _cure(run: Run) -> str | None:
+    """What the trainer advises if codes fall behind; None: the run's settings do not say."""
+    try:
+        return pace_flag(argparse.Namespace(**run.config | {"warmup_steps": (run.lengths or [None])[0]}))
+    except (AttributeError, TypeError):  # a damaged file's, or an older version's
+        return None
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
@@ -196,3 +197,12 @@ def _svg(figure: Figure, name: str) -> str:
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
     head, rest = svg.split(">", 1)
     return re.sub(r' (width|height)="[^"]*"', "", head) + ">" + rest
+
+
+def caption(path: Path, grid: bool) -> str:
+    """Of an image of a run: a grid of examples, or samples."""
+    step, _, name = path.stem.partition("_")
+    if not grid:
+        return f"samples: {path.stem}"
+    where = f"{name.replace('_', ' ')}, step {int(step)}" if step.isdigit() else path.stem
+    return f"{where}: originals above reconstructions"

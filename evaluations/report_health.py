@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 # As the trainer's advice has them, tokenizer/code_meter.py: beyond these, codes are behind.
 UNUSED, CONTRACTED = 0.75, 1.5
-FASTER_CODES, CURE = "--codebook-lr-scale 10", "--recluster, or --codebook-lr-scale 10"  # without, with a transition
 
 
 class Scored(NamedTuple):
@@ -45,14 +44,15 @@ def verdict(settings: Sequence[Scored], measure: str, unit: str = "", higher_is_
 
 
 def complaints(
-    metrics: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]], since: int
+    metrics: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]], since: int | None
 ) -> list[str] | None:
     """What is unhealthy about a run's codes since k-means; None: it has no codes yet, or did not record them.
 
-    since: step of the last k-means; rows after it count. metrics: rows with latent_spread, code_spread, codes_moved,
+    since: step of the last k-means; rows after it count. None: there was none, and spreads of codes, which are then
+    those of a random start at first, say nothing. metrics: rows with latent_spread, code_spread, codes_moved,
     latents_moved where recorded; validation: with usage.
     """
-    metrics, validation = ([row for row in rows if row["step"] > since] for rows in (metrics, validation))
+    metrics, validation = ([row for row in rows if row["step"] > (since or 0)] for rows in (metrics, validation))
     used = [row["usage"] for row in validation if _number(row.get("usage")) and row["usage"] > 0]
     spreads = _with(metrics, "latent_spread", "code_spread")
     if not used:
@@ -60,8 +60,9 @@ def complaints(
     found = []
     if used[-1] < UNUSED * max(used):
         found.append(f"codes in use fell from {100 * max(used):.0f} % to {100 * used[-1]:.0f} %")
-    if len(spreads) > 1 and all(spreads[i][key] > 0 for i in (0, -1) for key in ("latent_spread", "code_spread")):
-        first, last = (row["code_spread"] / row["latent_spread"] for row in (spreads[0], spreads[-1]))
+    ends = (spreads[0], spreads[-1]) if since is not None and len(spreads) > 1 else ()
+    if ends and all(row[key] > 0 for row in ends for key in ("latent_spread", "code_spread")):
+        first, last = (row["code_spread"] / row["latent_spread"] for row in ends)
         if not 1 / CONTRACTED <= last / first <= CONTRACTED:
             found.append("the spread of the latents went from "
                          f"{spreads[0]['latent_spread']:.3g} to {spreads[-1]['latent_spread']:.3g}, that of the codes "
@@ -73,11 +74,11 @@ def complaints(
 
 
 def health(
-    runs: Mapping[str, Sequence[tuple[str, list[str] | None, float | None]]], without_transition: Collection[str] = ()
+    runs: Mapping[str, Sequence[tuple[str, list[str] | None, float | None]]], cures: Mapping[str, str]
 ) -> tuple[list[str], bool]:
     """Lines of the box, and whether all is well. runs: setting -> (run's name, `complaints`, last usage) each.
 
-    without_transition: settings that have none, and are refused --recluster.
+    cures: setting -> flag with its value to try next, where one is known.
     """
     lines, well = [], True
     for name, found in runs.items():
@@ -89,10 +90,10 @@ def health(
         span = " to ".join(dict.fromkeys(f"{share:.0f}" for share in (*used[:1], *used[-1:]))) or "an unknown share"
         span += " %" if used else ""
         ill = [(run, "; ".join(said)) for run, said, _ in known if said]
-        cure = FASTER_CODES if name in without_transition else CURE
+        cure = f". Try {cures[name]}." if ill and name in cures else "."
         state = "codes kept pace" if not ill else f"codes fell behind in {len(ill)} of {len(known)}"
         lines.append(f"{name}: {span} of the codes in use; {state}"
-                     + "".join(f". {run}: {said}" for run, said in ill) + (f". Try {cure}." if ill else "."))
+                     + "".join(f". {run}: {said}" for run, said in ill) + cure)
         well = well and not ill
     return lines, well
 

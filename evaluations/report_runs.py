@@ -78,13 +78,14 @@ class Run:
         return sorted({end for end in (warmup, warmup + transition) if 0 < end < self.step})
 
     @property
-    def last_kmeans(self) -> int:
-        """Step at which k-means last set the codes; 0 if it never did, or is not known to have."""
+    def last_kmeans(self) -> int | None:
+        """Step at which k-means last set the codes; None if it never did, or is not known to have."""
         warmup, transition = self.lengths or (0, 0)
-        again = self.config.get("recluster_at")
-        steps = [warmup, *(again if isinstance(again, list) else ()),
+        init, again = self.config.get("codebook_init", "auto"), self.config.get("recluster_at")
+        steps = [*([warmup] if init == "kmeans" or (init == "auto" and warmup) else []),
+                 *(again if isinstance(again, list) else ()),
                  *([warmup + transition] if self.config.get("recluster") else [])]
-        return max((step for step in steps if number(step) is not None and step < self.step), default=0)
+        return max((step for step in steps if number(step) is not None and step < self.step), default=None)
 
     @property
     def written(self) -> str:

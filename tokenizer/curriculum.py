@@ -16,7 +16,7 @@ from torch import Tensor
 from tokenizer import provq
 from tokenizer.choices import GRIDS
 from tokenizer.code_meter import PaceMeter
-from tokenizer.curriculum_config import CurriculumConfig, codebook_init, last_step, require_early_end
+from tokenizer.curriculum_config import CurriculumConfig, codebook_init, pace_flag, require_early_end
 from tokenizer.init_from import load_tokenizer_weights
 from tokenizer.provq import AdaptiveWarmup, Curriculum, ProVQ, code_statistics
 from tokenizer.provq_codes import DeadCodeRestart
@@ -301,22 +301,6 @@ class CurriculumTrainer(ABC):
             "parameters": sum(p.numel() for p in self.raw.parameters()),
             f"best_{self.best_metric}": self.run.best,
         }
-
-
-def pace_flag(cfg: Any) -> str:
-    """The next thing to try against codes that fall behind, as a flag with its value, which a run of these settings
-    takes. cfg: a trainer's, its length decided."""
-    if cfg.quantizer == "ema" and cfg.codebook_ema_decay > 0.9:
-        return "--codebook-ema-decay 0.9"
-    if cfg.quantizer != "ema" and cfg.codebook_lr_scale < 10:
-        return "--codebook-lr-scale 10"
-    end, last = cfg.warmup_steps + cfg.transition_steps, last_step(cfg)
-    if cfg.transition_steps and not cfg.recluster and end < last and end not in cfg.recluster_at:
-        return "--recluster"
-    later = min(end + max(1, cfg.transition_steps), (end + last) // 2)
-    if end < later and later not in cfg.recluster_at:
-        return f"--recluster-at {later}"
-    return f"--lr {cfg.lr / 2:g}"
 
 
 def code_usage(row: dict[str, Any]) -> dict[str, float | None]:

@@ -224,6 +224,24 @@ def with_codes_kept(cfg: Any) -> Any:
                    codebook_init="none" if keep else cfg.codebook_init)
 
 
+def pace_flag(cfg: Any) -> str | None:
+    """The next thing to try against codes that fall behind, as a flag with its value, which a run of these settings
+    takes; None: a grid's codes do not move. cfg: a trainer's, its length decided."""
+    if cfg.quantizer in GRIDS:
+        return None
+    if cfg.quantizer == "ema" and cfg.codebook_ema_decay > 0.9:
+        return "--codebook-ema-decay 0.9"
+    if cfg.quantizer != "ema" and cfg.codebook_lr_scale < 10:
+        return "--codebook-lr-scale 10"
+    end, last = cfg.warmup_steps + cfg.transition_steps, last_step(cfg)
+    if cfg.transition_steps and not cfg.recluster and end < last and end not in cfg.recluster_at:
+        return "--recluster"
+    later = min(end + max(1, cfg.transition_steps), (end + last) // 2)
+    if end < later and later not in cfg.recluster_at:
+        return f"--recluster-at {later}"
+    return f"--lr {cfg.lr / 2:g}"
+
+
 def codebook_init(cfg: CurriculumConfig) -> str:
     """--codebook-init, or what its "auto" stands for."""
     if cfg.codebook_init != "auto":

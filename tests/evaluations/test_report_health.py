@@ -40,31 +40,39 @@ def test_complaints_are_those_of_the_trainer():
     assert complaints(steady, used(None, 0.8, 0.5), 10) == ["codes in use fell from 80 % to 50 %"]
     assert complaints(rows([(1.0, 1.0), (0.5, 0.9)]), used(None, 0.9), 10) == [
         "the spread of the latents went from 1 to 0.5, that of the codes from 1 to 0.9"]
+    drifting = rows([(1.0, 0.001), (0.5, 0.9)])
+    assert complaints(drifting, used(None, 0.9), 0) != [] == complaints(drifting, used(None, 0.9), None), "no k-means"
     assert complaints(rows([(1.0, 1.0)], (0.0, 0.1)), used(None, 0.9), 10) == ["codes never moved while latents did"]
 
 
 def test_the_box_counts_runs():
-    lines, well = health({"a": [("a0", [], 0.9), ("a1", ["ill"], 0.5)], "b": [("b0", None, None)]})
-    assert lines == ["a: 50 to 90 % of the codes in use; codes fell behind in 1 of 2. a1: ill. Try --recluster, or "
-                     "--codebook-lr-scale 10.", "b: no codes yet, or their use is not recorded."]
+    cures = {"a": "--recluster", "b": "--lr 1"}
+    lines, well = health({"a": [("a0", [], 0.9), ("a1", ["ill"], 0.5)], "b": [("b0", None, None)]}, cures)
+    assert lines == ["a: 50 to 90 % of the codes in use; codes fell behind in 1 of 2. a1: ill. Try --recluster.",
+                     "b: no codes yet, or their use is not recorded."]
     assert not well
-    assert health({"a": [("a0", [], None)]}) == (["a: an unknown share of the codes in use; codes kept pace."], True)
-    (line,), _ = health({"a": [("a0", ["ill"], 0.5)]}, ["a"])
-    assert line.endswith("ill. Try --codebook-lr-scale 10."), "--recluster is refused there"
-    assert health({"a": [("a0", [], 0.9)]}) == (["a: 90 % of the codes in use; codes kept pace."], True)
+    unknown = ["a: an unknown share of the codes in use; codes kept pace."]
+    assert health({"a": [("a0", [], None)]}, cures) == (unknown, True)
+    (line,), _ = health({"a": [("a0", ["ill"], 0.5)]}, {})
+    assert line.endswith("ill."), "what to try is not known"
+    assert health({"a": [("a0", [], 0.9)]}, cures) == (["a: 90 % of the codes in use; codes kept pace."], True)
 
 
 def test_the_page_begins_with_them(tmp_path):
     runs = [make_run(tmp_path / f"s{i}", i, 20.0 + i, rfid=1.0) for i in range(2)]
     plain = ["--warmup-steps", "0", "--transition-steps", "0"]
     runs += [make_run(tmp_path / f"v{i}", i, 10.0 + i, rfid=3.0, flags=plain) for i in range(2)]
+    runs += [make_run(tmp_path / "f", 0, 12.0, flags=["--codebook-lr-scale", "10"])]
+    runs += [make_run(tmp_path / "g", 0, 12.0, flags=["--quantizer", "fsq", *plain])]
     ill = [{"step": 50, "usage": 0.9}, {"step": 100, "usage": 0.5}]
-    for run in (runs[0], runs[2]):
+    for run in (runs[0], runs[2], runs[4], runs[5]):
         (run / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ill))
     html, markdown = write(tmp_path, *runs)
     assert markdown.index("ProVQ has the best PSNR, 20.50 ± 0.71 dB") < markdown.index("## Runs")
     advice = [line for line in markdown.splitlines() if "codes in use fell from 90 % to 50 %" in line]
-    assert ["--recluster" in line for line in advice] == [True, False], "vanilla has no transition to end"
+    assert [line.rpartition(" % to 50 %")[2] for line in advice] == [
+        ". Try --codebook-lr-scale 10.", ". Try --codebook-lr-scale 10.", ". Try --recluster.", "."], (
+        "what the trainer would say: not what the run has, nothing that it has no codes for")
     assert '<div class="note"><p><b>Codebook health' in html
 
 

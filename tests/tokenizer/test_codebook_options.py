@@ -11,8 +11,7 @@ from training_runs import NO_KMEANS, Killed, assert_same_run, kill_at_step, rows
 
 from tokenizer import train_config, train_provq
 from tokenizer.code_meter import PaceMeter
-from tokenizer.curriculum import pace_flag
-from tokenizer.curriculum_config import CurriculumConfig
+from tokenizer.curriculum_config import CurriculumConfig, pace_flag
 from tokenizer.pretrained import load_tokenizer, save_pretrained, to_llamagen_state_dict, tokenizer_hash
 from tokenizer.provq_codes import DeadCodeRestart
 from tokenizer.runtime.checkpoint import load_file
