@@ -69,6 +69,10 @@ def check_curriculum(cfg: CurriculumConfig, world_size: int) -> None:
     """Raise ValueError, naming flag, value and fix, for settings of CurriculumConfig that cannot work."""
     check_run(cfg, world_size)
     check_quantizer(cfg, flags=True)
+    shares = _fractions(cfg)
+    if len(shares) == 2 and sum(shares.values()) > 1:
+        raise ValueError(" and ".join(f"{flag_name(name)} {share}" for name, share in shares.items())
+                         + " of the run are more than all of it; give fractions of at most 1 together")
     if cfg.max_steps is not None:
         cfg = with_whole_stages(cfg, cfg.max_steps)
     if cfg.quantizer in GRIDS:
@@ -109,7 +113,7 @@ def check_curriculum(cfg: CurriculumConfig, world_size: int) -> None:
     if not isinstance(cfg.warmup_steps, float):  # likewise
         require_early_end(cfg)
     if cfg.max_steps is not None:
-        _require_all_stages(cfg, cfg.max_steps, f"--max-steps {cfg.max_steps}")
+        _require_all_stages(cfg, cfg.max_steps, f"--max-steps {cfg.max_steps}", rounded=bool(shares))
 
 
 def _fractions(cfg: Any) -> dict[str, float]:
@@ -181,7 +185,7 @@ def with_length(cfg: Any, samples: int) -> Any:
     if cfg.stop_after:
         return planned
     length = f"--max-steps {cfg.max_steps}" if cfg.epochs is None else f"--epochs {cfg.epochs} of {samples} samples"
-    _require_all_stages(cfg, planned.max_steps, length)
+    _require_all_stages(planned, planned.max_steps, length, rounded=bool(shares))
     if planned.max_steps < cfg.warmup_steps + cfg.transition_steps:
         print0(f"note: these {planned.max_steps} steps reach stage 3 only if the adaptive warm-up ends "
                            f"before step {planned.max_steps - cfg.transition_steps}")
@@ -194,7 +198,8 @@ def last_step(cfg: Any) -> int:
     return int(min(cfg.max_steps, ends[cfg.stop_after])) if cfg.stop_after else int(cfg.max_steps)
 
 
-def _require_all_stages(cfg: Any, steps: int, what: str) -> None:
+def _require_all_stages(cfg: Any, steps: int, what: str, rounded: bool = False) -> None:
+    """rounded: lengths were fractions of these steps."""
     warmup, transition = cfg.warmup_steps, cfg.transition_steps
     if cfg.adaptive_warmup_patience:  # it may end early
         warmup = min(warmup, max(1, cfg.adaptive_warmup_min_steps))
@@ -207,9 +212,11 @@ def _require_all_stages(cfg: Any, steps: int, what: str) -> None:
                          "more step, or leave --recluster out")
     if cfg.stop_after is None and steps < least:
         stage = "warmup" if steps <= warmup else "transition"
+        lengths = f"--warmup-steps {warmup} + --transition-steps {transition}"
+        fix = (f"Rounded, these are {lengths}: give more steps, smaller fractions" if rounded else
+               f"Give at least {least} steps ({lengths}), shorten these (fractions such as 0.25 will do)")
         raise ValueError(f"{what}: the run would end after {steps} steps, before stage 3, with no discrete tokenizer. "
-                         f"Give at least {least} steps (--warmup-steps {warmup} + --transition-steps {transition}), "
-                         f"shorten these (fractions such as 0.25 will do), or say --stop-after {stage}")
+                         f"{fix}, or say --stop-after {stage}")
 
 
 def with_codes_kept(cfg: Any) -> Any:

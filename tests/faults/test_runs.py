@@ -429,6 +429,10 @@ def test_too_little_memory_is_one_line(tmp_path, capsys):
                        "Give at least 4 steps (--warmup-steps 2 + --transition-steps 2), shorten these "
                        "(fractions such as 0.25 will do), or say --stop-after warmup"),
     ({"max_steps": 3}, "or say --stop-after transition"),
+    ({"max_steps": 20, "warmup_steps": 0.99, "transition_steps": 0.01},  # 21 steps would be refused as well
+     "Rounded, these are --warmup-steps 20 + --transition-steps 1: give more steps, smaller fractions, or say"),
+    ({"max_steps": None, "epochs": 1, "warmup_steps": 0.6, "transition_steps": 0.5},
+     "--warmup-steps 0.6 and --transition-steps 0.5 of the run are more than all of it; give fractions of at most 1"),
     ({"max_steps": 4, "warmup_steps": 4, "transition_steps": 0}, "Give at least 5 steps (--warmup-steps 4 + "),
     ({"max_steps": None, "epochs": 1, "warmup_steps": 900}, "--epochs 1 of "),
     ({"max_steps": 5, "warmup_steps": 4, "transition_steps": 4, "val_every": 1, "adaptive_warmup_patience": 1,
