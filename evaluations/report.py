@@ -45,6 +45,7 @@ from evaluations import report_figures as figures
 from evaluations.protocol import differences, protocol_id
 from evaluations.report_health import Scored, complaints, health, verdict
 from evaluations.report_runs import Run, Setting, differing, flatten, group_settings, missing_reason, number, read_runs
+from tokenizer.choices import GRIDS
 from tokenizer.curriculum_config import pace_flag
 from tokenizer.runtime import config, page, ranks
 from tokenizer.runtime.files import atomic_write_text
@@ -325,17 +326,14 @@ def command_line(cfg: Mapping[str, Any]) -> str:
         flag = config.flag_name(key)
         if key == "preset" or value == given[key]:
             continue
-        if isinstance(value, bool):
-            words.append(flag if value else f"--no-{flag[2:]}")
-        else:
-            words.append(f"{flag} {shlex.quote('none' if value is None else str(value))}")
-    lines = [words[0]]
+        listed = value if isinstance(value, list) else ["none" if value is None else value]
+        words.append((flag if value else f"--no-{flag[2:]}") if isinstance(value, bool) else
+                     " ".join([flag, *(shlex.quote(str(item)) for item in listed)]))
+    lines = words[:1]
     for word in words[1:]:
-        if len(lines[-1]) + len(word) > 108:
-            lines[-1] += " \\"
-            lines.append("   ")
-        lines[-1] += " " + word
-    return "\n".join(lines)
+        fits = len(lines[-1]) + len(word) <= 108
+        lines = [*lines[:-1], f"{lines[-1]} {word}"] if fits else [*lines, f"    {word}"]
+    return " \\\n".join(lines)
 
 
 # --------------------------------------------------------------------------------------------------------- sections
@@ -405,8 +403,9 @@ class Report:
                 said = f"{verdict(scored, 'PSNR', ' dB')} Protocol {self.letters[id(group)]}."
                 self.markdown.append(page.markdown(said) + "\n")
                 out += f'<p class="verdict">{page.escape(said)}</p>\n'
-        lines, well = health({name: [(run.name, complaints(run.metrics, run.validation, run.last_kmeans), number(
-            run.result.get("usage"))) for run in setting.runs] for name, setting in self.names.items()},
+        lines, well = health(
+            {name: [(r.name, complaints(r.metrics, r.validation, r.last_kmeans, r.config.get("quantizer") in GRIDS),
+                     number(r.result.get("usage"))) for r in setting.runs] for name, setting in self.names.items()},
             {name: cure for name, setting in self.names.items() if (cure := _cure(setting.runs[0]))})
         return out + self._note("Codebook health", lines, good=well)
 

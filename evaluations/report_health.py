@@ -44,20 +44,23 @@ def verdict(settings: Sequence[Scored], measure: str, unit: str = "", higher_is_
 
 
 def complaints(
-    metrics: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]], since: int | None
+    metrics: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]], since: int | None,
+    fixed: bool = False,
 ) -> list[str] | None:
     """What is unhealthy about a run's codes since k-means; None: it has no codes yet, or did not record them.
 
     since: step of the last k-means; rows after it count. None: there was none, and spreads of codes, which are then
     those of a random start at first, say nothing. metrics: rows with latent_spread, code_spread, codes_moved,
-    latents_moved where recorded; validation: with usage.
+    latents_moved where recorded; validation: with usage. fixed: the codes lie on a grid, and never keep pace.
     """
     metrics, validation = ([row for row in rows if row["step"] > (since or 0)] for rows in (metrics, validation))
     used = [row["usage"] for row in validation if _number(row.get("usage")) and row["usage"] > 0]
     spreads = _with(metrics, "latent_spread", "code_spread")
     if not used:
         return None
-    found = []
+    found: list[str] = []
+    if fixed:
+        return found
     if used[-1] < UNUSED * max(used):
         found.append(f"codes in use fell from {100 * max(used):.0f} % to {100 * used[-1]:.0f} %")
     ends = (spreads[0], spreads[-1]) if since is not None and len(spreads) > 1 else ()

@@ -208,12 +208,13 @@ def _require_all_stages(cfg: Any, steps: int, what: str, rounded: bool = False) 
     if late and cfg.stop_after is None:
         raise ValueError(f"--recluster-at {late[0]} never comes, {what}: the run ends after {steps} steps")
     if cfg.recluster and cfg.stop_after is None and warmup + transition >= steps >= least:
-        raise ValueError(f"--recluster comes after step {warmup + transition}, {what}: the run ends there; give one "
-                         "more step, or leave --recluster out")
+        fix = "give shorter stages" if rounded else "give one more step"
+        raise ValueError(f"--recluster comes after step {warmup + transition}, {what}: the run ends there; {fix}, or "
+                         "leave --recluster out")
     if cfg.stop_after is None and steps < least:
         stage = "warmup" if steps <= warmup else "transition"
         lengths = f"--warmup-steps {warmup} + --transition-steps {transition}"
-        fix = (f"Rounded, these are {lengths}: give more steps, smaller fractions" if rounded else
+        fix = (f"Rounded, these are {lengths}: give more steps, shorter stages" if rounded else
                f"Give at least {least} steps ({lengths}), shorten these (fractions such as 0.25 will do)")
         raise ValueError(f"{what}: the run would end after {steps} steps, before stage 3, with no discrete tokenizer. "
                          f"{fix}, or say --stop-after {stage}")

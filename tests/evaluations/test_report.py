@@ -180,7 +180,8 @@ def test_the_page_needs_nothing_else(tmp_path):
 
 
 def test_commands_give_the_configuration_back(tmp_path):
-    run = make_run(tmp_path / "a b", 3, flags=["--ema", "--codebook-size", "64", "--lr", "0.5"])
+    run = make_run(tmp_path / "a b", 3, flags=["--ema", "--codebook-size", "64", "--lr", "0.5",
+                                              "--recluster-at", "95", "98"])
     cfg = config.load(run / "config.json")
     words = re.sub(r"\\\n", " ", report.command_line(cfg)).replace("'", "\"")
     assert config.to_dict(parse_config(shlex.split(words)[2:])) == cfg

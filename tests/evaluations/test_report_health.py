@@ -42,7 +42,9 @@ def test_complaints_are_those_of_the_trainer():
         "the spread of the latents went from 1 to 0.5, that of the codes from 1 to 0.9"]
     drifting = rows([(1.0, 0.001), (0.5, 0.9)])
     assert complaints(drifting, used(None, 0.9), 0) != [] == complaints(drifting, used(None, 0.9), None), "no k-means"
-    assert complaints(rows([(1.0, 1.0)], (0.0, 0.1)), used(None, 0.9), 10) == ["codes never moved while latents did"]
+    still = rows([(1.0, 1.0)], (0.0, 0.1)), used(None, 0.9), 10
+    assert complaints(*still) == ["codes never moved while latents did"]
+    assert complaints(*still, fixed=True) == [], "a grid's never do"
 
 
 def test_the_box_counts_runs():
@@ -71,8 +73,8 @@ def test_the_page_begins_with_them(tmp_path):
     assert markdown.index("ProVQ has the best PSNR, 20.50 ± 0.71 dB") < markdown.index("## Runs")
     advice = [line for line in markdown.splitlines() if "codes in use fell from 90 % to 50 %" in line]
     assert [line.rpartition(" % to 50 %")[2] for line in advice] == [
-        ". Try --codebook-lr-scale 10.", ". Try --codebook-lr-scale 10.", ". Try --recluster.", "."], (
-        "what the trainer would say: not what the run has, nothing that it has no codes for")
+        ". Try --codebook-lr-scale 10.", ". Try --codebook-lr-scale 10.", ". Try --recluster."], (
+        "what the trainer would say: not what the run has, and nothing of a grid's codes")
     assert '<div class="note"><p><b>Codebook health' in html
 
 

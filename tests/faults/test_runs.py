@@ -430,7 +430,9 @@ def test_too_little_memory_is_one_line(tmp_path, capsys):
                        "(fractions such as 0.25 will do), or say --stop-after warmup"),
     ({"max_steps": 3}, "or say --stop-after transition"),
     ({"max_steps": 20, "warmup_steps": 0.99, "transition_steps": 0.01},  # 21 steps would be refused as well
-     "Rounded, these are --warmup-steps 20 + --transition-steps 1: give more steps, smaller fractions, or say"),
+     "Rounded, these are --warmup-steps 20 + --transition-steps 1: give more steps, shorter stages, or say"),
+    ({"max_steps": 20, "warmup_steps": 0.5, "transition_steps": 0.5, "recluster": True},  # likewise
+     "--recluster comes after step 20, --max-steps 20: the run ends there; give shorter stages, or leave"),
     ({"max_steps": None, "epochs": 1, "warmup_steps": 0.6, "transition_steps": 0.5},
      "--warmup-steps 0.6 and --transition-steps 0.5 of the run are more than all of it; give fractions of at most 1"),
     ({"max_steps": 4, "warmup_steps": 4, "transition_steps": 0}, "Give at least 5 steps (--warmup-steps 4 + "),

@@ -53,7 +53,7 @@ def test_lengths_are_checked_when_the_data_tell_them(tmp_path, capsys):
     words = {"max_steps": None, "epochs": 1, "warmup_steps": 0.5}
     said = fails(flags(tmp_path, transition_steps=201, **words), capsys)
     assert "--epochs 1 of 1781 samples: the run would end after 223 steps, before stage 3" in said
-    assert "these are --warmup-steps 112 + --transition-steps 201: give more steps, smaller fractions, or say" in said
+    assert "these are --warmup-steps 112 + --transition-steps 201: give more steps, shorter stages, or say" in said
     said = fails(flags(tmp_path, transition_steps=0.25, recluster_at=100, **words), capsys)
     assert "--recluster-at 100 is not after --warmup-steps 112" in said
     assert "--warmup-steps 0.9 + " not in fails(flags(tmp_path, warmup_steps=0.9), capsys)
