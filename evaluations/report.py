@@ -45,7 +45,6 @@ from evaluations import report_figures as figures
 from evaluations.protocol import differences, protocol_id
 from evaluations.report_health import Scored, complaints, health, verdict
 from evaluations.report_runs import Run, Setting, differing, flatten, group_settings, missing_reason, number, read_runs
-from tokenizer.choices import GRIDS
 from tokenizer.curriculum_config import pace_flag
 from tokenizer.runtime import config, page, ranks
 from tokenizer.runtime.files import atomic_write_text
@@ -404,9 +403,10 @@ class Report:
                 self.markdown.append(page.markdown(said) + "\n")
                 out += f'<p class="verdict">{page.escape(said)}</p>\n'
         lines, well = health(
-            {name: [(r.name, complaints(r.metrics, r.validation, r.last_kmeans, r.config.get("quantizer") in GRIDS),
-                     number(r.result.get("usage"))) for r in setting.runs] for name, setting in self.names.items()},
-            {name: cure for name, setting in self.names.items() if (cure := _cure(setting.runs[0]))})
+            {name: [(run.name, complaints(run.metrics, run.validation, run.last_kmeans), number(
+                run.result.get("usage"))) for run in setting.runs] for name, setting in self.names.items()},
+            {name: cure for name, setting in self.names.items() if (cure := _cure(setting.runs[0]))},
+            [name for name, setting in self.names.items() if setting.runs[0].last_kmeans is None])
         return out + self._note("Codebook health", lines, good=well)
 
     def overview(self) -> str:

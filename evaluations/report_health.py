@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 # As the trainer's advice has them, tokenizer/code_meter.py: beyond these, codes are behind.
@@ -44,23 +44,20 @@ def verdict(settings: Sequence[Scored], measure: str, unit: str = "", higher_is_
 
 
 def complaints(
-    metrics: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]], since: int | None,
-    fixed: bool = False,
+    metrics: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]], since: int | None
 ) -> list[str] | None:
     """What is unhealthy about a run's codes since k-means; None: it has no codes yet, or did not record them.
 
-    since: step of the last k-means; rows after it count. None: there was none, and spreads of codes, which are then
-    those of a random start at first, say nothing. metrics: rows with latent_spread, code_spread, codes_moved,
-    latents_moved where recorded; validation: with usage. fixed: the codes lie on a grid, and never keep pace.
+    since: step of the last k-means; rows after it count. None: there was none; spreads of codes are those of a random
+    start at first, or of a grid, and say nothing. metrics: rows with latent_spread, code_spread, codes_moved,
+    latents_moved where recorded; validation: with usage.
     """
     metrics, validation = ([row for row in rows if row["step"] > (since or 0)] for rows in (metrics, validation))
     used = [row["usage"] for row in validation if _number(row.get("usage")) and row["usage"] > 0]
     spreads = _with(metrics, "latent_spread", "code_spread")
     if not used:
         return None
-    found: list[str] = []
-    if fixed:
-        return found
+    found = []
     if used[-1] < UNUSED * max(used):
         found.append(f"codes in use fell from {100 * max(used):.0f} % to {100 * used[-1]:.0f} %")
     ends = (spreads[0], spreads[-1]) if since is not None and len(spreads) > 1 else ()
@@ -71,17 +68,19 @@ def complaints(
                          f"{spreads[0]['latent_spread']:.3g} to {spreads[-1]['latent_spread']:.3g}, that of the codes "
                          f"from {spreads[0]['code_spread']:.3g} to {spreads[-1]['code_spread']:.3g}")
     moving = _with(spreads, "codes_moved", "latents_moved")
-    if moving and all(row["codes_moved"] == 0 < row["latents_moved"] for row in moving):
+    if since is not None and moving and all(row["codes_moved"] == 0 < row["latents_moved"] for row in moving):
         found.append("codes never moved while latents did")
     return found
 
 
 def health(
-    runs: Mapping[str, Sequence[tuple[str, list[str] | None, float | None]]], cures: Mapping[str, str]
+    runs: Mapping[str, Sequence[tuple[str, list[str] | None, float | None]]], cures: Mapping[str, str],
+    without_kmeans: Collection[str] = (),
 ) -> tuple[list[str], bool]:
     """Lines of the box, and whether all is well. runs: setting -> (run's name, `complaints`, last usage) each.
 
-    cures: setting -> flag with its value to try next, where one is known.
+    cures: setting -> flag with its value to try next, where one is known. without_kmeans: settings whose codes have
+    nothing to have kept pace since.
     """
     lines, well = [], True
     for name, found in runs.items():
@@ -94,8 +93,9 @@ def health(
         span += " %" if used else ""
         ill = [(run, "; ".join(said)) for run, said, _ in known if said]
         cure = f". Try {cures[name]}." if ill and name in cures else "."
-        state = "codes kept pace" if not ill else f"codes fell behind in {len(ill)} of {len(known)}"
-        lines.append(f"{name}: {span} of the codes in use; {state}"
+        state = "" if name in without_kmeans else "; codes kept pace"
+        state = f"; codes fell behind in {len(ill)} of {len(known)}" if ill else state
+        lines.append(f"{name}: {span} of the codes in use{state}"
                      + "".join(f". {run}: {said}" for run, said in ill) + cure)
         well = well and not ill
     return lines, well

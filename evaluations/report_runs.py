@@ -82,6 +82,8 @@ class Run:
         """Step at which k-means last set the codes; None if it never did, or is not known to have."""
         warmup, transition = self.lengths or (0, 0)
         init, again = self.config.get("codebook_init", "auto"), self.config.get("recluster_at")
+        if self.config.get("quantizer") in ("fsq", "lfq"):  # their codes lie on a grid
+            return None
         steps = [*([warmup] if init == "kmeans" or (init == "auto" and warmup) else []),
                  *(again if isinstance(again, list) else ()),
                  *([warmup + transition] if self.config.get("recluster") else [])]

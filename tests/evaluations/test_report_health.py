@@ -42,9 +42,9 @@ def test_complaints_are_those_of_the_trainer():
         "the spread of the latents went from 1 to 0.5, that of the codes from 1 to 0.9"]
     drifting = rows([(1.0, 0.001), (0.5, 0.9)])
     assert complaints(drifting, used(None, 0.9), 0) != [] == complaints(drifting, used(None, 0.9), None), "no k-means"
-    still = rows([(1.0, 1.0)], (0.0, 0.1)), used(None, 0.9), 10
-    assert complaints(*still) == ["codes never moved while latents did"]
-    assert complaints(*still, fixed=True) == [], "a grid's never do"
+    still = rows([(1.0, 1.0)], (0.0, 0.1)), used(None, 0.9)
+    assert complaints(*still, 10) == ["codes never moved while latents did"]
+    assert complaints(*still, None) == [], "a grid's never do"
 
 
 def test_the_box_counts_runs():
@@ -55,6 +55,7 @@ def test_the_box_counts_runs():
     assert not well
     unknown = ["a: an unknown share of the codes in use; codes kept pace."]
     assert health({"a": [("a0", [], None)]}, cures) == (unknown, True)
+    assert health({"a": [("a0", [], 0.9)]}, cures, ["a"]) == (["a: 90 % of the codes in use."], True), "unknown"
     (line,), _ = health({"a": [("a0", ["ill"], 0.5)]}, {})
     assert line.endswith("ill."), "what to try is not known"
     assert health({"a": [("a0", [], 0.9)]}, cures) == (["a: 90 % of the codes in use; codes kept pace."], True)
@@ -73,8 +74,8 @@ def test_the_page_begins_with_them(tmp_path):
     assert markdown.index("ProVQ has the best PSNR, 20.50 ± 0.71 dB") < markdown.index("## Runs")
     advice = [line for line in markdown.splitlines() if "codes in use fell from 90 % to 50 %" in line]
     assert [line.rpartition(" % to 50 %")[2] for line in advice] == [
-        ". Try --codebook-lr-scale 10.", ". Try --codebook-lr-scale 10.", ". Try --recluster."], (
-        "what the trainer would say: not what the run has, and nothing of a grid's codes")
+        ". Try --codebook-lr-scale 10.", ". Try --codebook-lr-scale 10.", ". Try --recluster.", "."], (
+        "what the trainer would say: not what the run has, and nothing for a grid's codes")
     assert '<div class="note"><p><b>Codebook health' in html
 
 
