@@ -572,7 +572,7 @@ def _cure(run: Run) -> str | None:
     """What the trainer advises if codes fall behind; None: the run's settings do not say."""
     try:
         return pace_flag(argparse.Namespace(**run.config | {"warmup_steps": (run.lengths or [None])[0]}))
-    except (AttributeError, TypeError):  # a damaged file's, or an older version's
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):  # a damaged file's, or an older version's
         return None
 
 

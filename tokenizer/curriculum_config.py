@@ -244,7 +244,7 @@ def pace_flag(cfg: Any) -> str | None:
     end, last = cfg.warmup_steps + cfg.transition_steps, last_step(cfg)
     if cfg.transition_steps and not cfg.recluster and end < last and end not in cfg.recluster_at:
         return "--recluster"
-    later = min(end + max(1, cfg.transition_steps), (end + last) // 2)
+    later = min(end + (cfg.transition_steps or cfg.warmup_steps or last // 3), (end + last) // 2)
     if end < later and later not in cfg.recluster_at:
         return f"--recluster-at {later}"
     return f"--lr {cfg.lr / 2:g}"

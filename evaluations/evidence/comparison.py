@@ -51,15 +51,20 @@ def label(name: str, arm: Arm) -> str:
     return f"{name} ({', '.join(words)})" if words else name
 
 
+def require_same_images(results: Sequence[Result]) -> None:
+    """ValueError: two of them are known to have seen other images under one name."""
+    images = {result.line["images"]: result.where for result in results if "images" in result.line}
+    if len(images) > 1:
+        one, other, *_ = images.values()
+        raise ValueError(f"{one} and {other} are of other images of one name: no table can show both")
+
+
 def rows(results: Sequence[Result]) -> list[Row]:
     """A row per arm, in the order in which they come. ValueError: results of more than one setting, of other images."""
     settings = {result.run.setting for result in results}
     if len(settings) > 1:
         raise ValueError(f"one table shows one setting, these results have {len(settings)}: {differing(settings)}")
-    images = {result.line["images"]: result.where for result in results if "images" in result.line}
-    if len(images) > 1:
-        one, other, *_ = images.values()
-        raise ValueError(f"{one} and {other} are of other images of one name: no table can show both")
+    require_same_images(results)
     found: dict[Arm, Row] = {}
     for result in results:
         row = found.setdefault(result.run.arm, Row(label(result.name, result.run.arm), {}, 0))

@@ -34,8 +34,9 @@ class Point(NamedTuple):
 def points(results: Sequence[store.Result]) -> list[Point]:
     """Of the results, those that have a hard switch to be compared with.
 
-    ValueError: none has, one has two, or they differ in more than a map shows.
+    ValueError: none has, one has two, they differ in more than a map shows, or are of other images.
     """
+    comparison.require_same_images(results)
     hard: dict[object, store.Result] = {}
     for result in results:
         if _is_hard(result) and result.metrics and hard.setdefault(_shared(result), result) is not result:

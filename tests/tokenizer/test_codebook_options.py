@@ -319,10 +319,10 @@ def test_no_advice_while_the_cure_is_to_come(tmp_path, monkeypatch, capsys):
     ({"codebook_lr_scale": 10, "recluster_at": 10}, "--recluster"),
     ({"codebook_lr_scale": 10, "recluster": True, "recluster_at": 10}, "--lr 0.0005"),
     ({"codebook_lr_scale": 10, "transition_steps": 8}, "--lr 0.0005"),
-    ({"codebook_lr_scale": 10, "transition_steps": 0}, "--recluster-at 5"),
+    ({"codebook_lr_scale": 10, "transition_steps": 0}, "--recluster-at 8"),
     ({"codebook_lr_scale": 10, "transition_steps": 0, "max_steps": 5}, "--lr 0.0005"),
     ({"codebook_lr_scale": 10, "transition_steps": 0, "warmup_steps": 0, "codebook_init": "kmeans"},
-     "--recluster-at 1"),
+     "--recluster-at 4"),
 ])
 def test_what_is_advised_can_be_done(tmp_path, changes, flag):
     words = flags(tmp_path, **changes)

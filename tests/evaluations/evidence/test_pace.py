@@ -52,6 +52,12 @@ def test_what_a_map_would_mix_is_refused(more, message, tmp_path):
         pace_map.main([str(path)])
 
 
+def test_a_hard_switch_of_other_images_is_refused(tmp_path):
+    lines = [line("provq-hard", 0, 100, 20.0) | {"images": "a"}, line("provq", 50, 100, 20.5) | {"images": "b"}]
+    with pytest.raises(SystemExit, match=r"a.jsonl:1 and \S+a.jsonl:2 are of other images of one name"):
+        pace_map.main([str(written(tmp_path / "a.jsonl", lines))])
+
+
 def test_a_line_without_a_trace_is_named(tmp_path):
     without = line("provq", 50, 100, 20.5)
     del without["trace"]
