@@ -17,7 +17,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tokenizer.runtime.parsing import brief
+
 REPORTS = ("reconstruction", "generation")  # RUN/evaluation/NAME.json, written by the entries of these names
+# Settings that pages read, and as what; float: any finite number. None passes.
+SETTINGS = {"quantizer": str, "transition": str, "codebook_init": str, "recluster": bool, "recluster_at": list,
+            "global_seed": float, "codebook_lr_scale": float, "codebook_restart_below": float}
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 
@@ -126,7 +131,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 def _read_run(path: Path, name: str) -> Run:
     run = Run(path, name)
-    run.config = _read_object(run, "config.json", "its settings are unknown")
+    run.config = _read_settings(run)
     run.metrics, run.validation = (_read_rows(run, f"{kind}.jsonl") for kind in ("metrics", "validation"))
     if (path / "summary.json").exists():
         run.summary = _read_object(run, "summary.json", "its last validation is used")
@@ -153,6 +158,17 @@ def _read_run(path: Path, name: str) -> Run:
         run.notes.append("latents/ is missing: no code-usage histogram and no picture of latents and codes (an older "
                          "trainer wrote this run, or it was stopped before the first stage ended)")
     return run
+
+
+def _read_settings(run: Run) -> dict[str, Any]:
+    consequence = "its settings are unknown"
+    found = _read_object(run, "config.json", consequence)
+    for key, kind in SETTINGS.items():
+        value = found.get(key)
+        if value is not None and not (isinstance(value, kind) if kind is not float else number(value) is not None):
+            run.notes.append(f"config.json: {key} is {brief(value)}, which no trainer writes; {consequence}")
+            return {}
+    return found
 
 
 def _content(path: Path) -> bytes:

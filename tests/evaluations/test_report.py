@@ -130,6 +130,19 @@ def test_damaged_and_unfinished_runs_are_read_as_far_as_possible(tmp_path, capsy
     write(tmp_path, bare)
 
 
+@pytest.mark.parametrize(("key", "value"), [
+    ("quantizer", ["vq"]), ("transition", 3), ("recluster", "yes"), ("recluster_at", 500),
+    ("codebook_lr_scale", "10"), ("codebook_restart_below", [1]), ("global_seed", {}),
+])
+def test_settings_that_no_trainer_writes_are_said_and_left_out(tmp_path, key, value):
+    run = make_run(tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {key: value}))
+    html, markdown = write(tmp_path, run)
+    assert f"config.json: {key} is " in html.replace("&quot;", '"')
+    assert "train_provq.py" not in markdown  # no command of settings that are not known
+
+
 def test_what_is_no_run_is_named(tmp_path):
     run = make_run(tmp_path / "run")
     (tmp_path / "empty").mkdir()
