@@ -34,6 +34,8 @@ from tokenizer.runtime.ranks import print0
 
 PROG = "evaluations/evidence/collect.py"
 DATA = {"data_fingerprint": "trained on", "val_fingerprint": "validated on"}  # of a summary's inputs
+# Of one row's runs these may differ: cadence and machine, no part of the experiment.
+NO_SETTING = frozenset({"log_every", "ckpt_every", "keep_checkpoints", "num_workers", "device", "wandb"})
 PATH = "a path"  # for any: data may lie elsewhere, but a run with init_from is another than one without
 
 
@@ -155,7 +157,7 @@ def gathered(runs: Sequence[Run], paths: Sequence[Path], probes: Probes | None =
     require_one_protocol(runs)
     settings = [{name: PATH if isinstance(value, str) and os.sep in value else value
                  for name, value in run.config.items() if name not in ("global_seed", "results_dir")} for run in runs]
-    names = differing(settings)
+    names = differing(settings, NO_SETTING)
     rows: dict[str, dict[str, Any]] = {}
     lines = []
     for run, path, mine in zip(runs, paths, settings, strict=True):
@@ -164,7 +166,8 @@ def gathered(runs: Sequence[Run], paths: Sequence[Path], probes: Probes | None =
             raise ValueError(f"runs of the row {row} differ in {', '.join(differing([rows[row], own]))}: name another")
         probed = numbers(probes.of(run.path, run.summary.get("step"))) if probes else {}
         lines.append({"run": row, "seed": run.seed, **measured(run), **probed})
-    shared = {name: value for name, value in settings[0].items() if name not in names and value != PATH}
+    apart = differing(settings)
+    shared = {name: value for name, value in settings[0].items() if name not in apart and value != PATH}
     # Runs do not record where they were made: this is what they were gathered with.
     head = {"date": max(run.written for run in runs), "collected_with": store.machine(), "settings": shared,
             "rows": rows}

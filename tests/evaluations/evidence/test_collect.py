@@ -67,6 +67,16 @@ def test_runs_that_would_make_a_table_wrong(change, message, tmp_path):
     assert not (tmp_path / "table.json").exists()
 
 
+def test_seeds_may_differ_in_what_is_no_part_of_the_experiment(tmp_path):
+    settings = [{"log_every": every, "num_workers": every, "val_every": 5} for every in (1, 10)]
+    folders = [make_run(tmp_path, "vanilla", seed, 20.0, settings=mine) for seed, mine in enumerate(settings)]
+    found = collected(folders, tmp_path)
+    assert len(found["runs"]) == 2
+    assert found["rows"] == {"vanilla": {}}
+    assert found["settings"]["val_every"] == 5
+    assert not found["settings"].keys() & {"log_every", "num_workers"}  # of which there is no one value
+
+
 def test_rows_tell_a_pretrained_run_but_not_where_files_lie(tmp_path):
     folders = [make_run(tmp_path, "scratch", 0, 20.0, settings={"init_from": None}),
                make_run(tmp_path, "tuned", 0, 20.0, settings={"init_from": "/here/run", "data_path": "/b/path"}),
