@@ -702,7 +702,7 @@ def code_statistics(counts: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the Euclidean nearest code: x (N, D), codebook (K, D) -> (N,) int64; of equal distances the lower index.
+    """Index of the Euclidean nearest code: x (N, D), codebook (K, D) -> (N,) int64; the lower of two that round alike.
 
     In float32 (float64 if given), outside autocast and (eager) TF32, and in blocks: there is never an N x K matrix.
     Squared distances are exact to 1e-6 of those across all codes: k-means warns of latents for which that is little.

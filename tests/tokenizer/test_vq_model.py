@@ -45,7 +45,7 @@ def test_fill_rule_reproduces_the_golden_weights(golden):
     torch.testing.assert_close(sums(values), arrays["param_sum_sumsq"], rtol=1e-6, atol=1e-3)
 
 
-def test_keys_shapes_and_order_are_llamagens(golden):
+def test_keys_and_shapes_are_llamagens(golden):
     _, shapes, _, state, models = golden
     exported = to_llamagen_state_dict(models["nol2"])
     assert {key: tuple(value.shape) for key, value in exported.items()} == shapes
