@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from evaluations.evidence import comparison, store
 from evaluations.evidence.setting import Setting
+from evaluations.evidence.store import Result
 from tokenizer.runtime.command import require_flags_at_least
 from tokenizer.runtime.config import flag_name
 
@@ -32,14 +34,32 @@ def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     require_flags_at_least(parser, args, 0, " ".join(["seeds", *FIELDS]))
 
 
-def rows(args: argparse.Namespace) -> tuple[list[comparison.Row], comparison.Row]:
-    """The rows that the flags ask for, and which of them is the baseline. ValueError, OSError: files and flags."""
+def chosen(args: argparse.Namespace) -> list[Result]:
+    """The runs of the seeds and the setting that the flags ask for. ValueError, OSError: files and flags."""
     wanted = {name: getattr(args, name) for name in FIELDS if getattr(args, name) is not None}
     results = [result for result in store.read_all(args.results)
                if (args.seeds is None or result.run.seed in args.seeds)
                and all(getattr(result.run.setting, name) == value for name, value in wanted.items())]
     if not results:
         raise ValueError(f"no result in {' '.join(map(str, args.results))} is of these seeds and setting")
+    return results
+
+
+def mixture(results: Sequence[Result]) -> str | None:
+    """What else than their settings sets the runs apart, where they recorded it: commits, versions of torch, machines.
+
+    Each rounds in its own way, and then the same seed is another draw.
+    """
+    found = {name: dict.fromkeys(result.line[name] for result in results if result.line.get(name))
+             for name in ("commit", "torch", "cpu")}
+    apart = [f"{name} ({', '.join(value[:12] if name == 'commit' else value for value in values)})"
+             for name, values in found.items() if len(values) > 1]
+    return f"runs of these seeds are of more than one {', '.join(apart)}, and may round differently" if apart else None
+
+
+def rows(args: argparse.Namespace) -> tuple[list[comparison.Row], comparison.Row]:
+    """The rows that the flags ask for, and which of them is the baseline. ValueError, OSError: files and flags."""
+    results = chosen(args)
     if "rfid" not in (args.compared, *args.metrics):  # what is scored changes no run
         results = store.unique(result._replace(run=result.run._replace(setting=dataclasses.replace(
             result.run.setting, features=None))) for result in results)

@@ -40,6 +40,8 @@ def main(argv: list[str] | None = None) -> None:
                 require_out_file(path, flag, inputs=args.results)
         text = selection.render(args)
         print0(text, end="")
+        if note := selection.mixture(selection.chosen(args)):
+            print0(f"note: {note}", file=sys.stderr)
         if args.out:
             atomic_write_text(args.out, text)
         if args.figure:

@@ -52,6 +52,16 @@ def test_only_seeds_of_both_make_pairs():
     assert comparison.difference(rows[1], rows[0], "ssim") is None
 
 
+def test_runs_that_round_differently_are_told():
+    def of(**line):
+        return result("vanilla", 0, 20.0)._replace(line=line)
+
+    assert selection.mixture([of(commit="a" * 40, torch="2.9"), of(commit="a" * 40, torch="2.9"), of()]) is None
+    assert selection.mixture([of(commit="a" * 40, torch="2.9"), of(commit="b" * 40, torch="2.9")]) == (
+        "runs of these seeds are of more than one commit (aaaaaaaaaaaa, bbbbbbbbbbbb), and may round differently")
+    assert "torch (2.9, 2.10)" in selection.mixture([of(torch="2.9"), of(torch="2.10")])
+
+
 def test_markdown():
     rows = comparison.rows([
         *(result("vanilla", seed, 20.0 + seed, codes=100) for seed in range(3)),
