@@ -68,7 +68,8 @@ def complaints(
                          f"{spreads[0]['latent_spread']:.3g} to {spreads[-1]['latent_spread']:.3g}, that of the codes "
                          f"from {spreads[0]['code_spread']:.3g} to {spreads[-1]['code_spread']:.3g}")
     moving = _with(spreads, "codes_moved", "latents_moved")
-    if since is not None and moving and all(row["codes_moved"] == 0 < row["latents_moved"] for row in moving):
+    still = [0 < row["latents_moved"] >= 1e6 * row["codes_moved"] for row in moving]  # rounding is no move
+    if since is not None and still and all(still):
         found.append("codes never moved while latents did")
     return found
 

@@ -176,14 +176,17 @@ class PaceMeter(DriftMeter):
             entries["codes_moved"] = moved(before["row_code"], self.before["row_code"])
         return entries
 
-    def behind(self, row: dict[str, float], usage: float) -> str | None:
+    def behind(self, row: dict[str, float], usage: float, steps: int) -> str | None:
         """What shows that codes fell behind since k-means; None: nothing does, or it has been said before.
 
-        row: of `row`; usage: fraction of codes used, of as many tokens every time.
+        row: of `row`; usage: fraction of codes used in so many steps, and compared with that in as many only.
         """
         since = self.before.get("since_kmeans")
         if since is None:
             return None
+        if int(self.before.get("usage_steps", steps)) != steps:  # resumed with another interval
+            since[2] = 0.0
+        self.before["usage_steps"] = torch.tensor(steps)
         latents, codes, best, advised = since.tolist()
         since[2] = max(best, usage)
         ratio = (row["code_spread"] / max(row["latent_spread"], 1e-12)) / max(codes / max(latents, 1e-12), 1e-12)

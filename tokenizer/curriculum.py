@@ -238,7 +238,7 @@ class CurriculumTrainer(ABC):
         # The last row may be of fewer steps, and then of fewer codes.
         moves, used = cfg.quantizer not in GRIDS and step % cfg.log_every == 0, usage["usage"]
         pending = any(step <= at for at in (*cfg.recluster_at, *[self._transition_end()] * cfg.recluster))  # the cure
-        why = self.drift.behind(pace, used) if moves and used is not None and not pending else None
+        why = self.drift.behind(pace, used, cfg.log_every) if moves and used is not None and not pending else None
         if why:
             distributed.print0(f"advice: step {step}: {why}. Codes that keep pace: {pace_flag(cfg)}, in another "
                                "--results-dir (tokenizer/README.md, Codes that keep pace; not in the paper)")

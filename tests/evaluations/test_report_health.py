@@ -44,6 +44,8 @@ def test_complaints_are_those_of_the_trainer():
     assert complaints(drifting, used(None, 0.9), 0) != [] == complaints(drifting, used(None, 0.9), None), "no k-means"
     still = rows([(1.0, 1.0)], (0.0, 0.1)), used(None, 0.9)
     assert complaints(*still, 10) == ["codes never moved while latents did"]
+    assert complaints(rows([(1.0, 1.0)], (1e-14, 0.1)), used(None, 0.9), 10) == complaints(*still, 10), "rounding"
+    assert complaints(rows([(1.0, 1.0)], (1e-4, 0.1)), used(None, 0.9), 10) == []
     assert complaints(*still, None) == [], "a grid's never do"
 
 

@@ -83,27 +83,36 @@ def test_spread_and_moved_are_per_channel():
 def test_pace_is_measured_from_row_to_row_and_behind_since_k_means():
     latents, codes = _normal(500, 4), _normal(32, 4, seed=1)
     meter = PaceMeter()
-    assert meter.behind(meter.row(latents, codes), 0.1) is None, "no k-means yet"
+    assert meter.behind(meter.row(latents, codes), 0.1, 10) is None, "no k-means yet"
     meter.start(latents, codes)
     row = meter.row(latents + 0.5, codes - 0.25)
     assert row == pytest.approx({"latent_spread": spread(latents), "code_spread": spread(codes),
                                  "latents_moved": 0.5, "codes_moved": 0.25}, rel=1e-5)
     assert meter.row(latents + 0.5, codes)["codes_moved"] == pytest.approx(0.25, rel=1e-5)
-    assert meter.behind(row, 0.8) is meter.behind(row, 0.7) is None
+    assert meter.behind(row, 0.8, 10) is meter.behind(row, 0.7, 10) is None
     resumed = PaceMeter()
     resumed.load_state_dict(meter.state_dict())
-    assert meter.behind(row, 0.5) == "since k-means the codes in use fell from 80.0% to 50.0%"
-    assert meter.behind(row, 0.5) is None, "said once"
+    assert meter.behind(row, 0.5, 10) == "since k-means the codes in use fell from 80.0% to 50.0%"
+    assert meter.behind(row, 0.5, 10) is None, "said once"
     contracted = resumed.row(0.5 * latents, codes)
-    assert "the spread of the latents went from" in resumed.behind(contracted, 0.8)
+    assert "the spread of the latents went from" in resumed.behind(contracted, 0.8, 10)
     resumed.start(latents, codes)
-    assert resumed.behind(contracted, 0.8) is None, "said once, whatever the k-means"
+    assert resumed.behind(contracted, 0.8, 10) is None, "said once, whatever the k-means"
+
+
+def test_usage_of_other_intervals_is_not_compared():
+    latents, codes = _normal(500, 4), _normal(32, 4, seed=1)
+    meter = PaceMeter()
+    meter.start(latents, codes)
+    row = meter.row(latents, codes)
+    assert meter.behind(row, 0.9, 100) is meter.behind(row, 0.3, 10) is None  # fewer steps use fewer codes
+    assert meter.behind(row, 0.2, 10) == "since k-means the codes in use fell from 30.0% to 20.0%"
 
 
 def test_both_at_the_same_rate_are_not_behind():
     latents, codes = _normal(500, 4), _normal(32, 4, seed=1)
     meter = PaceMeter()
     meter.start(latents, codes)
-    assert meter.behind(meter.row(0.1 * latents, 0.1 * codes), 0.5) is None
+    assert meter.behind(meter.row(0.1 * latents, 0.1 * codes), 0.5, 10) is None
     meter.start(latents, codes[:1])  # a single code has no spread
     meter.row(latents, codes[:1])
