@@ -73,6 +73,8 @@ def load_gpt(
         loaded = _from_export(saved, weights)
     elif "gpt" in saved.description:
         loaded = _from_checkpoint(saved, weights)
+    elif "config" in saved.description:
+        raise ValueError(f"{saved.source} is of a tokenizer, not of a GPT: it has a config, but no gpt")
     else:
         state, source = saved.choose(weights, _IGNORED)
         loaded = _build(infer_llamagen_config(state, num_codes, source), state, source, "")
@@ -113,10 +115,14 @@ def _require_faithful(model: GPT, exported: GPT) -> None:
 def recorded_tokenizer(gpt: Path) -> dict[str, Any]:
     """What the GPT's run says of its tokenizer: vq_ckpt, vq_weights, codebook_l2_norm; {}: nothing does.
 
-    An export of ours may name vq_ckpt as well, from its own folder: released ones do. ValueError: of another type.
+    An export of ours may name vq_ckpt as well, from its own folder: released ones do. ValueError: of another type, or
+    the folder is one of something else.
     """
     path = gpt / CONFIG_FILE
     run = config.load(path) if path.is_file() else {}
+    if run and "gpt_model" not in run and run.get("format") != EXPORT_FORMAT:
+        of = "a tokenizer" if {"quantizer", "tokenizer"} & run.keys() else "something else"
+        raise ValueError(f"{gpt} is of {of}, not of a GPT: its {CONFIG_FILE} has no gpt_model")
     kinds = {"vq_ckpt": str, "vq_weights": str, "codebook_l2_norm": bool}
     for name, kind in kinds.items():
         if not isinstance(run.get(name), (kind, type(None))):

@@ -202,6 +202,15 @@ def test_damaged_codes_are_refused_before_training(base, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_tokenizer_is_no_gpt(base, tmp_path):
+    words = ["--gpt-ckpt", str(base / "vq"), "--device", "cpu", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match=f"{base / 'vq'} is of a tokenizer, not of a GPT: its config.json has no"):
+        sample_c2i.main(words)
+    with pytest.raises(SystemExit, match="checkpoints is of a tokenizer, not of a GPT"):
+        sample_c2i.main([*words, "--vq-ckpt", str(base / "vq")])
+    assert not (tmp_path / "out").exists()
+
+
 def test_codes_of_another_tokenizer_are_refused(base, tmp_path):
     words = "--image-size 16 --codebook-size 64 --global-batch-size 16 --max-steps 2 --warmup-steps 0".split()
     train_provq.main([*words, "--transition-steps", "0", "--device", "cpu", "--results-dir", str(tmp_path / "other")])
