@@ -90,9 +90,12 @@ tool() { # a command of one process
 
 bed() { # arms...: on the evidence bed, and their table
     [ -n "$data" ] || fail "--data is missing: the images of the evidence bed, such as cifar10_train.zip"
+    local side=16
+    [ "$scale" != confirm ] || side=32
     tool evaluations/evidence/run.py "$data" --bed "$scale" --jobs "$jobs" --seeds "${numbers[@]}" --arms "$@" \
         --out "$out/results.jsonl"
-    tool evaluations/evidence/table.py "$out/results.jsonl" --arms "$@" --seeds "${numbers[@]}" \
+    # The file may hold the other scale's runs.
+    tool evaluations/evidence/table.py "$out/results.jsonl" --arms "$@" --seeds "${numbers[@]}" --image-size "$side" \
         --metrics psnr ssim codes_used perplexity code_distance --out "$out/table.md" --figure "$out/table.png"
 }
 

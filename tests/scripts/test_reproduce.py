@@ -12,6 +12,8 @@ from entry_flags import flags
 from places import ROOT
 
 from autoregressive import train_config as gpt_config
+from evaluations.evidence.flags import CONFIRM
+from evaluations.evidence.setting import Setting
 from protein import train_config as protein_config
 from tokenizer import train_config
 
@@ -86,6 +88,8 @@ def test_every_command_exists_with_its_flags(reproduce, tmp_path, scale, table):
         assert shown["--seeds"][:2] == asked["--seeds"][:2] == ["3", "4"]
         count = asked["--arms"].index("--out")
         assert shown["--arms"][: count + 1] == [*asked["--arms"][:count], "--seeds"]
+        side = CONFIRM["image_size"] if scale == "confirm" else Setting("x").image_size
+        assert lines[-1][lines[-1].index("--image-size") + 1] == str(side)
 
 
 def test_structures_that_are_split_are_validated_on_their_own_and_whole(reproduce, tmp_path):
