@@ -17,8 +17,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tokenizer.runtime.parsing import brief
-
 REPORTS = ("reconstruction", "generation")  # RUN/evaluation/NAME.json, written by the entries of these names
 # Settings that pages read, and as what; float: any finite number. None passes.
 SETTINGS = {"quantizer": str, "transition": str, "codebook_init": str, "recluster": bool, "recluster_at": list,
@@ -166,7 +164,7 @@ def _read_settings(run: Run) -> dict[str, Any]:
     for key, kind in SETTINGS.items():
         value = found.get(key)
         if value is not None and not (isinstance(value, kind) if kind is not float else number(value) is not None):
-            run.notes.append(f"config.json: {key} is {brief(value)}, which no trainer writes; {consequence}")
+            run.notes.append(f"config.json: {key} is {json.dumps(value)[:100]}, which no trainer writes; {consequence}")
             return {}
     return found
 
