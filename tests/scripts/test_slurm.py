@@ -59,11 +59,11 @@ def test_a_job_whose_time_is_up_comes_back_and_resumes(slurm, tmp_path):
     assert asked[:2] == ["--kill-on-bad-exit=1", "--gpu-bind=none"]
     assert asked[2:] == [f"requeue {70000 + os.getpid() % 10000}"]
     reached = rows(tmp_path / "run")[-1]["step"]
-    done, asked = slurm("tokenizer.sbatch", *words, "--max-steps", str(reached + 2))
+    done, asked = slurm("tokenizer.sbatch", *words, "--max-steps", str(reached + 4))
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"at step {reached}" in done.stdout
     assert len(asked) == 2  # it has finished
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["step"] == reached + 2
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["step"] == reached + 4
 
 
 def test_a_job_that_fails_stays_away(slurm, tmp_path):
