@@ -73,8 +73,8 @@ def load_gpt(
         loaded = _from_export(saved, weights)
     elif "gpt" in saved.description:
         loaded = _from_checkpoint(saved, weights)
-    elif "config" in saved.description:
-        raise ValueError(f"{saved.source} is of a tokenizer, not of a GPT: it has a config, but no gpt")
+    elif isinstance(saved.description.get("config"), dict) and "quantizer" in saved.description["config"]:
+        raise ValueError(f"{saved.source} is of a tokenizer, not of a GPT: its config has a quantizer")
     else:
         state, source = saved.choose(weights, _IGNORED)
         loaded = _build(infer_llamagen_config(state, num_codes, source), state, source, "")

@@ -50,7 +50,7 @@ def mixture(results: Sequence[Result]) -> str | None:
 
     Each rounds in its own way, and then the same seed is another draw.
     """
-    found = {name: dict.fromkeys(result.line[name] for result in results if result.line.get(name))
+    found = {name: dict.fromkeys(str(result.line[name]) for result in results if result.line.get(name))
              for name in ("commit", "torch", "cpu")}
     apart = [f"{name} ({', '.join(value[:12] if name == 'commit' else value for value in values)})"
              for name, values in found.items() if len(values) > 1]

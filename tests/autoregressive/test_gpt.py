@@ -215,6 +215,9 @@ def test_llamagen_files_are_read(tmp_path, key):
 
 
 def test_other_files_are_named(tmp_path):
+    torch.save({"model": {"a": torch.zeros(1)}, "config": {"dim": 8}}, tmp_path / "fork.pt")
+    with pytest.raises(ValueError, match=r"tok_embeddings.weight is missing"):  # a config alone makes no tokenizer
+        load_gpt(tmp_path / "fork.pt")
     torch.save({"model": {"a": torch.zeros(1)}}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"is not a class-conditional GPT of .*: tok_embeddings.weight is missing"):
         load_gpt(tmp_path / "other.pt")

@@ -134,7 +134,7 @@ def test_damaged_and_unfinished_runs_are_read_as_far_as_possible(tmp_path, capsy
     ("quantizer", ["vq"]), ("transition", 3), ("recluster", "yes"), ("recluster_at", 500),
     ("codebook_lr_scale", "10"), ("codebook_restart_below", [1]), ("global_seed", {}),
 ])
-def test_settings_that_no_trainer_writes_are_said_and_left_out(tmp_path, key, value):
+def test_settings_that_no_trainer_writes_are_unknown(tmp_path, key, value):
     run = make_run(tmp_path / "run")
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(config | {key: value}))
