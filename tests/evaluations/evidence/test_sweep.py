@@ -179,39 +179,55 @@ def test_a_sweep_with_an_arm_that_cannot_be_trained_never_begins(here, fake, com
 # ------------------------------------------------------------------------------------------------------- tuning
 
 def test_the_grid_is_equal_for_all_but_for_what_an_arm_does_not_have():
-    sizes = {name: len(tuning.grid(Arm(name))) for name in KINDS}
-    full = len(tuning.GRID["lr"]) * len(tuning.GRID["code_lr_scale"]) * len(tuning.GRID["beta"])
-    assert sizes["vq"] == sizes["l2"] == sizes["simvq"] == full
-    assert sizes["ema"] == full // len(tuning.GRID["code_lr_scale"])
-    assert sizes["fsq"] == len(tuning.GRID["lr"])
+    points = {name: [tuple(getattr(arm, field) for field in tuning.Point._fields) for arm in tuning.grid(Arm(name))]
+              for name in KINDS}
+    assert points["vq"] == points["l2"] == points["simvq"] == list(tuning.POINTS)
+    assert points["nsvq"] == [point for point in tuning.POINTS if point.beta == 0.25], "nsvq has no beta"
+    assert points["ema"] == [point for point in tuning.POINTS if point.code_lr_scale == 1] + [(2e-3, 1.0, 0.05)]
+    assert points["fsq"] == [point for point in tuning.POINTS if point[1:] == (1, 0.25)]
     assert all(len(set(tuning.grid(arm))) == len(tuning.grid(arm)) for arm in ARMS.values())
+    assert tuning.grid(ARMS["vanilla+x10"]) == tuning.grid(ARMS["vanilla"])
+
+
+def results_of(scores):
+    """Results of Arm() at points, from {point: PSNRs on the seeds from 100 on}."""
+    runs = {Run(arm, SETTING, 100 + at): psnr for arm, values in scores.items() for at, psnr in enumerate(values)}
+    return {run: Result(run, "", psnr and {"psnr": psnr}, {}) for run, psnr in runs.items()}
+
+
+def test_finalists_are_the_best_on_the_first_seed_and_of_equals_the_first():
+    points = tuning.grid(Arm())
+    results = results_of(dict.fromkeys(points, (20.0, 99.0)) | {points[5]: (23.0,), points[7]: (24.0,),
+                                                                points[8]: (None,)})
+    assert tuning.finalists(Arm(), SETTING, 100, results) == [points[7], points[5], points[0]]
+    assert len(tuning.finalists(Arm("fsq"), SETTING, 100, results_of(
+        dict.fromkeys(tuning.grid(Arm("fsq")), (20.0,))))) == min(tuning.FINALISTS, len(tuning.grid(Arm("fsq"))))
 
 
 def test_best_is_the_highest_mean_and_never_a_diverged_one():
     points = tuning.grid(Arm())
-    scores = dict.fromkeys(points, (20.0, 20.0)) | {
-        points[5]: (23.0, 22.0), points[7]: (24.0, 20.5), points[9]: (90.0, None)}
-    results = {Run(point, SETTING, seed): Result(Run(point, SETTING, seed), "", psnr and {"psnr": psnr}, {})
-               for point, values in scores.items() for seed, psnr in zip((100, 101), values, strict=True)}
-    assert tuning.best(Arm(), SETTING, (100, 101), results) == points[5]
+    results = results_of(dict.fromkeys(points, (20.0, 20.0)) | {
+        points[5]: (23.0, 22.0), points[7]: (24.0, 20.5), points[8]: (90.0, None)})
+    assert tuning.ranked(points, SETTING, (100, 101), results)[0] == points[5]
+    assert tuning.ranked(points, SETTING, (100, 101), results)[-1] == points[8]
 
 
 def test_edges_are_named():
-    lr, scale, beta = (sorted(tuning.GRID[name]) for name in ("lr", "code_lr_scale", "beta"))
-    assert tuning.edges(Arm(lr=lr[1], code_lr_scale=scale[1], beta=beta[1])) == []
-    assert tuning.edges(Arm(lr=lr[0], code_lr_scale=scale[-1], beta=beta[1])) == ["lr", "code_lr_scale"]
-    assert tuning.edges(Arm("fsq", lr=lr[1], code_lr_scale=scale[0])) == [], "fsq has no such code learning rate"
+    assert tuning.edges(Arm(lr=2e-3, code_lr_scale=10.0, beta=0.1)) == []
+    assert tuning.edges(Arm(lr=4e-3, code_lr_scale=30.0, beta=0.1)) == ["lr", "code_lr_scale"]
+    assert tuning.edges(Arm("fsq", lr=2e-3, code_lr_scale=1.0)) == [], "fsq has no such code learning rate"
 
 
 def test_tune_searches_then_trains_the_best_on_other_seeds(here, fake, capsys):
     arguments, _ = here
-    fake.scores = lambda arm, seed: 30.0 if (arm.lr, arm.beta) == (2e-3, 1.0) else 20.0 + (seed < 100) * arm.lr
+    fake.scores = lambda arm, seed: (25.0 + (seed == 100) if (arm.lr, arm.beta) == (1e-3, 0.25)
+                                     else 25.5 if (arm.lr, arm.beta) == (2e-3, 0.05) else 20.0 + arm.lr)
     tune.main([*arguments, "--arms", "ema", "fsq", "--seeds", "0", "1"])
-    ema = len(tuning.grid(Arm("ema")))
-    assert [seed for name, _, seed in fake if name == "ema"] == [100] * ema + [101] * ema + [0, 1]
-    assert {(arm.lr, arm.beta) for name, arm, seed in fake if name == "ema" and seed < 100} == {(2e-3, 1.0)}
-    printed = capsys.readouterr().out
-    assert "ema: best of 9 is ema (lr 0.002, β 1); at the grid's edge: lr, beta" in printed
+    ran = [(seed, arm.lr, arm.beta) for name, arm, seed in fake if name == "ema"]
+    assert ran[:4] == [(100, lr, 0.25) for lr in (1e-3, 2e-3, 4e-3)] + [(100, 2e-3, 0.05)]
+    assert sorted(ran[4:7]) == [(101, 1e-3, 0.25), (101, 2e-3, 0.05), (101, 4e-3, 0.25)], "the best three of four"
+    assert ran[7:] == [(0, 1e-3, 0.25), (1, 1e-3, 0.25)], "of 26.0 and 25.0, and twice 25.5, the first"
+    assert "ema: best of 4 points is ema; at their edge: lr, beta" in capsys.readouterr().out
     count = len(fake)
     tune.main([*arguments, "--arms", "ema", "fsq", "--seeds", "0", "1"])
     assert len(fake) == count, "all of it was there"
@@ -222,7 +238,7 @@ def test_an_arm_that_always_diverges_is_not_trained_on(here, fake, capsys):
     fake.scores = lambda arm, _: None if arm.quantizer == "fsq" else 20.0
     tune.main([*arguments, "--arms", "fsq", "lfq", "--seeds", "0"])
     assert [name for name, _, seed in fake if seed == 0] == ["lfq"]
-    assert "fsq: each of 3 diverged on a search seed" in capsys.readouterr().out
+    assert "fsq: each of the best 3 of 3 points diverged on a search seed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("command", "flag"), [(run, "--seeds"), (tune, "--seeds"), (tune, "--search-seeds")])
