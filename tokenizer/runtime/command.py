@@ -33,6 +33,7 @@ import argparse
 import io
 import os
 import platform
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
@@ -50,6 +51,7 @@ class CannotContinue(RuntimeError):
 
 # What flags, files and data can be wrong with. Anything else is a defect of ours and keeps its traceback.
 USER_ERRORS = (ValueError, OSError, ImportError, CannotContinue, FloatingPointError)
+INTERRUPTED = 128 + signal.SIGINT  # the exit status of shells
 
 
 def refuse_early(prog: str, parse: Callable[[], Any], *checks: Callable[[Any], object]) -> None:
@@ -85,6 +87,8 @@ def refusal(prog: str, error: Exception) -> str | int:
 def command(prog: str, *, one_process: bool = False) -> Iterator[None]:
     """The body of a script's main: USER_ERRORS end it in the line "PROG: error: ..." and status 1, without a traceback.
 
+    Nor does Ctrl-C leave one: status 130.
+
     one_process: the script does not share its work, and refuses to start on several processes. On the normal way out
     it leaves the process group; after an error torchrun ends the other ranks. Folders that the command has owned are
     free afterwards. What it computes in float32 is exact: no TF32.
@@ -101,6 +105,8 @@ def command(prog: str, *, one_process: bool = False) -> Iterator[None]:
         yield
     except USER_ERRORS as error:
         raise SystemExit(f"{prog}: error: {error}") from error
+    except KeyboardInterrupt as error:
+        raise SystemExit(INTERRUPTED) from error
     finally:
         if computes:
             lock.release()

@@ -23,15 +23,13 @@ from torch import Tensor
 
 from tokenizer.runtime import config, distributed, lock
 from tokenizer.runtime.checkpoint import Checkpointer, load_file
-from tokenizer.runtime.command import USER_ERRORS, CannotContinue, refusal
+from tokenizer.runtime.command import INTERRUPTED, USER_ERRORS, CannotContinue, refusal
 from tokenizer.runtime.files import atomic_write_text
 from tokenizer.runtime.metrics import JsonlFile, MetricLogger, short
 from tokenizer.runtime.parsing import brief, parsing
 from tokenizer.runtime.run_config import length_sets_rate
 from tokenizer.runtime.seeding import StepSampler, seed_step
 from tokenizer.runtime.throughput import Throughput
-
-_INTERRUPTED = 128 + signal.SIGINT  # the exit status of shells
 
 
 class Stateful(Protocol):
@@ -410,7 +408,7 @@ def launch(prog: str, parse: Callable[[], Any], build: Callable[[Any], Trainer])
             _train(prog, trainer)
             interrupted = trainer.run.interrupted
     except KeyboardInterrupt as error:
-        raise SystemExit(_INTERRUPTED) from error
+        raise SystemExit(INTERRUPTED) from error
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -421,7 +419,7 @@ def launch(prog: str, parse: Callable[[], Any], build: Callable[[Any], Trainer])
         lock.release()
     distributed.finalize()  # after an exception just exit: torchrun then ends the other ranks
     if interrupted:  # so that a script that called this one goes no further
-        raise SystemExit(_INTERRUPTED)
+        raise SystemExit(INTERRUPTED)
 
 
 def _train(prog: str, trainer: Trainer) -> None:
