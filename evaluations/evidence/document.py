@@ -3,10 +3,10 @@
     python evaluations/evidence/document.py RESULTS.md
 
 A table stands between `<!-- table: core-512.jsonl --seeds 100 101 -->`, which is a command line of table.py with files
-of evaluations/results/, and `<!-- end -->`. The command line may go on in the next line. `<!-- pace: map-512.jsonl -->`
-is the same for pace_map.py, `<!-- runs: digits.json --metrics psnr -->` for what collect.py gathered, and
-`<!-- hosts: every-host.json --data sound -->` for what scripts/train_hosts.py trained. What stands there already is
-replaced. Marks in a fence of ``` are text.
+of evaluations/results/, and `<!-- end -->`. The command line may go on in the next line. `<!-- tuned: grid-512.jsonl
+--arms vanilla provq -->` is a table of arms at what their search chose, `<!-- pace: map-512.jsonl -->` of pace_map.py,
+`<!-- runs: digits.json --metrics psnr -->` for what collect.py gathered, and `<!-- hosts: every-host.json --data sound
+-->` for what scripts/train_hosts.py trained. What stands there already is replaced. Marks in a fence of ``` are text.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from evaluations.evidence import hosts, pace, selection, trained
+from evaluations.evidence import hosts, pace, searched, selection, trained
 from tokenizer.runtime.command import CannotContinue, command, make_parser
 from tokenizer.runtime.files import atomic_write_text
 from tokenizer.runtime.parsing import read_text
@@ -30,7 +30,7 @@ from tokenizer.runtime.ranks import print0
 PROG = "evaluations/evidence/document.py"
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-_KINDS = {"table": selection, "pace": pace, "runs": trained, "hosts": hosts}
+_KINDS = {"table": selection, "tuned": searched, "pace": pace, "runs": trained, "hosts": hosts}
 _END = "<!-- end -->"
 _FENCE = re.compile(r"^ *(?P<mark>`{3,}|~{3,}).*?^ *(?P=mark)", re.DOTALL | re.MULTILINE)
 _MARK = re.compile(rf"<!-- (?P<kind>{'|'.join(_KINDS)}): (?P<words>.*?) -->(?P<line_end>\r?\n)?", re.DOTALL)

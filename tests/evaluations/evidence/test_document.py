@@ -1,9 +1,16 @@
 """Tables of documents are what the results files give, those of RESULTS.md too."""
 
+import dataclasses
+import json
+
 import pytest
+from evidence_bed import SETTING
 from places import ROOT
 
-from evaluations.evidence import document
+from evaluations.evidence import document, store, tuning
+from evaluations.evidence.arms import ARMS
+from evaluations.evidence.store import Run
+from tokenizer.runtime.command import CannotContinue
 
 LINE = "<!-- table: core-512.jsonl --seeds 100 101 --arms vanilla provq -->\n"
 
@@ -71,3 +78,50 @@ def test_marks_in_a_fence_are_text_and_line_ends_stay(tmp_path):
     assert text.count("\r\n") == text.count("\n") == len(text.splitlines())
     assert text.count("| provq | 2 |") == 1
     assert "old" not in text
+
+
+# ------------------------------------------------------------------------------- what a search chose (`tuned`)
+
+def searched(path, scores, arms=("fsq", "lfq"), without=()):
+    """Results of whole searches, and of seeds 0 to 4 at every point, with the PSNR that `scores` gives."""
+    for name in arms:
+        for point in tuning.grid(ARMS[name]):
+            for seed in (*tuning.SEARCH_SEEDS, *tuning.FINAL_SEEDS):
+                if (name, point.lr, seed) not in without:
+                    line = store.result_line(name, Run(point, SETTING, seed), {"metrics": {
+                        "psnr": scores(name, point, seed), "codes_used": 3, "perplexity": 2.0}})
+                    with path.open("a") as file:
+                        file.write(json.dumps(line) + "\n")
+
+
+def rated(name, point, seed):
+    """At 1e-3 the best on seed 100, at 4e-3 the worst there and the best of both."""
+    lucky = {100: 1e-3, 101: 4e-3}.get(seed) == point.lr
+    return 20.0 + (name == "lfq") + {1e-3: 0.0, 2e-3: 1.0, 4e-3: 0.8}[point.lr] + 1.25 * lucky + (
+        0.01 * seed if seed < 100 else 0.0)
+
+
+def test_rows_are_at_the_point_that_the_search_chose(tmp_path):
+    searched(tmp_path / "search.jsonl", rated)
+    text, _ = document.filled("<!-- tuned: search.jsonl --arms fsq lfq --metrics psnr -->\n<!-- end -->\n", tmp_path)
+    assert text.splitlines()[1:-1] == [
+        "| arm | points | seeds 100 and 101 (dB) | seeds | PSNR (dB) | PSNR (dB) against fsq (lr 0.004) [95 %] |",
+        "|---|---|---|---|---|---|",
+        "| fsq (lr 0.004) | 3 | 20.80 22.05 | 5 | 20.82 ± 0.02 |  |",
+        "| lfq (lr 0.002) | 4 | 22.00 22.00 | 5 | 22.02 ± 0.02 | +1.20 [+1.20, +1.20] |"]  # 4 points: 4e-3 was the last
+
+
+@pytest.mark.parametrize(("seed", "lr"), [(100, 1e-3), (101, 4e-3), (3, 4e-3)])
+def test_a_search_that_is_not_whole_has_no_row(seed, lr, tmp_path):
+    searched(tmp_path / "search.jsonl", rated, arms=["fsq"], without=[("fsq", lr, seed)])
+    with pytest.raises(CannotContinue, match=rf"tuned: .*no result of fsq.*, seed {seed}: the search is not whole"):
+        document.filled("<!-- tuned: search.jsonl --arms fsq -->\n<!-- end -->\n", tmp_path)
+
+
+def test_a_search_has_one_setting(tmp_path):
+    searched(tmp_path / "search.jsonl", rated, arms=["fsq"])
+    other = store.result_line("fsq", Run(ARMS["fsq"], dataclasses.replace(SETTING, num_codes=8), 100), {"metrics": {
+        "psnr": 1.0, "codes_used": 3, "perplexity": 2.0}})
+    (tmp_path / "other.jsonl").write_text(json.dumps(other) + "\n")
+    with pytest.raises(CannotContinue, match=f"these results have 2: num_codes {SETTING.num_codes} 8"):
+        document.filled("<!-- tuned: search.jsonl other.jsonl --arms fsq -->\n<!-- end -->\n", tmp_path)
