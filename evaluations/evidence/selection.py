@@ -54,7 +54,7 @@ def mixture(results: Sequence[Result]) -> str | None:
              for name in ("commit", "torch", "cpu")}
     apart = [f"{name} ({', '.join(value[:12] if name == 'commit' else value for value in values)})"
              for name, values in found.items() if len(values) > 1]
-    return f"runs of these seeds are of more than one {', '.join(apart)}, and may round differently" if apart else None
+    return f"the runs shown are of more than one {', '.join(apart)}, and may round differently" if apart else None
 
 
 def rows(args: argparse.Namespace) -> tuple[list[comparison.Row], comparison.Row]:

@@ -40,7 +40,9 @@ def main(argv: list[str] | None = None) -> None:
                 require_out_file(path, flag, inputs=args.results)
         text = selection.render(args)
         print0(text, end="")
-        if note := selection.mixture(selection.chosen(args)):
+        shown = [result for result in selection.chosen(args)
+                 if not args.arms or comparison.label(result.name, result.run.arm) in args.arms]
+        if note := selection.mixture(shown):
             print0(f"note: {note}", file=sys.stderr)
         if args.out:
             atomic_write_text(args.out, text)

@@ -58,7 +58,7 @@ def test_runs_that_round_differently_are_told():
 
     assert selection.mixture([of(commit="a" * 40, torch="2.9"), of(commit="a" * 40, torch="2.9"), of()]) is None
     assert selection.mixture([of(commit="a" * 40, torch="2.9"), of(commit="b" * 40, torch="2.9")]) == (
-        "runs of these seeds are of more than one commit (aaaaaaaaaaaa, bbbbbbbbbbbb), and may round differently")
+        "the runs shown are of more than one commit (aaaaaaaaaaaa, bbbbbbbbbbbb), and may round differently")
     assert "torch (2.9, 2.10)" in selection.mixture([of(torch="2.9"), of(torch="2.10")])
 
 

@@ -281,7 +281,9 @@ def test_table_command(here, fake, capsys, tmp_path):
     out.write_text("".join(json.dumps(line) + "\n" for line in lines))
     table.main([str(out), "--num-codes", "16", "--seeds", "0"])
     assert capsys.readouterr().err == (
-        "note: runs of these seeds are of more than one torch (2.0, 2.1), and may round differently\n")
+        "note: the runs shown are of more than one torch (2.0, 2.1), and may round differently\n")
+    table.main([str(out), "--num-codes", "16", "--seeds", "0", "--arms", "provq"])
+    assert not capsys.readouterr().err, "of what is not shown"
     there = out.read_text()
     for flag in ("--out", "--figure"):
         with pytest.raises(SystemExit, match=f"{flag} {out} is what is read, and would be lost"):
