@@ -173,7 +173,6 @@ PLANS: dict[str, tuple[str, ...]] = {
              "ema+provq+recluster", "provq-lambda1"),
     "rivals": ("llamagen", "ema", "ema-restart", "simvq", "aminoaseed", "rotation", "diveq", "nsvq", "fsq", "lfq",
                "gumbel", "soft-to-hard", "adaptive", "simvq+soft", "simvq+provq", "aminoaseed+provq", "l2+provq"),
-    "tuned": ("vanilla", "soft", "warmup", "provq", "provq+recluster", "warmup+recluster", "vanilla+follow",
-              "provq+follow", "provq+recluster+follow", "llamagen", "ema-restart", "simvq", "rotation", "diveq", "fsq",
-              "lfq", "gumbel", "soft-to-hard", "adaptive", "simvq+provq"),
+    "tuned": ("vanilla", "vanilla+follow", "warmup", "warmup+recluster", "provq", "provq+recluster", "nsvq", "simvq",
+              "rotation", "adaptive", "ema-restart", "diveq", "llamagen", "gumbel", "soft-to-hard", "fsq", "lfq"),
 }
