@@ -13,10 +13,8 @@ Sizes: S seeds, N = disk_points + outline_points points, D = 2, K codes, L logge
 
 import itertools
 import math
-import multiprocessing
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +27,7 @@ from tokenizer import code_meter, provq
 from tokenizer.provq_codes import FollowingVectorQuantizer
 from tokenizer.runtime.config import to_dict
 from tokenizer.runtime.over_seeds import mean_interval
+from tokenizer.runtime.pool import process_pool
 
 DIM = 2  # data and latents are both points of the plane
 EDGE_POINTS = 50  # points per edge of the noise-free outline whose latent image is metered and drawn
@@ -248,11 +247,13 @@ def train_jobs(
     if workers <= 1 or len(jobs) == 1:
         yield from (train(make_arm(*job), job[1], seeds, log_every=log_every) for job in jobs)
         return
-    # spawn: a fork of a process whose OpenMP threads have started may hang
-    with ProcessPoolExecutor(min(workers, len(jobs)), multiprocessing.get_context("spawn"),
-                             initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with process_pool(min(workers, len(jobs)), _use_one_thread) as pool:
         yield from map(pickle.loads, pool.map(_train_pickled, *zip(*jobs, strict=True),
                                               itertools.repeat(list(seeds)), itertools.repeat(log_every)))
+
+
+def _use_one_thread() -> None:
+    torch.set_num_threads(1)
 
 
 def _train_pickled(method: str, setting: Setting, seeds: list[int], log_every: int) -> bytes:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import datetime
-import multiprocessing
 import os
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from evaluations.evidence.setting import Setting
 from evaluations.evidence.store import Result, Run
 from evaluations.features import open_extractor
 from tokenizer.runtime.distributed import print0
+from tokenizer.runtime.pool import process_pool
 
 Job = tuple[str, Run]  # an arm's name, and the run
 
@@ -78,18 +77,6 @@ def _require_same(there: Sequence[Result], setting: Setting, images: str, path: 
                              f"{result.line['images']} there, {images} now): name another file, or restore the images")
 
 
-def _end_with_parent() -> None:
-    """In a worker: a parent that is killed takes it along, with the run that nobody would hear of."""
-    parent = multiprocessing.parent_process()
-
-    def wait() -> None:
-        if parent:
-            parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
 def _run_all(
     todo: dict[Run, str], caches: dict[Any, Path], writer: store.Writer, workers: int, features: str | None
 ) -> None:
@@ -97,23 +84,16 @@ def _run_all(
     images = {setting: {"images": pixels_sha256(cache)} for setting, cache in caches.items()}
     # Before the workers start: each has its core, and more threads than one would change the rounding.
     os.environ["OMP_NUM_THREADS"] = "1"
-    context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="provq-warmups-") as warmups, \
-            ProcessPoolExecutor(min(workers, len(todo)), context, initializer=_end_with_parent) as pool:
+            process_pool(min(workers, len(todo))) as pool:
         futures = {pool.submit(execute, run, caches[run.setting], Path(warmups), features): run for run in todo}
-        try:
-            for count, future in enumerate(as_completed(futures), 1):
-                run = futures[future]
-                line = store.result_line(todo[run], run, future.result() | images[run.setting] | machine)
-                writer.append(line)
-                minutes = (time.monotonic() - began) / 60
-                left = minutes / count * (len(todo) - count)
-                shown = "{psnr:.2f} dB, {codes_used} codes, perplexity {perplexity:.0f}"
-                scores = shown.format(**line["metrics"]) if line["metrics"] else line["diverged"]
-                print0(f"{count}/{len(todo)} after {minutes:.1f} min, {left:.0f} min left: {todo[run]}, seed "
-                       f"{run.seed}: {scores}")
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for worker in multiprocessing.active_children():
-                worker.terminate()
-            raise
+        for count, future in enumerate(as_completed(futures), 1):
+            run = futures[future]
+            line = store.result_line(todo[run], run, future.result() | images[run.setting] | machine)
+            writer.append(line)
+            minutes = (time.monotonic() - began) / 60
+            left = minutes / count * (len(todo) - count)
+            shown = "{psnr:.2f} dB, {codes_used} codes, perplexity {perplexity:.0f}"
+            scores = shown.format(**line["metrics"]) if line["metrics"] else line["diverged"]
+            print0(f"{count}/{len(todo)} after {minutes:.1f} min, {left:.0f} min left: {todo[run]}, seed {run.seed}: "
+                   f"{scores}")

@@ -33,11 +33,11 @@ import argparse
 import io
 import os
 import platform
-import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NoReturn
 
 from tokenizer.runtime import config
@@ -51,16 +51,17 @@ class CannotContinue(RuntimeError):
 
 # What flags, files and data can be wrong with. Anything else is a defect of ours and keeps its traceback.
 USER_ERRORS = (ValueError, OSError, ImportError, CannotContinue, FloatingPointError)
-INTERRUPTED = 128 + signal.SIGINT  # the exit status of shells
 
 
 def refuse_early(prog: str, parse: Callable[[], Any], *checks: Callable[[Any], object]) -> None:
     """Parse and check the command line before slow imports: what is refused ends the program here.
 
     checks: of what parse returns; their USER_ERRORS end in the line that `command` and `launch` make of them. `main`
-    does all this once more, for those who call it. Of several processes the first of each machine speaks. The others
-    end as well, in silence: not every launcher ends them, and they would wait for the first.
+    does all this once more, for those who call it. From here on Ctrl-C leaves no traceback. Of several processes the
+    first of each machine speaks. The others end as well, in silence: not every launcher ends them, and they would wait
+    for the first.
     """
+    sys.excepthook = _except_ctrl_c
     with nullcontext() if _speaks() else redirect_stderr(io.StringIO()):
         try:
             parsed = parse()
@@ -68,6 +69,14 @@ def refuse_early(prog: str, parse: Callable[[], Any], *checks: Callable[[Any], o
                 check(parsed)
         except USER_ERRORS as error:
             raise SystemExit(refusal(prog, error)) from error
+
+
+def _except_ctrl_c(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
+    """Python ends by SIGINT after a KeyboardInterrupt that nobody catches, as it must: after a mere status of 130, a
+    shell's loop over commands would go on with the next.
+    """
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, value, trace)
 
 
 def _speaks() -> bool:
@@ -87,8 +96,6 @@ def refusal(prog: str, error: Exception) -> str | int:
 def command(prog: str, *, one_process: bool = False) -> Iterator[None]:
     """The body of a script's main: USER_ERRORS end it in the line "PROG: error: ..." and status 1, without a traceback.
 
-    Nor does Ctrl-C leave one: status 130.
-
     one_process: the script does not share its work, and refuses to start on several processes. On the normal way out
     it leaves the process group; after an error torchrun ends the other ranks. Folders that the command has owned are
     free afterwards. What it computes in float32 is exact: no TF32.
@@ -105,8 +112,6 @@ def command(prog: str, *, one_process: bool = False) -> Iterator[None]:
         yield
     except USER_ERRORS as error:
         raise SystemExit(f"{prog}: error: {error}") from error
-    except KeyboardInterrupt as error:
-        raise SystemExit(INTERRUPTED) from error
     finally:
         if computes:
             lock.release()

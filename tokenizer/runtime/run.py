@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tokenizer.runtime import config, distributed, lock
 from tokenizer.runtime.checkpoint import Checkpointer, load_file
-from tokenizer.runtime.command import INTERRUPTED, USER_ERRORS, CannotContinue, refusal
+from tokenizer.runtime.command import USER_ERRORS, CannotContinue, refusal
 from tokenizer.runtime.files import atomic_write_text
 from tokenizer.runtime.metrics import JsonlFile, MetricLogger, short
 from tokenizer.runtime.parsing import brief, parsing
@@ -391,8 +391,8 @@ def launch(prog: str, parse: Callable[[], Any], build: Callable[[Any], Trainer])
 
     USER_ERRORS while building are mistakes in flags, files or data: the first rank of each machine says so in one
     line, without a traceback, and all ranks exit with a failure. So are CannotContinue, divergence, a disk that fails
-    or is full, and too little memory while training. Ctrl-C ends with status 130, after a checkpoint once training has
-    begun.
+    or is full, and too little memory while training. Ctrl-C ends the process by SIGINT (130 in a shell), after a
+    checkpoint once training has begun.
     """
     interrupted = False
     try:
@@ -407,8 +407,6 @@ def launch(prog: str, parse: Callable[[], Any], build: Callable[[Any], Trainer])
         else:
             _train(prog, trainer)
             interrupted = trainer.run.interrupted
-    except KeyboardInterrupt as error:
-        raise SystemExit(INTERRUPTED) from error
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -419,7 +417,7 @@ def launch(prog: str, parse: Callable[[], Any], build: Callable[[Any], Trainer])
         lock.release()
     distributed.finalize()  # after an exception just exit: torchrun then ends the other ranks
     if interrupted:  # so that a script that called this one goes no further
-        raise SystemExit(INTERRUPTED)
+        raise KeyboardInterrupt
 
 
 def _train(prog: str, trainer: Trainer) -> None:

@@ -4,6 +4,7 @@ import argparse
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -87,7 +88,7 @@ def test_a_mistake_is_not_hidden_under_all_flags(capsys):
 
 
 @pytest.mark.parametrize("error", [KeyError("step"), TypeError("no len"), AssertionError(), RuntimeError("defect"),
-                                   AttributeError("x"), IndexError(3)])
+                                   AttributeError("x"), IndexError(3), KeyboardInterrupt()])
 def test_defects_pass_through(error):
     with pytest.raises(type(error)) as raised:
         fail(error)
@@ -97,10 +98,11 @@ def test_defects_pass_through(error):
 @pytest.mark.parametrize(("body", "status", "seen"), [
     ("raise CannotContinue('disk full')", 1, r"tool\.py: error: disk full\n"),
     ("{}['step']", 1, r"Traceback \(most recent(.|\n)*KeyError: 'step'\n"),
-    ("raise KeyboardInterrupt", 130, ""),
+    ("refuse_early('tool.py', list) or {}.pop('step')", 1, r"Traceback \(most recent(.|\n)*KeyError: 'step'\n"),
+    ("refuse_early('tool.py', list) or os.kill(os.getpid(), signal.SIGINT)", -signal.SIGINT, ""),
 ])
 def test_what_a_user_sees(body, status, seen):
-    program = f"from tokenizer.runtime.command import *\nwith command('tool.py'):\n    {body}\n"
+    program = f"import os, signal\nfrom tokenizer.runtime.command import *\nwith command('tool.py'):\n    {body}\n"
     done = subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
                           capture_output=True, timeout=120, check=False)
     assert done.returncode == status
