@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,33 +16,37 @@ from evaluations.evidence.arms import ARMS, Arm
 from evaluations.evidence.setting import Setting
 from evaluations.evidence.store import Result, Run
 
+METRICS = [metric for metric in comparison.METRICS if metric != "rfid"]  # that depends on the extractor
+
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """What the table is made of."""
     parser.add_argument("results", type=Path, nargs="+", help="files with all points of the arms' searches")
     parser.add_argument("--arms", nargs="+", choices=ARMS, metavar="ARM", required=True, help="rows; the first is the "
                         "baseline")
-    parser.add_argument("--metrics", nargs="+", choices=comparison.METRICS, metavar="METRIC",
+    parser.add_argument("--metrics", nargs="+", choices=METRICS, metavar="METRIC",
                         default=["psnr", "codes_used", "perplexity"])
 
 
 def render(args: argparse.Namespace) -> str:
-    """In Markdown. ValueError, OSError: files and flags; a point of a search was not run."""
-    found = store.read_all(args.results)
-    # What is scored changes no run.
-    settings = {dataclasses.replace(result.run.setting, features=None) for result in found}
+    """In Markdown. ValueError, OSError: files and flags; a point of a search was not run, or none of them trains."""
+    found = store.unique(result._replace(run=result.run._replace(setting=dataclasses.replace(
+        result.run.setting, features=None))) for result in store.read_all(args.results))  # what scores changes no run
+    settings = {result.run.setting for result in found}
     if len(settings) != 1:
-        raise ValueError(f"one search has one setting, these results have {len(settings)}: "
-                         f"{comparison.differing(settings)}")
+        raise ValueError(f"a search has one setting, these files have {len(settings)}: name those of one "
+                         f"({comparison.differing(settings)})")
+    comparison.require_same_images(found)
     setting, = settings
-    results = {result.run._replace(setting=setting): result for result in found}
+    results = {result.run: result for result in found}
     rows, searches = [], []
-    for name in args.arms:
+    for name in dict.fromkeys(args.arms):
         chosen = _chosen(name, setting, results)
         row, = comparison.rows([_of(name, chosen, setting, seed, results) for seed in tuning.FINAL_SEEDS])
         rows.append(row)
         scores = [_of(name, chosen, setting, seed, results).metrics for seed in tuning.SEARCH_SEEDS]
-        searches.append([str(len(tuning.grid(ARMS[name]))), " ".join(f"{m['psnr']:.2f}" if m else "-" for m in scores)])
+        searches.append([str(len(tuning.grid(ARMS[name]))), " ".join(f"{m['psnr']:.2f}" for m in scores if m)])
+    comparison.require_measured(rows, args.metrics, "psnr")
     heading, rule, *lines = comparison.markdown(rows, rows[0], args.metrics).splitlines()
     seeds = " and ".join(map(str, tuning.SEARCH_SEEDS))
     return "\n".join([_with(heading, ["points", f"seeds {seeds} (dB)"]), rule + "---|---|",
@@ -56,15 +61,22 @@ def _chosen(name: str, setting: Setting, results: Mapping[Run, Result]) -> Arm:
     for seed in others:
         for point in finalists:
             _of(name, point, setting, seed, results)
-    return tuning.ranked(finalists, setting, tuning.SEARCH_SEEDS, results)[0]
+    chosen = tuning.ranked(finalists, setting, tuning.SEARCH_SEEDS, results)[0]
+    if tuning.score(chosen, setting, tuning.SEARCH_SEEDS, results) == -math.inf:
+        raise ValueError(f"{name}: each of its best points diverged on a search seed, so none is chosen: leave it out "
+                         "of --arms")
+    return chosen
 
 
 def _of(name: str, arm: Arm, setting: Setting, seed: int, results: Mapping[Run, Result]) -> Result:
     """The result under this name: a point may have been run as a variant of another arm. ValueError: there is none."""
     run = Run(arm, setting, seed)
     if run not in results:
-        raise ValueError(f"no result of {comparison.label(name, arm)}, seed {seed}: the search is not whole")
-    return results[run]._replace(name=name, run=run)
+        raise ValueError(f"no result of {comparison.label(name, arm)}, seed {seed}: the search is not whole, which "
+                         f"takes all points on seed {tuning.SEARCH_SEEDS[0]}, the best {tuning.FINALISTS} on "
+                         f"{' '.join(map(str, tuning.SEARCH_SEEDS[1:]))}, and what is chosen on "
+                         f"{' '.join(map(str, tuning.FINAL_SEEDS))}")
+    return results[run]._replace(name=name)
 
 
 def _with(line: str, cells: list[str]) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evaluations.evidence import comparison, store
+from evaluations.evidence.arms import Arm
 from evaluations.evidence.setting import Setting
 from evaluations.evidence.store import Result
 from tokenizer.runtime.command import require_flags_at_least
@@ -57,13 +58,26 @@ def mixture(results: Sequence[Result]) -> str | None:
     return f"the runs shown are of more than one {', '.join(apart)}, and may round differently" if apart else None
 
 
-def rows(args: argparse.Namespace) -> tuple[list[comparison.Row], comparison.Row]:
-    """The rows that the flags ask for, and which of them is the baseline. ValueError, OSError: files and flags."""
+def shown(args: argparse.Namespace) -> list[Result]:
+    """The runs that the table shows: `chosen`, each once, of --arms. ValueError, OSError: files and flags."""
     results = chosen(args)
     if "rfid" not in (args.compared, *args.metrics):  # what is scored changes no run
         results = store.unique(result._replace(run=result.run._replace(setting=dataclasses.replace(
             result.run.setting, features=None))) for result in results)
-    found = comparison.rows(results)
+    if not args.arms:
+        return results
+    labels: dict[Arm, str] = {}  # as of comparison.rows: a row has the name of its first run
+    for result in results:
+        labels.setdefault(result.run.arm, comparison.label(result.name, result.run.arm))
+    for name in args.arms:
+        if name not in labels.values():
+            comparison.find(comparison.rows(results), name, "--arms")
+    return [result for result in results if labels[result.run.arm] in args.arms]
+
+
+def rows(args: argparse.Namespace) -> tuple[list[comparison.Row], comparison.Row]:
+    """The rows that the flags ask for, and which of them is the baseline. ValueError, OSError: files and flags."""
+    found = comparison.rows(shown(args))
     if args.arms:
         found = [comparison.find(found, name, "--arms") for name in args.arms]
     if any(row.values for row in found):  # else all have diverged

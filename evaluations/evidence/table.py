@@ -40,9 +40,7 @@ def main(argv: list[str] | None = None) -> None:
                 require_out_file(path, flag, inputs=args.results)
         text = selection.render(args)
         print0(text, end="")
-        shown = [result for result in selection.chosen(args)
-                 if not args.arms or comparison.label(result.name, result.run.arm) in args.arms]
-        if note := selection.mixture(shown):
+        if note := selection.mixture(selection.shown(args)):
             print0(f"note: {note}", file=sys.stderr)
         if args.out:
             atomic_write_text(args.out, text)

@@ -57,6 +57,9 @@ def finalists(arm: Arm, setting: Setting, seed: int, results: Mapping[Run, Resul
 
 
 def edges(chosen: Arm) -> list[str]:
-    """Fields whose chosen value is the least or the largest of POINTS: a wider grid might find a better one."""
+    """Fields whose chosen value is the least or the largest of POINTS: a wider grid might find a better one.
+
+    Of two values both are, and nothing is said.
+    """
     return [name for name, values in zip(Point._fields, zip(*POINTS, strict=True), strict=True)
-            if name not in chosen.idle and getattr(chosen, name) in (min(values), max(values))]
+            if name not in chosen.idle and len(set(values)) > 2 and getattr(chosen, name) in (min(values), max(values))]

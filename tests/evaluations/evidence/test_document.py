@@ -123,5 +123,26 @@ def test_a_search_has_one_setting(tmp_path):
     other = store.result_line("fsq", Run(ARMS["fsq"], dataclasses.replace(SETTING, num_codes=8), 100), {"metrics": {
         "psnr": 1.0, "codes_used": 3, "perplexity": 2.0}})
     (tmp_path / "other.jsonl").write_text(json.dumps(other) + "\n")
-    with pytest.raises(CannotContinue, match=f"these results have 2: num_codes {SETTING.num_codes} 8"):
+    with pytest.raises(CannotContinue, match=rf"these files have 2: .*num_codes {SETTING.num_codes} 8"):
         document.filled("<!-- tuned: search.jsonl other.jsonl --arms fsq -->\n<!-- end -->\n", tmp_path)
+
+
+def test_a_search_that_always_diverges_has_no_row(tmp_path):
+    lines = [store.result_line("fsq", Run(point, SETTING, seed), {"metrics": None})
+             for point in tuning.grid(ARMS["fsq"]) for seed in tuning.SEARCH_SEEDS]
+    (tmp_path / "search.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(CannotContinue, match="fsq: each of its best points diverged on a search seed"):
+        document.filled("<!-- tuned: search.jsonl --arms fsq -->\n<!-- end -->\n", tmp_path)
+
+
+def test_arms_of_other_images_or_contradicting_lines_are_no_table(tmp_path):
+    searched(tmp_path / "a.jsonl", rated, arms=["fsq"])
+    searched(tmp_path / "b.jsonl", rated, arms=["lfq"])
+    for name in ("a", "b"):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(json.loads(line) | {"images": name}) + "\n" for line in path.open()))
+    with pytest.raises(CannotContinue, match="other images of one name"):
+        document.filled("<!-- tuned: a.jsonl b.jsonl --arms fsq lfq -->\n<!-- end -->\n", tmp_path)
+    searched(tmp_path / "c.jsonl", lambda *of: rated(*of) + 1, arms=["fsq"])
+    with pytest.raises(CannotContinue, match="are of one run, with other numbers"):
+        document.filled("<!-- tuned: a.jsonl c.jsonl --arms fsq -->\n<!-- end -->\n", tmp_path)

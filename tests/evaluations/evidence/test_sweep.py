@@ -227,7 +227,7 @@ def test_tune_searches_then_trains_the_best_on_other_seeds(here, fake, capsys):
     assert ran[:4] == [(100, lr, 0.25) for lr in (1e-3, 2e-3, 4e-3)] + [(100, 2e-3, 0.05)]
     assert sorted(ran[4:7]) == [(101, 1e-3, 0.25), (101, 2e-3, 0.05), (101, 4e-3, 0.25)], "the best three of four"
     assert ran[7:] == [(0, 1e-3, 0.25), (1, 1e-3, 0.25)], "of 26.0 and 25.0, and twice 25.5, the first"
-    assert "ema: best of 4 points is ema; at their edge: lr, beta" in capsys.readouterr().out
+    assert "ema: best of 4 points is ema; at their edge: lr\n" in capsys.readouterr().out
     count = len(fake)
     tune.main([*arguments, "--arms", "ema", "fsq", "--seeds", "0", "1"])
     assert len(fake) == count, "all of it was there"
