@@ -48,6 +48,7 @@ def render(args: argparse.Namespace) -> str:
         searches.append([str(len(tuning.grid(ARMS[name]))), " ".join(f"{m['psnr']:.2f}" for m in scores if m)])
     comparison.require_measured(rows, args.metrics, "psnr")
     heading, rule, *lines = comparison.markdown(rows, rows[0], args.metrics).splitlines()
+    heading = heading.replace(f"against {rows[0].label}", f"against {args.arms[0]}")  # its row says at which point
     seeds = " and ".join(map(str, tuning.SEARCH_SEEDS))
     return "\n".join([_with(heading, ["points", f"seeds {seeds} (dB)"]), rule + "---|---|",
                       *map(_with, lines, searches)]) + "\n"

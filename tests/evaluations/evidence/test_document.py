@@ -105,7 +105,7 @@ def test_rows_are_at_the_point_that_the_search_chose(tmp_path):
     searched(tmp_path / "search.jsonl", rated)
     text, _ = document.filled("<!-- tuned: search.jsonl --arms fsq lfq --metrics psnr -->\n<!-- end -->\n", tmp_path)
     assert text.splitlines()[1:-1] == [
-        "| arm | points | seeds 100 and 101 (dB) | seeds | PSNR (dB) | PSNR (dB) against fsq (lr 0.004) [95 %] |",
+        "| arm | points | seeds 100 and 101 (dB) | seeds | PSNR (dB) | PSNR (dB) against fsq [95 %] |",
         "|---|---|---|---|---|---|",
         "| fsq (lr 0.004) | 3 | 20.80 22.05 | 5 | 20.82 ± 0.02 |  |",
         "| lfq (lr 0.002) | 4 | 22.00 22.00 | 5 | 22.02 ± 0.02 | +1.20 [+1.20, +1.20] |"]  # 4 points: 4e-3 was the last
