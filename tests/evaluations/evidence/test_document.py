@@ -111,6 +111,22 @@ def test_rows_are_at_the_point_that_the_search_chose(tmp_path):
         "| lfq (lr 0.002) | 4 | 22.00 22.00 | 5 | 22.02 ± 0.02 | +1.20 [+1.20, +1.20] |"]  # 4 points: 4e-3 was the last
 
 
+def test_a_search_of_other_seeds_chooses_by_these_alone(tmp_path):
+    searched(tmp_path / "search.jsonl", rated, arms=["fsq"])
+    flags = "search.jsonl --arms fsq --metrics psnr --search-seeds"
+    text, _ = document.filled(f"<!-- tuned: {flags} 100 3 --seeds 0 4 101 -->\n<!-- end -->\n", tmp_path)
+    heading, _, row = text.splitlines()[1:4]
+    assert "| seeds 100 and 3 (dB) |" in heading
+    assert row.startswith("| fsq (lr 0.002) | 3 | 21.00 21.03 | 3 | 21.01 ")  # 1e-3 has 21.25 and 20.03, 4e-3 less
+    text, _ = document.filled(f"<!-- tuned: {flags} 2 3 4 --seeds 0 -->\n<!-- end -->\n", tmp_path)
+    assert "| seeds 2 to 4 (dB) |" in text
+    assert "| 21.03 ± 0.01 |" in text  # 2e-3 has 21.02, 21.03 and 21.04
+    with pytest.raises(CannotContinue, match=r"--seeds and --search-seeds share \[3\]"):
+        document.filled(f"<!-- tuned: {flags} 100 3 --seeds 0 3 -->\n<!-- end -->\n", tmp_path)
+    with pytest.raises(CannotContinue, match=r"no result of fsq.*, seed 102: .* best 3 on 102, .* on 0 1 2 3"):
+        document.filled(f"<!-- tuned: {flags} 100 102 -->\n<!-- end -->\n", tmp_path)
+
+
 @pytest.mark.parametrize(("seed", "lr"), [(100, 1e-3), (101, 4e-3), (3, 4e-3)])
 def test_a_search_that_is_not_whole_has_no_row(seed, lr, tmp_path):
     searched(tmp_path / "search.jsonl", rated, arms=["fsq"], without=[("fsq", lr, seed)])
