@@ -11,21 +11,14 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from evaluations.evidence import comparison, store, tuning
 from evaluations.evidence.arms import ARMS, Arm
 from evaluations.evidence.setting import Setting
 from evaluations.evidence.store import Result, Run
+from evaluations.evidence.tuning import Seeds
 
 METRICS = [metric for metric in comparison.METRICS if metric != "rfid"]  # that depends on the extractor
-
-
-class Seeds(NamedTuple):
-    """Which seeds choose, the first of them among all points, and which are reported."""
-
-    search: tuple[int, ...]
-    final: tuple[int, ...]
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -41,9 +34,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def render(args: argparse.Namespace) -> str:
     """In Markdown. ValueError, OSError: files and flags; a point of a search was not run, or none of them trains."""
-    seeds = Seeds(tuple(args.search_seeds), tuple(args.seeds))
-    if shared := {*seeds.search} & {*seeds.final}:
-        raise ValueError(f"--seeds and --search-seeds share {sorted(shared)}: what is reported must not have chosen")
+    seeds = tuning.seeds(args.search_seeds, args.seeds)
     found = store.unique(result._replace(run=result.run._replace(setting=dataclasses.replace(
         result.run.setting, features=None))) for result in store.read_all(args.results))  # what scores changes no run
     settings = {result.run.setting for result in found}
@@ -82,15 +73,13 @@ def _chosen(name: str, setting: Setting, seeds: Seeds, results: Mapping[Run, Res
     return chosen
 
 
-def _of(
-    name: str, arm: Arm, setting: Setting, seed: int, seeds: Seeds, results: Mapping[Run, Result]
-) -> Result:
+def _of(name: str, arm: Arm, setting: Setting, seed: int, seeds: Seeds, results: Mapping[Run, Result]) -> Result:
     """The result under this name: a point may have been run as a variant of another arm. ValueError: there is none."""
     run = Run(arm, setting, seed)
     if run not in results:
         raise ValueError(f"no result of {comparison.label(name, arm)}, seed {seed}: the search is not whole, which "
                          f"takes all points on seed {seeds.search[0]}, the best {tuning.FINALISTS} on "
-                         f"{' '.join(map(str, seeds.search[1:]))}, and what is chosen on "
+                         f"{' '.join(map(str, seeds.search))}, and what is chosen on "
                          f"{' '.join(map(str, seeds.final))}")
     return results[run]._replace(name=name)
 

@@ -37,10 +37,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     flags.check_numbers(parser, args)
     require_flags_at_least(parser, args, 0, "search_seeds")
-    flags.require_once(parser, args, "search_seeds")
-    if set(args.seeds) & set(args.search_seeds):
-        parser.error(f"--seeds and --search-seeds share {sorted(set(args.seeds) & set(args.search_seeds))}: what is "
-                     "reported must not have chosen")
+    try:
+        tuning.seeds(args.search_seeds, args.seeds)
+    except ValueError as error:
+        parser.error(str(error))
     return args
 
 

@@ -32,6 +32,25 @@ SEARCH_SEEDS = (100, 101)
 FINAL_SEEDS = (0, 1, 2, 3, 4)
 
 
+class Seeds(NamedTuple):
+    """Which seeds choose, the first of them among all points, and which are reported."""
+
+    search: tuple[int, ...]
+    final: tuple[int, ...]
+
+
+def seeds(search: Sequence[int], final: Sequence[int]) -> Seeds:
+    """Of --search-seeds and --seeds. ValueError, naming the flag: one is there twice, or in both."""
+    for flag, values in (("--search-seeds", search), ("--seeds", final)):
+        for value in values:
+            if values.count(value) > 1:
+                raise ValueError(f"{flag} names {value} twice; a run is of one seed")
+    if set(final) & set(search):
+        raise ValueError(f"--seeds and --search-seeds share {sorted(set(final) & set(search))}: what is reported must "
+                         "not have chosen")
+    return Seeds(tuple(search), tuple(final))
+
+
 def grid(arm: Arm) -> list[Arm]:
     """The arm at each of POINTS. What its quantizer does not have is left as it is: no run would differ."""
     points = [{name: value for name, value in point._asdict().items() if name not in arm.idle} for point in POINTS]

@@ -123,8 +123,10 @@ def test_a_search_of_other_seeds_chooses_by_these_alone(tmp_path):
     assert "| 21.03 ± 0.01 |" in text  # 2e-3 has 21.02, 21.03 and 21.04
     with pytest.raises(CannotContinue, match=r"--seeds and --search-seeds share \[3\]"):
         document.filled(f"<!-- tuned: {flags} 100 3 --seeds 0 3 -->\n<!-- end -->\n", tmp_path)
-    with pytest.raises(CannotContinue, match=r"no result of fsq.*, seed 102: .* best 3 on 102, .* on 0 1 2 3"):
+    with pytest.raises(CannotContinue, match=r"no result of fsq.*, seed 102: .* best 3 on 100 102, .* on 0 1 2 3"):
         document.filled(f"<!-- tuned: {flags} 100 102 -->\n<!-- end -->\n", tmp_path)
+    with pytest.raises(CannotContinue, match=r"--seeds names 0 twice; a run is of one seed"):  # else a spread is wrong
+        document.filled(f"<!-- tuned: {flags} 100 --seeds 0 0 -->\n<!-- end -->\n", tmp_path)
 
 
 @pytest.mark.parametrize(("seed", "lr"), [(100, 1e-3), (101, 4e-3), (3, 4e-3)])
